@@ -1,0 +1,82 @@
+"""The comparison that `scripts/demo` shows: each step is a `spqr` command that you can run yourself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from spqr_jax.cli.display import console, number, size, table
+
+SPQR = Path(sys.executable).with_name("spqr")
+CALIBRATION = "--calib pydoc --nsamples 16 --seqlen 1024 --seed 0"
+EVALUATION = "--data pydoc --seqlen 1024 --windows 10"
+METHODS = {
+    "SpQR 3-bit": f"--method spqr {CALIBRATION}",
+    "GPTQ 3-bit, groups of 16": f"--method gptq --bits 3 --group-size 16 {CALIBRATION}",
+    "GPTQ 3-bit, groups of 64": f"--method gptq --bits 3 --group-size 64 {CALIBRATION}",
+    "round to nearest 3-bit, groups of 16": "--method rtn --bits 3 --group-size 16",
+}
+PROMPTS = ["Why is the sky blue? Answer in two sentences.", "Write one sentence about a small but clever robot."]
+
+
+def spqr(command: str, *extra: str) -> dict[str, Any]:
+    """Runs a `spqr` command in view and returns its JSON result."""
+    words = [*shlex.split(command), *extra]
+    console.print(f"\n[bold cyan]$[/bold cyan] [bold]spqr {shlex.join(words)}[/bold]")
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        if subprocess.run([SPQR, *words, "--json", result], check=False).returncode:
+            sys.exit("demo: the command above failed; what was made so far is kept")
+        values: dict[str, Any] = json.loads(result.read_text())
+        return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="where the quantized models go")
+    out = parser.parse_args().out
+    rows = []
+    for name, options in METHODS.items():
+        directory = out / name.replace(",", "").replace(" ", "-").lower()
+        if directory.exists():
+            shutil.rmtree(directory)
+        quantized = spqr(f"quantize demo {options}", "--out", str(directory))
+        measured = spqr(f"perplexity {EVALUATION}", str(directory))
+        rows.append((name, quantized, measured))
+        if len(rows) == 1:
+            for prompt in PROMPTS:
+                spqr("generate --chat --max-new-tokens 80", str(directory), "--prompt", prompt)
+    dense = spqr(f"perplexity demo {EVALUATION}")
+    dense_bytes = rows[0][1]["dense_bytes"]
+    lines = [["dense float32", number(dense["perplexity"]), "32", "32", size(dense_bytes), "–"]]
+    for name, quantized, measured in rows:
+        lines.append(
+            [
+                name,
+                number(measured["perplexity"]),
+                number(quantized["ideal_bits"]),
+                number(quantized["stored_bits"]),
+                size(quantized["bytes"]),
+                number(quantized["seconds"], 0),
+            ]
+        )
+    console.print()
+    table(
+        "SmolLM2-135M-Instruct, quantized in four ways",
+        ["", "perplexity", "ideal bits", "stored bits", "size", "seconds"],
+        lines,
+        notes="Perplexity on 10 windows of 1024 tokens of pydoc's prose, calibration on 16 of its other half. Bits are "
+        "for the quantized matrices; size is the whole model, of which the float32 embedding is 113.2 MB.",
+    )
+    console.print(f"\nTalk to it: [bold]{SPQR} generate {out}/spqr-3-bit --chat --prompt 'Hello!'[/bold]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Running large language models small, in JAX.
+
+SpQR quantization (arXiv 2306.03078) as pure functions: `quantize` takes a model
+and calibration text and returns the model with `SpQRArray`s for weights.
+Importing this package needs jax and numpy only; everything else is imported
+where it is used.
+"""
+
+from spqr_jax.array import SpQRArray
+from spqr_jax.calibrate import batched
+from spqr_jax.checkpoint import load, save
+from spqr_jax.config import LayerRule, SpQRConfig
+from spqr_jax.errors import CheckpointError, DataError, ModelError, SpQRError
+from spqr_jax.evaluate.perplexity import Perplexity, perplexity
+from spqr_jax.generate import Generation, generate
+from spqr_jax.linear import linear, prepare
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Decoder, forward
+from spqr_jax.quantize import LayerReport, quantize
+from spqr_jax.resolve import load_model
+from spqr_jax.sampling import Sampling
+from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian, quantize_weight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "CheckpointError",
+    "DataError",
+    "Decoder",
+    "DecoderConfig",
+    "Generation",
+    "Hessian",
+    "LayerReport",
+    "LayerRule",
+    "ModelError",
+    "Perplexity",
+    "Sampling",
+    "SpQRArray",
+    "SpQRConfig",
+    "SpQRError",
+    "accumulate_hessian",
+    "batched",
+    "empty_hessian",
+    "forward",
+    "generate",
+    "linear",
+    "load",
+    "load_model",
+    "perplexity",
+    "prepare",
+    "quantize",
+    "quantize_weight",
+    "save",
+]

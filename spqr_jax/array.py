@@ -1,0 +1,385 @@
+"""`SpQRArray`: a weight matrix as packed codes, two levels of statistics and outliers.
+
+The dequantization formula of the whole project is written once, in
+:meth:`SpQRArray.statistics` and :meth:`SpQRArray.to_dense`; every kernel is
+tested against it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spqr_jax.errors import SpQRError
+from spqr_jax.packing import CODES_PER_RUN, pack_codes, packed_words, unpack_codes
+
+MAX_UINT16_COLUMNS = 1 << 16
+"""Column indices are uint16 up to this many inputs, int32 above."""
+
+_OUTLIER_BITS = 32  # a 16-bit value and a 16-bit column, as the paper counts
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `size`."""
+    return -(-size // multiple) * multiple
+
+
+def column_dtype(num_columns: int) -> np.dtype:
+    """The smallest index type we store that holds columns 0..num_columns-1."""
+    return np.dtype(np.uint16 if num_columns <= MAX_UINT16_COLUMNS else np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpQRArray:
+    """A quantized matrix W of shape [out, in], a linear operator on activations.
+
+    Let g = `group_size`, G = `stats_group_size`, b = `bits`. Columns stand in
+    the order `perm`; `in` is padded to whole groups and runs of 16 codes, `out`
+    to whole tiles of G rows; paddings never show in the results.
+
+    Invariants (checked by :meth:`validate`, on arrays or on their specs):
+
+    1. `codes` is uint16 [out, padded_in/16*b], see :mod:`spqr_jax.packing`.
+    2. With a second level, `scale_codes` and `zero_codes` are uint16
+       [groups, padded_out/16*bits], packed along the rows, and `tile_stats` is
+       float16 [padded_out/G, groups, 4] = (ss, sz, zs, zz). A row's scale is
+       s = ss * (scale_code - sz), its zero point z = zs * (zero_code - zz).
+    3. Without one, both are None and `tile_stats` is float16 [out, groups, 2],
+       the scale and the zero point themselves.
+    4. The dense part of a weight is s * (code - z), in float32.
+    5. Outliers are **added** to the dense part. They are COO triples sorted by
+       row and then column; the row coordinate is kept as row pointers:
+       `outlier_row_ptr` int32 [out+1] rises from 0 to `nnz`.
+    6. `outlier_cols` (uint16, or int32 above 65536 inputs) and `outlier_values`
+       (float16) have max(nnz, 1) entries; columns are in permuted order and
+       below `in`. An entry past `nnz` has value 0.
+    7. `perm` (uint16, or int32 above 65536 inputs) [in] is a permutation:
+       ``x[..., perm]`` meets the codes; None means the identity.
+    8. All statistics and outlier values are finite.
+    """
+
+    codes: Any
+    scale_codes: Any
+    zero_codes: Any
+    tile_stats: Any
+    outlier_cols: Any
+    outlier_values: Any
+    outlier_row_ptr: Any
+    perm: Any
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    stats_group_size: int
+    scale_bits: int
+    zero_bits: int
+    nnz: int
+
+    # ---- what it is -------------------------------------------------------------------
+
+    @property
+    def ndim(self) -> int:
+        """Always 2."""
+        return 2
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type in which the matrix is defined: float32."""
+        return np.dtype(np.float32)
+
+    @property
+    def size(self) -> int:
+        """Number of weights, out * in."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the leaves hold, paddings included."""
+        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def quantized_stats(self) -> bool:
+        """Whether scales and zeros are codes themselves (a second level)."""
+        return self.scale_codes is not None
+
+    @property
+    def ideal_bits(self) -> float:
+        """Bits a weight by the paper's formula (arXiv 2306.03078, section 4.3).
+
+        b + (scale_bits + zero_bits)/g + 64/(g*G) + 32*outlier share. Without a
+        second level the third term is absent. Row pointers, the permutation and
+        paddings are not in it; `stored_bits` has them.
+        """
+        group_size = min(self.group_size, self.shape[1])  # one group a row: no more than its inputs
+        bits = self.bits + (self.scale_bits + self.zero_bits) / group_size
+        if self.quantized_stats:
+            bits += 64 / (group_size * self.stats_group_size)
+        return bits + _OUTLIER_BITS * self.nnz / self.size
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits a weight really held: 8 * nbytes / (out * in)."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def rows(self) -> Any:
+        """Row of each entry of `outlier_cols`, int32 [max(nnz, 1)]."""
+        counts = jnp.diff(self.outlier_row_ptr)
+        return jnp.repeat(
+            jnp.arange(self.shape[0], dtype=jnp.int32), counts, total_repeat_length=self.outlier_cols.shape[0]
+        )
+
+    # ---- what it holds ----------------------------------------------------------------
+
+    def statistics(self) -> tuple[jax.Array, jax.Array]:
+        """First-level scale and zero point, float32 [out, groups] each."""
+        stats = self.tile_stats.astype(jnp.float32)
+        if not self.quantized_stats:
+            return stats[..., 0], stats[..., 1]
+        scale_codes = unpack_codes(self.scale_codes, self.scale_bits).T.astype(jnp.float32)
+        zero_codes = unpack_codes(self.zero_codes, self.zero_bits).T.astype(jnp.float32)
+        ss, sz, zs, zz = jnp.moveaxis(jnp.repeat(stats, self.stats_group_size, axis=0), -1, 0)
+        out = self.shape[0]
+        return (ss * (scale_codes - sz))[:out], (zs * (zero_codes - zz))[:out]
+
+    def to_dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The matrix that the codes, statistics and outliers stand for, [out, in]."""
+        if isinstance(self.codes, jax.core.Tracer):
+            return _dense(self, dtype)
+        # Outlier counts differ from matrix to matrix: pad them to few distinct
+        # lengths, so that matrices of one shape share one compilation.
+        length = self.outlier_cols.shape[0]
+        step = max(1024, 1 << max(length.bit_length() - 2, 0))
+        extra = (0, round_up(length, step) - length)
+        return _dense_jit(
+            dataclasses.replace(
+                self,
+                outlier_cols=np.pad(np.asarray(self.outlier_cols), extra),
+                outlier_values=np.pad(np.asarray(self.outlier_values), extra),
+                nnz=0,
+            ),
+            dtype,
+        )
+
+    def to_coo(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Outliers as (row, column, value) of the matrix, sorted by row, then column.
+
+        Columns count the matrix's own inputs (the permutation is undone).
+
+        Returns:
+          int32 [nnz], int32 [nnz], float16 [nnz].
+        """
+        rows = np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(np.asarray(self.outlier_row_ptr)))
+        cols = np.asarray(self.outlier_cols)[: self.nnz].astype(np.int32)
+        if self.perm is not None:
+            cols = np.asarray(self.perm).astype(np.int32)[cols]
+        order = np.lexsort((cols, rows))
+        return rows[order], cols[order], np.asarray(self.outlier_values)[: self.nnz][order]
+
+    def validate(self) -> SpQRArray:
+        """Checks every invariant and returns self.
+
+        Leaves may be arrays, `jax.ShapeDtypeStruct`s or anything with a shape and
+        a dtype; values are checked only where there are any.
+
+        Raises:
+          SpQRError: names each invariant that does not hold, all at once.
+        """
+        problems = _layout_problems(self)
+        if not problems and all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(self)):
+            problems = _value_problems(self)
+        if problems:
+            raise SpQRError(f"not a valid SpQRArray of shape {self.shape}: " + "; ".join(problems))
+        return self
+
+
+jax.tree_util.register_dataclass(
+    SpQRArray,
+    data_fields=[
+        "codes",
+        "scale_codes",
+        "zero_codes",
+        "tile_stats",
+        "outlier_cols",
+        "outlier_values",
+        "outlier_row_ptr",
+        "perm",
+    ],
+    meta_fields=["shape", "bits", "group_size", "stats_group_size", "scale_bits", "zero_bits", "nnz"],
+)
+
+
+def _dense(array: SpQRArray, dtype: Any) -> jax.Array:
+    scale, zero = array.statistics()
+    groups = scale.shape[1]
+    codes = unpack_codes(array.codes, array.bits).astype(jnp.float32)
+    codes = codes[:, : groups * array.group_size].reshape(array.shape[0], groups, array.group_size)
+    dense = scale[..., None] * (codes - zero[..., None])
+    dense = dense.reshape(array.shape[0], -1)[:, : array.shape[1]]
+    dense = dense.at[array.rows, array.outlier_cols.astype(jnp.int32)].add(
+        array.outlier_values.astype(jnp.float32), mode="promise_in_bounds"
+    )
+    if array.perm is not None:
+        dense = jnp.take(dense, jnp.argsort(array.perm), axis=1)
+    return dense.astype(dtype)
+
+
+_dense_jit = jax.jit(_dense, static_argnums=1)
+
+
+# ---- building one -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayLayout:
+    """Sizes that follow from a matrix's shape and its quantization.
+
+    Attributes:
+      shape: (out, in) of the matrix.
+      group_size: inputs a group; one group a row is `in` rounded up to 16.
+      padded_out: rows, rounded up to whole tiles (and runs of 16 statistics codes).
+      padded_in: columns, rounded up to whole groups and runs of 16 codes.
+    """
+
+    shape: tuple[int, int]
+    group_size: int
+    padded_out: int
+    padded_in: int
+
+    @property
+    def groups(self) -> int:
+        """Groups a row, those of padding alone not counted."""
+        return -(-self.shape[1] // self.group_size)
+
+
+def array_layout(shape: tuple[int, int], group_size: int | None, stats_group_size: int | None) -> ArrayLayout:
+    """Derives the padded sizes; `stats_group_size` None means no second level."""
+    out, inner = shape
+    group = group_size if group_size is not None else round_up(inner, CODES_PER_RUN)
+    padded_out = out if stats_group_size is None else round_up(out, math.lcm(stats_group_size, CODES_PER_RUN))
+    return ArrayLayout(shape, group, padded_out, round_up(inner, math.lcm(group, CODES_PER_RUN)))
+
+
+def pack_array(
+    layout: ArrayLayout,
+    *,
+    codes: Any,
+    scale_codes: Any,
+    zero_codes: Any,
+    tile_stats: Any,
+    residual: np.ndarray,
+    outliers: np.ndarray,
+    perm: np.ndarray | None,
+    bits: int,
+    stats_group_size: int,
+    stats_bits: int,
+) -> SpQRArray:
+    """Packs a solver's output.
+
+    Args:
+      layout: of the matrix, from :func:`array_layout`.
+      codes: unsigned [out, padded_in].
+      scale_codes: unsigned [groups, padded_out], or None without a second level.
+      zero_codes: as `scale_codes`.
+      tile_stats: float16, shaped as invariant 2 or 3 of :class:`SpQRArray` says.
+      residual: float16 [out, in], what an outlier adds, permuted columns.
+      outliers: bool [out, in], where the outliers are, permuted columns.
+      perm: integers [in], or None for the identity.
+      bits: bits a code.
+      stats_group_size: rows a tile.
+      stats_bits: bits of a scale or zero code; 16 without a second level.
+    """
+    rows, cols = np.nonzero(outliers)
+    nnz = len(rows)
+    values = residual[rows, cols] if nnz else np.zeros(1, np.float16)
+    inner = layout.shape[1]
+    return SpQRArray(
+        codes=pack_codes(codes, bits),
+        scale_codes=None if scale_codes is None else pack_codes(scale_codes, stats_bits),
+        zero_codes=None if zero_codes is None else pack_codes(zero_codes, stats_bits),
+        tile_stats=jnp.asarray(tile_stats, jnp.float16),
+        outlier_cols=jnp.asarray((cols if nnz else np.zeros(1)).astype(column_dtype(inner))),
+        outlier_values=jnp.asarray(values, jnp.float16),
+        outlier_row_ptr=jnp.asarray(np.searchsorted(rows, np.arange(layout.shape[0] + 1)), jnp.int32),
+        perm=None if perm is None else jnp.asarray(np.asarray(perm).astype(column_dtype(inner))),
+        shape=layout.shape,
+        bits=bits,
+        group_size=layout.group_size,
+        stats_group_size=stats_group_size,
+        scale_bits=stats_bits,
+        zero_bits=stats_bits,
+        nnz=nnz,
+    )
+
+
+# ---- the invariants ---------------------------------------------------------------------
+
+
+def _layout_problems(array: SpQRArray) -> list[str]:
+    out, inner = array.shape
+    if out < 1 or inner < 1:
+        return [f"shape {array.shape} has no weights"]
+    if not 1 <= array.bits <= 8 or array.group_size < 8 or array.group_size % 8 or array.stats_group_size < 8:
+        return [
+            f"bits={array.bits}, group_size={array.group_size}, stats_group_size={array.stats_group_size} "
+            "is no supported format"
+        ]
+    second_level = array.quantized_stats
+    layout = array_layout(array.shape, array.group_size, array.stats_group_size if second_level else None)
+    entries = max(array.nnz, 1)
+    expected: dict[str, tuple[tuple[int, ...], Any] | None] = {
+        "codes": ((out, packed_words(layout.padded_in, array.bits)), np.uint16),
+        "scale_codes": None,
+        "zero_codes": None,
+        "tile_stats": ((out, layout.groups, 2), np.float16),
+        "outlier_cols": ((entries,), column_dtype(inner)),
+        "outlier_values": ((entries,), np.float16),
+        "outlier_row_ptr": ((out + 1,), np.int32),
+        "perm": None if array.perm is None else ((inner,), column_dtype(inner)),
+    }
+    if second_level:
+        tiles = layout.padded_out // array.stats_group_size
+        for name, bits in (("scale_codes", array.scale_bits), ("zero_codes", array.zero_bits)):
+            expected[name] = ((layout.groups, packed_words(layout.padded_out, bits)), np.uint16)
+        expected["tile_stats"] = ((tiles, layout.groups, 4), np.float16)
+    problems = []
+    for name, want in expected.items():
+        leaf = getattr(array, name)
+        have = None if leaf is None else (tuple(leaf.shape), np.dtype(leaf.dtype))
+        if want is None:
+            if have is not None:
+                problems.append(f"{name} should be absent, is {have}")
+        elif have != (want[0], np.dtype(want[1])):
+            problems.append(f"{name} should be {np.dtype(want[1])} {want[0]}, is {have}")
+    return problems
+
+
+def _value_problems(array: SpQRArray) -> list[str]:
+    out, inner = array.shape
+    problems = []
+    row_ptr = np.asarray(array.outlier_row_ptr)
+    if row_ptr[0] != 0 or row_ptr[out] != array.nnz or np.any(np.diff(row_ptr) < 0):
+        problems.append(f"outlier_row_ptr does not rise from 0 to nnz={array.nnz}")
+    cols = np.asarray(array.outlier_cols).astype(np.int64)
+    values = np.asarray(array.outlier_values)
+    if cols.min() < 0 or cols.max() >= inner:
+        problems.append(f"outlier_cols are not all in 0..{inner - 1}")
+    if not problems and array.nnz > 1:
+        rising = np.diff(cols[: array.nnz]) > 0
+        first_of_row = np.zeros(array.nnz + 1, bool)
+        first_of_row[row_ptr] = True
+        if not np.all(rising | first_of_row[1 : array.nnz]):
+            problems.append("outlier_cols do not rise within a row")
+    if np.any(values[array.nnz :] != 0):
+        problems.append("an outlier entry past nnz has a value")
+    if not np.all(np.isfinite(values)):
+        problems.append("an outlier value is not finite")
+    if not np.all(np.isfinite(np.asarray(array.tile_stats))):
+        problems.append("a statistic in tile_stats is not finite")
+    if array.perm is not None and not np.array_equal(np.sort(np.asarray(array.perm)), np.arange(inner)):
+        problems.append("perm is not a permutation")
+    return problems

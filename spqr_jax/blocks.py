@@ -1,0 +1,90 @@
+"""Models one block at a time: where blocks come from and where finished ones go.
+
+The driver in `quantize.py` knows only these two protocols. A tree in memory, a
+file read lazily and a checkpoint written as it goes are all sources and sinks.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from spqr_jax.errors import ModelError
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Decoder, Outer
+
+
+class BlockSource(Protocol):
+    """Gives a model's parts; a block may be read anew at each call."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    def outer(self) -> Outer:
+        """Embedding, final norm and head."""
+        ...
+
+    def block(self, index: int) -> Block:
+        """Block `index`, 0 <= index < config.num_layers."""
+        ...
+
+
+class BlockSink(Protocol):
+    """Takes a model's parts, each once, in any order."""
+
+    def put_outer(self, outer: Outer) -> None: ...
+
+    def put_block(self, index: int, block: Block) -> None: ...
+
+
+class TreeSource:
+    """A parameter tree in memory."""
+
+    def __init__(self, params: Decoder) -> None:
+        self._params = params
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self._params.config
+
+    def outer(self) -> Outer:
+        return self._params.outer
+
+    def block(self, index: int) -> Block:
+        return self._params.layers[index]
+
+
+class TreeSink:
+    """Collects a parameter tree in memory."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self._config = config
+        self._outer: Outer | None = None
+        self._blocks: dict[int, Block] = {}
+
+    def put_outer(self, outer: Outer) -> None:
+        self._outer = outer
+
+    def put_block(self, index: int, block: Block) -> None:
+        self._blocks[index] = block
+
+    def params(self) -> Decoder:
+        """The finished tree.
+
+        Raises:
+          ModelError: parts are missing.
+        """
+        missing = [i for i in range(self._config.num_layers) if i not in self._blocks]
+        if missing or self._outer is None:
+            raise ModelError(
+                f"the model is incomplete: blocks {missing} missing, outer weights {self._outer is not None}"
+            )
+        return Decoder(self._outer, tuple(self._blocks[i] for i in range(self._config.num_layers)), self._config)
+
+
+def collect(source: BlockSource) -> Decoder:
+    """Reads a whole model into memory."""
+    sink = TreeSink(source.config)
+    sink.put_outer(source.outer())
+    for index in range(source.config.num_layers):
+        sink.put_block(index, source.block(index))
+    return sink.params()

@@ -1,0 +1,160 @@
+"""Activations through a model's blocks, and the Hessians of what each matrix reads.
+
+A stage is run twice per chunk of calibration text: once with a `linear` that
+records its inputs (everything behind them is dead code, which XLA removes), and
+once for real, with weights already quantized. Together that is one forward pass
+of the block plus the Hessians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spqr_jax.errors import DataError
+from spqr_jax.models.attention import Positions, positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import STAGES, Block, Outer, State, abstract_decoder, embed, logits, plain_linear
+from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
+
+
+class InputRecorder:
+    """A `linear` that notes what each weight is given and returns zeros.
+
+    Weights that are given the very same array share a Hessian: `groups` holds
+    their names together, `inputs` the array once.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[list[str]] = []
+        self.inputs: list[jax.Array] = []
+
+    def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
+        for names, seen in zip(self.groups, self.inputs, strict=True):
+            if seen is x:
+                names.append(name)
+                break
+        else:
+            self.groups.append([name])
+            self.inputs.append(x)
+        return jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype)
+
+
+@lru_cache(maxsize=64)
+def stage_groups(config: DecoderConfig, stage: int) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """Names of a stage's weights that read one input, and that input's width."""
+    recorder = InputRecorder()
+
+    def trace(block: Block) -> None:
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        where = positions(config, 2, jnp.zeros(1, jnp.int32), jnp.int32(0))
+        state = State(jnp.zeros((*tokens.shape, config.hidden_size)))
+        for index, (run, _) in enumerate(STAGES):
+            state = run(config, block, state, where, recorder if index == stage else plain_linear)
+
+    jax.eval_shape(trace, abstract_decoder(config).layers[0])
+    return tuple((tuple(names), x.shape[-1]) for names, x in zip(recorder.groups, recorder.inputs, strict=True))
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _accumulate_stage(
+    config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, hessians: tuple[Hessian, ...]
+) -> tuple[Hessian, ...]:
+    recorder = InputRecorder()
+    STAGES[stage][0](config, block, state, where, recorder)
+    return tuple(accumulate_hessian(h, x) for h, x in zip(hessians, recorder.inputs, strict=True))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def run_stage(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> State:
+    """One stage of a block on one chunk."""
+    return STAGES[stage][0](config, block, state, where, plain_linear)
+
+
+@partial(jax.jit, static_argnums=0)
+def _accumulate_head(config: DecoderConfig, outer: Outer, residual: jax.Array, hessian: Hessian) -> Hessian:
+    recorder = InputRecorder()
+    logits(config, outer, residual, recorder)
+    return accumulate_hessian(hessian, recorder.inputs[0])
+
+
+class Activations:
+    """The calibration text on its way through the blocks, chunk by chunk.
+
+    Args:
+      config: of the model.
+      outer: its embedding.
+      batches: int32 [batch, seq] each, shapes may differ.
+
+    Raises:
+      DataError: no batch, or one that the model cannot take.
+    """
+
+    def __init__(self, config: DecoderConfig, outer: Outer, batches: Iterable[Any]) -> None:
+        self.config = config
+        self._states: list[State] = []
+        self._where: list[Positions] = []
+        for batch in batches:
+            tokens = _checked_batch(np.asarray(batch), config)
+            self._states.append(State(embed(outer, jnp.asarray(tokens))))
+            padding = jnp.zeros(tokens.shape[0], jnp.int32)
+            self._where.append(positions(config, tokens.shape[1], padding, jnp.int32(0)))
+        if not self._states:
+            raise DataError(
+                "no calibration batches: give at least one int32 [batch, seq] of token ids "
+                "(a generator that was already used up is empty)"
+            )
+
+    def hessians(self, stage: int, block: Block) -> tuple[Hessian, ...]:
+        """One Hessian for each of `stage_groups`, over all chunks."""
+        sums = tuple(empty_hessian(width) for _, width in stage_groups(self.config, stage))
+        for state, where in zip(self._states, self._where, strict=True):
+            sums = _accumulate_stage(self.config, stage, block, state, where, sums)
+        return sums
+
+    def advance(self, stage: int, block: Block) -> None:
+        """Takes every chunk through a stage."""
+        for index, where in enumerate(self._where):
+            self._states[index] = run_stage(self.config, stage, block, self._states[index], where)
+
+    def head_hessian(self, outer: Outer) -> Hessian:
+        """Hessian of what the output head reads, once all blocks are passed."""
+        total = empty_hessian(self.config.hidden_size)
+        for state in self._states:
+            total = _accumulate_head(self.config, outer, state.residual, total)
+        return total
+
+    def copy(self) -> Activations:
+        """The same place in the model, to go on from twice."""
+        twin = object.__new__(Activations)
+        twin.config, twin._states, twin._where = self.config, list(self._states), self._where
+        return twin
+
+
+def _checked_batch(tokens: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise DataError(
+            f"a calibration batch must be integer token ids [batch, seq], got {tokens.dtype} {tokens.shape}"
+        )
+    if tokens.shape[1] > config.max_positions:
+        raise DataError(
+            f"calibration sequences of {tokens.shape[1]} tokens are longer than the model's context of "
+            f"{config.max_positions}; cut them (--seqlen)"
+        )
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise DataError(
+            f"calibration token ids reach from {tokens.min()} to {tokens.max()}, but the model's vocabulary has "
+            f"{config.vocab_size}: tokenized for another model?"
+        )
+    return tokens.astype(np.int32)
+
+
+def batched(windows: np.ndarray, tokens_per_batch: int = 4096) -> Sequence[np.ndarray]:
+    """Cuts windows [count, length] into batches of about `tokens_per_batch` tokens."""
+    size = max(1, tokens_per_batch // windows.shape[1])
+    return [windows[first : first + size] for first in range(0, len(windows), size)]

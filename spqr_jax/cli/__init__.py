@@ -1,0 +1,1 @@
+"""The `spqr` command line."""

@@ -1,0 +1,280 @@
+"""The `spqr` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from spqr_jax.blocks import collect
+from spqr_jax.calibrate import batched
+from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
+from spqr_jax.cli.display import QuantizeProgress, console, errors, number, progress_bar, say, size, table, write_json
+from spqr_jax.cli.options import (
+    Data,
+    Dtype,
+    Json,
+    Model,
+    SeqLen,
+    build_config,
+    default_corpus,
+    parse_rule,
+    read_tokens,
+)
+from spqr_jax.data import calibration_windows, evaluation_windows
+from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
+from spqr_jax.generate import generate as generate_text
+from spqr_jax.inspection import summarize
+from spqr_jax.quantize import quantizable_paths, quantize_blocks
+from spqr_jax.resolve import OpenedModel, open_model
+from spqr_jax.sampling import Sampling
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Large language models, small: SpQR quantization in JAX.",
+)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write the quantized model to.")],
+    method: Annotated[str, typer.Option(help="spqr, gptq, rtn, or reference (the original SpQR's choices).")] = "spqr",
+    calib: Data = None,
+    nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    seqlen: SeqLen = 2048,
+    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    bits: Annotated[int | None, typer.Option(help="Bits a weight code, 2..8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0: one group a row.")] = None,
+    stats_bits: Annotated[int | None, typer.Option(help="Bits of a scale or zero; 16: 16-bit floats.")] = None,
+    stats_group_size: Annotated[int | None, typer.Option(help="Rows that share second-level statistics.")] = None,
+    outlier_threshold: Annotated[float | None, typer.Option(help="Relative threshold tau; inf: no outliers.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = None,
+    order: Annotated[str | None, typer.Option(help="Order of the inputs: activation or identity.")] = None,
+    fit: Annotated[str | None, typer.Option(help="How scales are fitted: search, minmax or reference.")] = None,
+    sequential: Annotated[
+        bool | None, typer.Option(help="Later weights of a block see its earlier ones quantized.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=skip or PATTERN=BITS for weights whose path matches; repeatable.")
+    ] = None,
+    quantize_head: Annotated[bool, typer.Option(help="Quantize an untied output head too.")] = False,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    json: Json = None,
+) -> None:
+    """Quantize MODEL and write it to OUT."""
+    config = build_config(
+        method,
+        bits=bits,
+        group_size=group_size,
+        stats_bits=stats_bits,
+        stats_group_size=stats_group_size,
+        outlier_threshold=outlier_threshold,
+        damping=damping,
+        order=order,
+        fit=fit,
+        sequential=sequential,
+        rules=tuple(parse_rule(text) for text in rule or ()),
+        quantize_head=quantize_head or None,
+    )
+    opened = open_model(model, dtype, say)
+    if opened.quantized:
+        raise ModelError(f"{model} is a checkpoint of ours already: quantize the original model")
+    batches, calibration = None, None
+    if config.needs_calibration:
+        calib = calib or default_corpus()
+        windows = calibration_windows(read_tokens(calib, "calibration", opened), seqlen, nsamples, seed, calib)
+        batches = batched(windows)
+        calibration = {"data": calib, "windows": len(windows), "seqlen": seqlen, "seed": seed}
+    begun = time.perf_counter()
+    paths = quantizable_paths(opened.source, config)
+    provenance = {"model": model, "method": method, "calibration": calibration}
+    with (
+        CheckpointSink(
+            out,
+            opened.source.config,
+            config,
+            tokenizer=_tokenizer_or_none(opened),
+            provenance=provenance,
+            overwrite=overwrite,
+        ) as sink,
+        progress_bar(f"quantizing {model}", len(paths)) as advance,
+    ):
+        view = QuantizeProgress(advance)
+
+        def on_layer(report: Any) -> None:
+            sink.record(report.path, dataclasses.asdict(report.stats))
+            view(report)
+
+        quantize_blocks(opened.source, sink, batches, config, on_layer=on_layer)
+        view.finish()
+    seconds = time.perf_counter() - begun
+    summary = summarize(CheckpointSource(out))
+    console.print(
+        f"[bold]{out}[/bold]: {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
+        f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in all "
+        f"({size(summary['dense_bytes'])} dense), {seconds:.0f} s"
+    )
+    write_json(
+        json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
+    )
+
+
+def _tokenizer_or_none(opened: OpenedModel) -> Any:
+    try:
+        return opened.tokenizer()
+    except ModelError as error:
+        say(f"no tokenizer is kept: {error}")
+        return None
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    data: Data = None,
+    seqlen: SeqLen = 2048,
+    windows: Annotated[int | None, typer.Option(help="Use only the first N windows.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 1,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Measure perplexity over windows that do not overlap."""
+    opened = open_model(model, dtype, say)
+    data = data or default_corpus()
+    tokens = evaluation_windows(read_tokens(data, "evaluation", opened), seqlen, windows, data)
+    params = collect(opened.source)
+    with progress_bar(f"perplexity of {model}", len(tokens)) as advance:
+        result = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
+    console.print(
+        f"perplexity [bold]{result.perplexity:.4f}[/bold] ± {number(result.stderr, 4)} on {data}, "
+        f"{result.windows} windows of {tokens.shape[1]}, {result.seconds:.1f} s"
+    )
+    write_json(
+        json,
+        {
+            "perplexity": result.perplexity,
+            "stderr": result.stderr,
+            "tokens": result.tokens,
+            "windows": result.windows,
+            "seconds": result.seconds,
+            "window_losses": result.window_losses.tolist(),
+            "data": data,
+            "seqlen": int(tokens.shape[1]),
+        },
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeatable. Default: read from stdin.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option(help="The prompt is a user's message: apply the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens up to this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Continue a prompt, or answer it with --chat."""
+    from spqr_jax.cli.stream import TextStream, encode_prompts
+
+    sampling = Sampling(temperature, top_k, top_p)
+    prompts = prompt or [sys.stdin.read().rstrip("\n")]
+    opened = open_model(model, dtype, say)
+    tokenizer = opened.tokenizer()
+    ids = encode_prompts(tokenizer, prompts, chat)
+    params = collect(opened.source)
+    stream = TextStream(tokenizer, live=len(prompts) == 1)
+    result = generate_text(
+        params,
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        on_token=lambda row, token: stream.put(token),
+    )
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in result.tokens]
+    stream.finish(prompts, texts)
+    say(
+        f"{sum(map(len, result.tokens))} tokens, {number(result.decode_tokens_per_second, 1)} tokens/s; "
+        f"prompt of {max(result.prompt_tokens)} in {result.prefill_seconds:.2f} s "
+        f"(and {result.compile_seconds:.1f} s to compile)"
+    )
+    several = len(prompts) > 1
+    write_json(
+        json,
+        {
+            "text": texts if several else texts[0],
+            "prompt_tokens": result.prompt_tokens if several else result.prompt_tokens[0],
+            "new_tokens": [len(t) for t in result.tokens] if several else len(result.tokens[0]),
+            "prefill_seconds": result.prefill_seconds,
+            "decode_tokens_per_second": result.decode_tokens_per_second,
+            "first_token_seconds": result.first_token_seconds,
+            "compile_seconds": result.compile_seconds,
+        },
+    )
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A directory that spqr wrote.", show_default=False)],
+    json: Json = None,
+) -> None:
+    """Verify a quantized model and show what it holds."""
+    source = CheckpointSource(directory)
+    summary = summarize(source)
+    rows = [
+        [
+            path,
+            f"{layer['shape'][0]}×{layer['shape'][1]}",
+            str(layer["bits"]),
+            number(layer["ideal_bits"], 3),
+            number(layer["stored_bits"], 3),
+            f"{layer['outlier_percent']:.2f}%",
+            number(layer["output_error"], 4),
+        ]
+        for path, layer in summary["layers"].items()
+    ]
+    table(str(directory), ["weight", "shape", "bits", "ideal", "stored", "outliers", "output error"], rows)
+    console.print(
+        f"{summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a quantized weight, "
+        f"{summary['outlier_percent']:.2f}% outliers\n"
+        f"{size(summary['bytes'])} in all: {size(summary['quantized_bytes'])} quantized, "
+        f"{size(summary['bytes'] - summary['quantized_bytes'])} dense (embedding, norms and what was left out); "
+        f"{size(summary['dense_bytes'])} before"
+    )
+    write_json(json, summary)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Runs the command line: bad input exits with 2 and one message, Ctrl-C with 130."""
+    signal.signal(signal.SIGTERM, _stop)  # so that a terminated run cleans up as Ctrl-C does
+    try:
+        app()
+    except SpQRError as error:
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped; nothing is left half-written", style="yellow")
+        sys.exit(130)

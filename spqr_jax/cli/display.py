@@ -1,0 +1,127 @@
+"""What the terminal shows: progress, tables, messages. `rich` does the drawing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spqr_jax.errors import SpQRError
+from spqr_jax.quantize import LayerReport
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One dim line of what is going on."""
+    errors.print(message, style="dim", markup=False)
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number for a table; a dash where there is none."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as MB (10^6)."""
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar with time left; yields a function that advances it by one and notes what is done."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=errors,
+    )
+    with bar:
+        task = bar.add_task(label, total=total, note="")
+        yield lambda note: bar.update(task, advance=1, note=note)
+
+
+class QuantizeProgress:
+    """The live view of `spqr quantize`: a bar, and one line a block."""
+
+    def __init__(self, advance: Callable[[str], None]) -> None:
+        self._advance = advance
+        self._block: list[LayerReport] = []
+        self.reports: list[LayerReport] = []
+        errors.print(
+            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'bits':>6}  {'stored':>6}",
+            style="bold",
+        )
+
+    def __call__(self, report: LayerReport) -> None:
+        if self._block and _block_of(report.path) != _block_of(self._block[0].path):
+            self._print_block()
+        self._block.append(report)
+        self.reports.append(report)
+        self._advance(f"{report.path}  error {report.stats.output_error:.3f}")
+
+    def finish(self) -> None:
+        """Prints the last block."""
+        if self._block:
+            self._print_block()
+
+    def _print_block(self) -> None:
+        block, self._block = self._block, []
+        weights = sum(r.shape[0] * r.shape[1] for r in block)
+
+        def mean(of: Callable[[LayerReport], float]) -> float:
+            return sum(of(r) * r.shape[0] * r.shape[1] for r in block) / weights
+
+        worst = max(block, key=lambda r: r.stats.output_error)
+        name = worst.path.rpartition(".")[2]
+        errors.print(
+            f"{_block_of(block[0].path):>12}  {mean(lambda r: r.stats.output_error):7.3f}  "
+            f"{name:>11} {worst.stats.output_error:6.3f}  {mean(lambda r: 100 * r.stats.outlier_share):7.2f}%  "
+            f"{mean(lambda r: r.stats.ideal_bits):6.3f}  {mean(lambda r: r.stats.stored_bits):6.3f}"
+        )
+
+
+def _block_of(path: str) -> str:
+    return ".".join(path.split(".")[:2])
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], notes: str = "") -> None:
+    """A table, first column left, the rest right."""
+    drawn = Table(title=title, title_justify="left", caption=notes or None, caption_justify="left")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Writes a command's result for machines; not-a-number becomes null."""
+    if path is None:
+        return
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: clean(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(entry) for entry in value]
+        return value
+
+    try:
+        path.write_text(json.dumps(clean(values), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SpQRError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,75 @@
+"""Command-line options shared by several commands, and how they become a configuration."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer  # the command line from type annotations; it brings rich, which draws the rest
+
+from spqr_jax.cli.display import say
+from spqr_jax.config import LayerRule, SpQRConfig
+from spqr_jax.data import DATA_HELP, Split, load_tokens
+from spqr_jax.errors import SpQRError
+from spqr_jax.models.tokenizer import encode_stream
+from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help=f"Type of the dense weights: {', '.join(DTYPES)}. Default: float32 on CPU, else bfloat16."),
+]
+Data = Annotated[str | None, typer.Option(help=f"Text: {DATA_HELP}. Default: wikitext2, or pydoc without a network.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens a window.", min=2)]
+
+_HUB = ("huggingface.co", 443)
+
+
+def default_corpus() -> str:
+    """`wikitext2` where the hub can be reached, else `pydoc`."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false", "False"):
+        try:
+            socket.create_connection(_HUB, timeout=2).close()
+            return "wikitext2"
+        except OSError:
+            pass
+    say("no network to the Hugging Face hub: using the text 'pydoc'")
+    return "pydoc"
+
+
+def read_tokens(spec: str, split: Split, model: OpenedModel) -> np.ndarray:
+    """Token ids of `spec`; the tokenizer is read only if there is text."""
+    return load_tokens(spec, split, lambda text: encode_stream(model.tokenizer(), text))
+
+
+def parse_rule(text: str) -> LayerRule:
+    """``PATTERN=skip`` or ``PATTERN=BITS``."""
+    pattern, separator, action = text.rpartition("=")
+    if separator and pattern and action == "skip":
+        return LayerRule(pattern, skip=True)
+    if separator and pattern and action.isdigit():
+        return LayerRule(pattern, bits=int(action))
+    raise SpQRError(f"rule {text!r}: expected PATTERN=skip or PATTERN=BITS, such as 'down_proj=4'")
+
+
+def build_config(method: str, **given: Any) -> SpQRConfig:
+    """The preset of a method, changed by the options that were given (those not None)."""
+    presets: dict[str, Callable[..., SpQRConfig]] = {
+        "spqr": SpQRConfig,
+        "gptq": SpQRConfig.gptq,
+        "rtn": SpQRConfig.rtn,
+        "reference": SpQRConfig.reference,
+    }
+    if method not in presets:
+        raise SpQRError(f"method must be one of {', '.join(presets)}, got {method!r}")
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes.get("group_size") == 0:
+        changes["group_size"] = None
+    if method == "rtn" and (unused := {"damping", "order", "sequential"} & set(changes)):
+        raise SpQRError(f"round to nearest has no use for {', '.join(sorted(unused))}")
+    return presets[method](**changes)

@@ -1,0 +1,197 @@
+"""What to do to a model: one frozen configuration, its presets and per-layer rules.
+
+SpQR, GPTQ and round-to-nearest are one loop (see ``spqr_jax.solver``). They
+differ only in the values below, so every comparison between them is a
+comparison of two configurations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Literal, get_args
+
+from spqr_jax.errors import SpQRError
+
+Order = Literal["activation", "identity"]
+Fit = Literal["search", "minmax", "reference"]
+
+UNQUANTIZED_STATS_BITS = 16
+"""`stats_bits` of a model whose scales and zeros are kept as 16-bit floats."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRule:
+    """Changes the configuration of the weights whose path matches.
+
+    Attributes:
+      pattern: regular expression, searched in a weight's path such as
+        ``layers.3.down_proj``. The first rule that matches decides.
+      skip: leave these weights dense.
+      bits: code bits for these weights, or None for the model's own.
+      outlier_threshold: relative threshold for these weights, or None.
+    """
+
+    pattern: str
+    skip: bool = False
+    bits: int | None = None
+    outlier_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise SpQRError(f"layer rule {self.pattern!r} is not a regular expression: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class SpQRConfig:
+    """How a model is quantized. Defaults are SpQR at 3 bits.
+
+    Attributes:
+      bits: bits a weight code, 2..8.
+      group_size: consecutive inputs that share one scale and zero (the paper's
+        beta1), a multiple of 8; None for one group per output row.
+      stats_bits: bits of a quantized scale or zero, 2..8; 16 keeps both as
+        16-bit floats (no second level).
+      stats_group_size: consecutive output rows that share one second-level fit
+        (the paper's beta2), a multiple of 8.
+      outlier_threshold: relative threshold tau above which a weight is kept
+        apart; ``math.inf`` for no outliers.
+      order: ``activation`` visits inputs by falling mean square activation,
+        ``identity`` as they are.
+      damping: share of the mean diagonal added to the Hessian's diagonal.
+      compensate: push each column's rounding error onto the columns that
+        remain. False is round-to-nearest, which needs no calibration text.
+      sequential: a block's later weights see activations that have passed its
+        earlier, already quantized ones.
+      fit: how a group's scale and zero are found. ``search`` looks for the range
+        with the least error in the weights as they will be dequantized;
+        ``minmax`` takes the range as it is and fits the zero to the rounded
+        scale; ``reference`` is the original implementation's min-max, flaws
+        included, to reproduce its numbers.
+      quantize_head: quantize the output head too (an untied one).
+      rules: per-layer exceptions, first match wins.
+    """
+
+    bits: int = 3
+    group_size: int | None = 16
+    stats_bits: int = 3
+    stats_group_size: int = 16
+    outlier_threshold: float = 0.2
+    order: Order = "activation"
+    damping: float = 1.0
+    compensate: bool = True
+    sequential: bool = True
+    fit: Fit = "search"
+    quantize_head: bool = False
+    rules: tuple[LayerRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for problem in self._problems():
+            raise SpQRError(problem)
+
+    def _problems(self) -> list[str]:
+        problems = []
+        for name, bits in [("bits", self.bits), *((f"rule {r.pattern!r}: bits", r.bits) for r in self.rules)]:
+            if bits is not None and not 2 <= bits <= 8:
+                problems.append(f"{name} must lie in 2..8, got {bits}")
+        if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
+            problems.append(f"group_size must be a multiple of 8, or None for one group per row, got {self.group_size}")
+        if self.stats_bits != UNQUANTIZED_STATS_BITS and not 2 <= self.stats_bits <= 8:
+            problems.append(f"stats_bits must lie in 2..8, or be 16 for 16-bit floats, got {self.stats_bits}")
+        if self.stats_group_size < 8 or self.stats_group_size % 8:
+            problems.append(f"stats_group_size must be a multiple of 8, got {self.stats_group_size}")
+        if not self.outlier_threshold > 0:
+            problems.append(f"outlier_threshold must be positive, or inf for none, got {self.outlier_threshold}")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            problems.append(f"damping must be a finite number >= 0, got {self.damping}")
+        for name, kind in (("order", Order), ("fit", Fit)):
+            if getattr(self, name) not in get_args(kind):
+                problems.append(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if not self.compensate and self.outliers:
+            problems.append(
+                "outliers are found through the compensated error: with compensate=False set outlier_threshold=inf"
+            )
+        return problems
+
+    @property
+    def outliers(self) -> bool:
+        """Whether any weight may be kept apart."""
+        return math.isfinite(self.outlier_threshold)
+
+    @property
+    def quantized_stats(self) -> bool:
+        """Whether scales and zeros are quantized themselves."""
+        return self.stats_bits != UNQUANTIZED_STATS_BITS
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantizing needs Hessians, and so calibration text."""
+        return self.compensate
+
+    @classmethod
+    def gptq(cls, bits: int = 3, group_size: int | None = 64, **changes: Any) -> SpQRConfig:
+        """GPTQ (arXiv 2210.17323): no outliers, no second level, plain min-max groups."""
+        base: dict[str, Any] = {"stats_bits": 16, "outlier_threshold": math.inf, "damping": 0.01, "fit": "minmax"}
+        return cls(bits=bits, group_size=group_size, **(base | changes))
+
+    @classmethod
+    def rtn(cls, bits: int = 3, group_size: int | None = 16, **changes: Any) -> SpQRConfig:
+        """Round to nearest: GPTQ without the error compensation, so without calibration."""
+        base: dict[str, Any] = {"compensate": False, "order": "identity", "sequential": False}
+        return cls.gptq(bits, group_size, **(base | changes))
+
+    @classmethod
+    def reference(cls, **changes: Any) -> SpQRConfig:
+        """The public PyTorch SpQR's own choices, to reproduce its numbers."""
+        base: dict[str, Any] = {"fit": "reference", "sequential": False, "damping": 1.0}
+        return cls(**(base | changes))
+
+    def for_path(self, path: str) -> SpQRConfig | None:
+        """The configuration of the weight at `path`, or None to leave it dense."""
+        for rule in self.rules:
+            if re.search(rule.pattern, path):
+                if rule.skip:
+                    return None
+                changes: dict[str, Any] = {}
+                if rule.bits is not None:
+                    changes["bits"] = rule.bits
+                if rule.outlier_threshold is not None:
+                    changes["outlier_threshold"] = rule.outlier_threshold
+                return dataclasses.replace(self, **changes)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serializable dictionary; `from_json` reads it back."""
+        values = dataclasses.asdict(self)
+        values["rules"] = list(values["rules"])
+        if not self.outliers:
+            values["outlier_threshold"] = None  # JSON has no infinity
+        for rule in values["rules"]:
+            if rule["outlier_threshold"] == math.inf:
+                rule["outlier_threshold"] = "inf"
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SpQRConfig:
+        """Reads what `to_json` wrote.
+
+        Raises:
+          SpQRError: an unknown or unusable entry.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise SpQRError(f"unknown entries in a quantization config: {', '.join(unknown)}")
+        values = dict(values)
+        if values.get("outlier_threshold", 0) is None:
+            values["outlier_threshold"] = math.inf
+        rules = []
+        for rule in values.pop("rules", []):
+            rule = dict(rule)
+            if rule.get("outlier_threshold") == "inf":
+                rule["outlier_threshold"] = math.inf
+            rules.append(LayerRule(**rule))
+        return cls(**values, rules=tuple(rules))

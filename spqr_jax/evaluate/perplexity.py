@@ -1,0 +1,128 @@
+"""Perplexity as GPTQ and SpQR report it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spqr_jax.errors import DataError
+from spqr_jax.linear import prepare
+from spqr_jax.models.attention import Positions, positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Decoder, Outer, State, embed, logits, run_block
+
+_HEAD_CHUNK = 512  # positions whose logits are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Result of :func:`perplexity`.
+
+    Attributes:
+      perplexity: exp of the mean loss.
+      stderr: standard error of the perplexity, from the spread between windows
+        (nan for one window).
+      window_losses: mean loss in nats of each window, float64 [windows].
+      tokens: predicted tokens in all.
+      windows: number of windows.
+      seconds: wall-clock time, compilation included.
+    """
+
+    perplexity: float
+    stderr: float
+    window_losses: np.ndarray
+    tokens: int
+    windows: int
+    seconds: float
+
+
+@partial(jax.jit, static_argnums=0)
+def _block(config: DecoderConfig, block: Block, residual: jax.Array, where: Positions) -> jax.Array:
+    return run_block(config, block, State(residual), where).residual
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean loss in nats of each sequence, f32 [batch]; the logits are never held whole."""
+    length = tokens.shape[1] - 1
+    chunk = min(_HEAD_CHUNK, length)
+    padded = -(-length // chunk) * chunk
+    hidden = jnp.pad(residual[:, :-1], ((0, 0), (0, padded - length), (0, 0)))
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, padded - length)))
+    counted = jnp.arange(padded) < length
+
+    def body(first: jax.Array) -> jax.Array:
+        scores = logits(config, outer, lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1))
+        target = lax.dynamic_slice_in_dim(targets, first, chunk, axis=1)
+        picked = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0]
+        loss = jax.nn.logsumexp(scores, axis=-1) - picked
+        return jnp.sum(jnp.where(lax.dynamic_slice_in_dim(counted, first, chunk), loss, 0.0), axis=1)
+
+    return jnp.sum(lax.map(body, jnp.arange(0, padded, chunk)), axis=0) / length
+
+
+def perplexity(
+    params: Decoder,
+    windows: np.ndarray,
+    *,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Perplexity over windows that do not see each other.
+
+    exp of the mean over windows of the mean negative log-likelihood of tokens
+    2..n of each; losses in float32, their mean in float64.
+
+    Args:
+      params: the model, dense or quantized.
+      windows: int32 [windows, length], length >= 2.
+      batch_size: windows at a time.
+      progress: called with (windows done, windows in all).
+
+    Raises:
+      DataError: no windows, windows longer than the model's context, token ids
+        outside its vocabulary.
+    """
+    windows = checked_windows(windows, params.config)
+    begun = time.perf_counter()
+    config = params.config
+    params = prepare(params)
+    losses: list[np.ndarray] = []
+    for first in range(0, len(windows), batch_size):
+        tokens = jnp.asarray(windows[first : first + batch_size])
+        where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
+        residual = embed(params.outer, tokens)
+        for block in params.layers:
+            residual = _block(config, block, residual, where)
+        losses.append(np.asarray(_losses(config, params.outer, residual, tokens), np.float64))
+        if progress is not None:
+            progress(min(first + batch_size, len(windows)), len(windows))
+    each = np.concatenate(losses)
+    value = float(np.exp(each.mean()))
+    spread = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("nan")
+    count = len(each) * (windows.shape[1] - 1)
+    return Perplexity(value, value * spread, each, count, len(each), time.perf_counter() - begun)
+
+
+def checked_windows(windows: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    """Windows that the model can take, or a DataError that says why not."""
+    if windows.ndim != 2 or not windows.size or windows.shape[1] < 2:
+        raise DataError(f"expected token ids [windows, length >= 2], got shape {windows.shape}")
+    if windows.shape[1] > config.max_positions:
+        raise DataError(
+            f"windows of {windows.shape[1]} tokens are longer than the model's context of {config.max_positions}; "
+            "use shorter ones (--seqlen)"
+        )
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        raise DataError(
+            f"token ids reach from {windows.min()} to {windows.max()}, but the model's vocabulary has "
+            f"{config.vocab_size}: tokenized for another model?"
+        )
+    return windows

@@ -1,0 +1,67 @@
+"""What a checkpoint holds, in numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from spqr_jax.array import SpQRArray
+from spqr_jax.checkpoint import CheckpointSource
+from spqr_jax.models.names import BLOCK_NAMES, OUTER_NAMES
+
+
+def summarize(source: CheckpointSource) -> dict[str, Any]:
+    """Reads and verifies every weight of a checkpoint, one block at a time.
+
+    Returns:
+      JSON-serializable: `ideal_bits`, `stored_bits`, `outlier_percent` (over the
+      quantized weights; nan if there are none), `bytes` (all leaves),
+      `quantized_bytes`, `dense_bytes` (what all weights would take dense, in the
+      type of the embedding), `quantization`, `provenance`, and `layers`: for each
+      quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
+      `outlier_percent`, `output_error` (nan if it was not recorded).
+    """
+    outer = source.outer()
+    itemsize = np.dtype(outer.embed_tokens.dtype).itemsize
+    parts = [("", outer, OUTER_NAMES)]
+    layers: dict[str, Any] = {}
+    total = dense_total = quantized = weights = outliers = 0
+    ideal = 0.0
+    for index in range(-1, source.config.num_layers):
+        prefix, part, names = parts[0] if index < 0 else (f"layers.{index}.", source.block(index), BLOCK_NAMES)
+        for name in names:
+            weight = getattr(part, name)
+            if weight is None:
+                continue
+            num_bytes = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weight))
+            total += num_bytes
+            dense_total += math.prod(weight.shape) * itemsize
+            if not isinstance(weight, SpQRArray):
+                continue
+            stats = source.layer_stats.get(prefix + name, {})
+            layers[prefix + name] = {
+                "shape": list(weight.shape),
+                "bits": weight.bits,
+                "ideal_bits": weight.ideal_bits,
+                "stored_bits": weight.stored_bits,
+                "outlier_percent": 100 * weight.nnz / weight.size,
+                "output_error": stats.get("output_error", math.nan),
+            }
+            quantized += num_bytes
+            weights += weight.size
+            outliers += weight.nnz
+            ideal += weight.ideal_bits * weight.size
+    return {
+        "ideal_bits": ideal / weights if weights else math.nan,
+        "stored_bits": 8 * quantized / weights if weights else math.nan,
+        "outlier_percent": 100 * outliers / weights if weights else math.nan,
+        "bytes": total,
+        "quantized_bytes": quantized,
+        "dense_bytes": dense_total,
+        "quantization": None if source.quantization is None else source.quantization.to_json(),
+        "provenance": source.provenance,
+        "layers": layers,
+    }

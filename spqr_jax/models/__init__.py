@@ -1,0 +1,1 @@
+"""Model families, their files and their tokenizers."""

@@ -1,0 +1,81 @@
+"""Hugging Face model directories: config.json and safetensors, sharded or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spqr_jax.errors import ModelError
+from spqr_jax.models.config import config_from_hf
+from spqr_jax.models.names import Name, TensorSource
+
+_LAYER = r"(?:model\.)?layers\.(\d+)\."
+
+HF_TABLE = (
+    Name(r"(?:model\.)?embed_tokens\.weight", "embed_tokens"),
+    Name(r"(?:model\.)?norm\.weight", "final_norm"),
+    Name(r"lm_head\.weight", "lm_head"),
+    Name(_LAYER + r"input_layernorm\.weight", r"layers.\1.attention_norm"),
+    Name(_LAYER + r"self_attn\.([qkvo])_proj\.weight", r"layers.\1.\2_proj"),
+    Name(_LAYER + r"post_attention_layernorm\.weight", r"layers.\1.mlp_norm"),
+    Name(_LAYER + r"mlp\.(gate|up|down)_proj\.weight", r"layers.\1.\2_proj"),
+    Name(_LAYER + r"self_attn\.rotary_emb\.inv_freq", None),  # a buffer that old files carry
+)
+
+
+class SafetensorsReader:
+    """The safetensors files of one directory, memory-mapped."""
+
+    def __init__(self, directory: Path) -> None:
+        self.label = str(directory)
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        else:
+            files = sorted(path.name for path in directory.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{directory} has no *.safetensors file; other weight formats are not read (no pickles)")
+        missing = [name for name in files if not (directory / name).is_file()]
+        if missing:
+            raise ModelError(f"{directory}: {index.name} names files that are not there: {', '.join(missing)}")
+        self._files: dict[str, Any] = {}
+        for name in files:
+            file = _open_safetensors(directory / name)
+            for tensor in file.keys():  # noqa: SIM118 (not a dict)
+                if tensor in self._files:
+                    raise ModelError(f"{directory}: tensor {tensor} stands in more than one file")
+                self._files[tensor] = file
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+
+def _open_safetensors(path: Path) -> Any:
+    import safetensors
+
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except Exception as error:  # its own SafetensorError for a bad header, OSError for the rest
+        raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file, with an error that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+
+
+def open_hf(directory: Path, dtype: Any) -> TensorSource:
+    """A lazily read model from a Hugging Face directory, weights in `dtype`."""
+    config = config_from_hf(read_json(directory / "config.json"))
+    return TensorSource(SafetensorsReader(directory), HF_TABLE, config, dtype)

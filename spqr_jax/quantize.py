@@ -1,0 +1,289 @@
+"""The public verb: a model and calibration text in, a quantized model out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from spqr_jax.array import SpQRArray
+from spqr_jax.blocks import BlockSink, BlockSource, TreeSink, TreeSource
+from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
+from spqr_jax.config import SpQRConfig
+from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.models.decoder import STAGES, Block, Decoder, Outer
+from spqr_jax.solver import Hessian, LayerStats, accumulate_hessian, empty_hessian, quantize_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One weight that has been quantized.
+
+    Attributes:
+      path: of the weight, such as ``layers.3.down_proj``.
+      shape: (out, in).
+      bits: code bits.
+      stats: errors, outliers and sizes.
+      seconds: since the last report, calibration included.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    bits: int
+    stats: LayerStats
+    seconds: float
+
+
+WEIGHT_NAMES = tuple(name for _, names in STAGES for name in names)
+"""A block's matrices, in the order in which they are quantized."""
+
+OnLayer = Callable[[LayerReport], None]
+Forward = Callable[[Any, Any, Callable[[str, Any, jax.Array], jax.Array]], Any]
+
+
+def quantize(
+    params: Any,
+    calib_batches: Iterable[Any] | None = None,
+    config: SpQRConfig | None = None,
+    *,
+    forward: Forward | None = None,
+    on_layer: OnLayer | None = None,
+) -> Any:
+    """Quantizes a model's weight matrices.
+
+    Args:
+      params: a `Decoder`, or any pytree together with `forward`.
+      calib_batches: any iterable of int32 [batch, seq] token ids (with `forward`:
+        of whatever it takes). Not needed by round to nearest.
+      config: what to do; None for SpQR at 3 bits.
+      forward: for models of your own, ``forward(params, batch, linear)``. It must
+        apply each matrix to be quantized, a leaf [out, in] of `params`, as
+        ``linear(path, w, x)``; paths are yours to name. All Hessians then come
+        from one pass through the dense model (`config.sequential` plays no part)
+        and are held at once.
+      on_layer: called after each weight.
+
+    Returns:
+      The same tree with a `SpQRArray` in place of each quantized matrix. With
+      `forward`, go on calling it with ``linear=lambda path, w, x:
+      spqr_jax.linear(w, x)``.
+
+    Raises:
+      DataError: no calibration text where the method needs it, or unusable text.
+      SpQRError: the model or the configuration cannot be used as given.
+    """
+    config = config or SpQRConfig()
+    if forward is not None:
+        return _quantize_forward(params, calib_batches, config, forward, on_layer)
+    if not isinstance(params, Decoder):
+        raise SpQRError(
+            f"params is a {type(params).__name__}: expected a Decoder (see spqr_jax.load_model); "
+            "for a model of your own give its forward function, forward=fn"
+        )
+    sink = TreeSink(params.config)
+    quantize_blocks(TreeSource(params), sink, calib_batches, config, on_layer=on_layer)
+    return sink.params()
+
+
+def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
+    """Paths of the weights that `config` would quantize, in order."""
+    paths = [f"layers.{index}.{name}" for index in range(source.config.num_layers) for name in WEIGHT_NAMES]
+    if config.quantize_head and not source.config.tied_head:
+        paths.append("lm_head")
+    return [path for path in paths if config.for_path(path) is not None]
+
+
+def quantize_blocks(
+    source: BlockSource,
+    sink: BlockSink,
+    calib_batches: Iterable[Any] | None,
+    config: SpQRConfig,
+    *,
+    on_layer: OnLayer | None = None,
+) -> None:
+    """Takes a model from a source to a sink, block by block, quantizing on the way.
+
+    Only one block's dense weights and the activations of the calibration text
+    are held. Arguments and errors as :func:`quantize`.
+    """
+    if config.quantize_head and source.config.tied_head:
+        raise SpQRError("this model's head is its embedding (tied): it cannot be quantized on its own (quantize_head)")
+    outer = source.outer()
+    report = _Reporter(on_layer)
+    activations = None
+    if config.needs_calibration:
+        if calib_batches is None:
+            raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")
+        activations = Activations(source.config, outer, calib_batches)
+    for index in range(source.config.num_layers):
+        block, prefix = source.block(index), f"layers.{index}."
+        last = index + 1 == source.config.num_layers and not config.quantize_head
+        if activations is None:
+            block = _solve(block, WEIGHT_NAMES, prefix, None, config, report)[0]
+        elif config.sequential:
+            block = _sequential_block(activations, block, prefix, last, config, report)
+        else:
+            block = _parallel_block(activations, block, prefix, last, config, report)
+        sink.put_block(index, block)
+    if config.quantize_head and config.for_path("lm_head") is not None:
+        hessian = None if activations is None else activations.head_hessian(outer)
+        outer = _quantize_head(outer, hessian, config, report)
+    sink.put_outer(outer)
+
+
+class _Reporter:
+    """Tells `on_layer` of each weight, with the time since the last."""
+
+    def __init__(self, on_layer: OnLayer | None) -> None:
+        self._on_layer, self._last = on_layer, time.perf_counter()
+
+    def __call__(self, path: str, array: SpQRArray, stats: LayerStats) -> None:
+        now = time.perf_counter()
+        if self._on_layer is not None:
+            self._on_layer(LayerReport(path, array.shape, array.bits, stats, now - self._last))
+        self._last = now
+
+
+def _sequential_block(
+    activations: Activations, block: Block, prefix: str, last: bool, config: SpQRConfig, report: _Reporter
+) -> Block:
+    """Each stage sees activations that have passed the block's earlier, quantized stages."""
+    dense = block  # what the activations run through: quantized weights, dequantized
+    for stage in range(len(STAGES)):
+        hessians = activations.hessians(stage, dense)
+        for (names, _), hessian in zip(stage_groups(activations.config, stage), hessians, strict=True):
+            block, dense = _solve(block, names, prefix, hessian, config, report, dense)
+        if not (last and stage + 1 == len(STAGES)):
+            activations.advance(stage, dense)
+    return block
+
+
+def _parallel_block(
+    activations: Activations, block: Block, prefix: str, last: bool, config: SpQRConfig, report: _Reporter
+) -> Block:
+    """All of the block's weights see activations of the block as it was."""
+    ahead, hessians = activations.copy(), []
+    for stage in range(len(STAGES)):
+        hessians.append(ahead.hessians(stage, block))
+        if stage + 1 < len(STAGES):
+            ahead.advance(stage, block)
+    dense = block
+    for stage, stage_hessians in enumerate(hessians):
+        for (names, _), hessian in zip(stage_groups(activations.config, stage), stage_hessians, strict=True):
+            block, dense = _solve(block, names, prefix, hessian, config, report, dense)
+    if not last:
+        for stage in range(len(STAGES)):
+            activations.advance(stage, dense)
+    return block
+
+
+def _solve(
+    block: Block,
+    names: Sequence[str],
+    prefix: str,
+    hessian: Hessian | None,
+    config: SpQRConfig,
+    report: _Reporter,
+    dense: Block | None = None,
+) -> tuple[Block, Block]:
+    """Quantizes weights that read one input, those of one configuration and width together.
+
+    Returns:
+      The block with `SpQRArray`s, and `dense` with what they dequantize to.
+    """
+    dense = block if dense is None else dense
+    together: dict[Any, list[str]] = {}
+    for name in names:
+        own = config.for_path(prefix + name)
+        if own is not None:
+            together.setdefault((own, getattr(block, name).shape[1]), []).append(name)
+    for (own, _), members in together.items():
+        weights = [getattr(block, name) for name in members]
+        solved = quantize_weights(weights, hessian, own)
+        block = dataclasses.replace(block, **{n: array for n, (array, _) in zip(members, solved, strict=True)})
+        if hessian is not None:
+            values = {n: array.to_dense(w.dtype) for n, w, (array, _) in zip(members, weights, solved, strict=True)}
+            dense = dataclasses.replace(dense, **values)
+        for name, (array, stats) in zip(members, solved, strict=True):
+            report(prefix + name, array, stats)
+    return block, dense
+
+
+def _quantize_head(outer: Outer, hessian: Hessian | None, config: SpQRConfig, report: _Reporter) -> Outer:
+    own = config.for_path("lm_head")
+    assert own is not None
+    assert outer.lm_head is not None
+    array, stats = quantize_weights([outer.lm_head], hessian, own)[0]
+    report("lm_head", array, stats)
+    return dataclasses.replace(outer, lm_head=array)
+
+
+# ---- models of one's own ----------------------------------------------------------------
+
+
+def _quantize_forward(
+    params: Any, batches: Iterable[Any] | None, config: SpQRConfig, forward: Forward, on_layer: OnLayer | None
+) -> Any:
+    leaves, tree = jax.tree.flatten(params)
+    batches = iter(batches if batches is not None else ())
+    first = next(batches, None)
+    if first is None:
+        raise DataError("no calibration batches: forward=fn needs at least one, also to learn which weights there are")
+    groups, leaf_of, widths = _trace_forward(forward, leaves, tree, first)
+
+    @jax.jit
+    def accumulate(leaves: list[Any], batch: Any, hessians: list[Hessian]) -> list[Hessian]:
+        recorder = _ForwardRecorder(leaves)
+        forward(jax.tree.unflatten(tree, leaves), batch, recorder)
+        return [accumulate_hessian(h, x) for h, x in zip(hessians, recorder.inputs, strict=True)]
+
+    hessians: list[Any] = [None] * len(groups)
+    if config.needs_calibration:
+        hessians = accumulate(leaves, first, [empty_hessian(width) for width in widths])
+        for batch in batches:
+            hessians = accumulate(leaves, batch, hessians)
+    report = _Reporter(on_layer)
+    for names, hessian in zip(groups, hessians, strict=True):
+        for name in names:
+            own = config.for_path(name)
+            if own is not None:
+                array, stats = quantize_weights([leaves[leaf_of[name]]], hessian, own)[0]
+                leaves[leaf_of[name]] = array
+                report(name, array, stats)
+    return jax.tree.unflatten(tree, leaves)
+
+
+class _ForwardRecorder(InputRecorder):
+    """Applies the dense weights, since the model goes on after them, and knows each weight's leaf."""
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        super().__init__()
+        self._index = {id(leaf): index for index, leaf in enumerate(leaves)}
+        self.leaf_of: dict[str, int] = {}
+
+    def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
+        if name in self.leaf_of:
+            raise SpQRError(f"linear was called twice with the path {name!r}: give each weight a path of its own")
+        if id(w) not in self._index:
+            raise SpQRError(f"linear({name!r}): the weight is no leaf of params; pass it as it stands there, [out, in]")
+        self.leaf_of[name] = self._index[id(w)]
+        super().__call__(name, w, x)
+        return jax.numpy.matmul(x, w.T)
+
+
+def _trace_forward(
+    forward: Forward, leaves: list[Any], tree: Any, batch: Any
+) -> tuple[list[list[str]], dict[str, int], list[int]]:
+    """Which paths there are, their leaves, and how they share inputs; no arithmetic is done."""
+    found: list[_ForwardRecorder] = []
+
+    def trace(leaves: list[Any], batch: Any) -> None:
+        found.append(_ForwardRecorder(leaves))
+        forward(jax.tree.unflatten(tree, leaves), batch, found[-1])
+
+    jax.eval_shape(trace, leaves, batch)
+    recorder = found[-1]
+    return recorder.groups, recorder.leaf_of, [x.shape[-1] for x in recorder.inputs]

@@ -1,0 +1,19 @@
+"""SpQR for one weight matrix: plain arrays in, one `SpQRArray` out.
+
+Nothing here knows a model, a file or a progress bar. Read `solve.py` first; the
+parts are in the order of the paper: `hessian.py` (what the inputs look like),
+`grid.py` (fitting scales and zeros, both levels), `outliers.py` (which weights
+to leave out of a fit) and `columns.py` (the loop over the columns).
+"""
+
+from spqr_jax.solver.hessian import Hessian, accumulate_hessian, empty_hessian
+from spqr_jax.solver.solve import LayerStats, quantize_weight, quantize_weights
+
+__all__ = [
+    "Hessian",
+    "LayerStats",
+    "accumulate_hessian",
+    "empty_hessian",
+    "quantize_weight",
+    "quantize_weights",
+]

@@ -1,0 +1,99 @@
+"""The Hessian of a layer's squared output error, accumulated and factored.
+
+Letters: X [in, tokens]; H = (2/n) X Xᵀ [in, in]; U = upper Cholesky factor of
+H⁻¹, so that UᵀU = H⁻¹. The error of a weight row w rounded to ŵ is
+½ (w-ŵ)ᵀ H (w-ŵ), and (w_j-ŵ_j)²/U_jj² is what rounding weight j alone costs when
+the columns after it may compensate (GPTQ, arXiv 2210.17323, eq. 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spqr_jax.errors import DataError, SpQRError
+
+_DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfold
+_LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hessian:
+    """Running sum over calibration tokens.
+
+    Attributes:
+      gram: X Xᵀ, float32 [in, in].
+      tokens: number of tokens in it, float32 scalar.
+    """
+
+    gram: jax.Array
+    tokens: jax.Array
+
+    def matrix(self) -> jax.Array:
+        """H = (2/n) X Xᵀ, float32 [in, in]."""
+        return self.gram * (2.0 / jnp.maximum(self.tokens, 1.0))
+
+
+def empty_hessian(in_features: int) -> Hessian:
+    """The sum over no tokens."""
+    return Hessian(jnp.zeros((in_features, in_features), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+@jax.jit
+def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
+    """Adds the inputs of a layer to its Hessian.
+
+    Args:
+      hessian: the sum so far, from :func:`empty_hessian`.
+      x: activations [..., in], any float type; summed in float32.
+    """
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    gram = lax.dot_general(x, x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return Hessian(hessian.gram + gram, hessian.tokens + x.shape[0])
+
+
+@jax.jit
+def _damped_factor(h: jax.Array, damping: jax.Array) -> jax.Array:
+    """U of the damped H. A reversed H needs one factorization instead of two and an inverse.
+
+    With J the reversal, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J), and J L⁻¹ J
+    is upper triangular.
+    """
+    diagonal = jnp.diagonal(h)
+    dead = diagonal == 0  # an input that calibration never excites: nothing to compensate
+    shift = damping * jnp.mean(diagonal) + dead
+    lower = jnp.linalg.cholesky((h + jnp.diag(shift))[::-1, ::-1])
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
+    return inverse[::-1, ::-1]
+
+
+def factorize(h: jax.Array, damping: float) -> tuple[jax.Array, float]:
+    """Factors H, damping it more if that is what it takes.
+
+    Args:
+      h: float32 [in, in], symmetric.
+      damping: share of the mean diagonal that is added to the diagonal.
+
+    Returns:
+      U, upper triangular float32 [in, in], and the damping really used.
+
+    Raises:
+      DataError: `h` has values that are not finite.
+      SpQRError: no damping made `h` positive definite, so it is no Hessian.
+    """
+    if not bool(jnp.all(jnp.isfinite(h))):
+        raise DataError(
+            "the Hessian has values that are not finite: the calibration activations overflow or hold NaN; "
+            "check the model's weights and the calibration text, or calibrate in float32"
+        )
+    used = damping
+    for _ in range(_DAMPING_STEPS):
+        u = _damped_factor(h, jnp.float32(used))
+        if bool(jnp.all(jnp.isfinite(u))):
+            return u, used
+        used = max(10 * used, _LEAST_DAMPING)
+    raise SpQRError(f"the Hessian is not positive definite even with damping {used:g}; is it symmetric?")
