@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.errors import SpQRError
-from spqr_jax.packing import CODES_PER_RUN, pack_codes, packed_words, unpack_codes
+from spqr_jax.packing import CODES_PER_RUN, packed_words, unpack_codes
 
 MAX_UINT16_COLUMNS = 1 << 16
 """Column indices are uint16 up to this many inputs, int32 above."""
@@ -278,14 +278,12 @@ def pack_array(
     stats_group_size: int,
     stats_bits: int,
 ) -> SpQRArray:
-    """Packs a solver's output.
+    """Puts a solver's output together; the outliers become sparse here, on the host.
 
     Args:
       layout: of the matrix, from :func:`array_layout`.
-      codes: unsigned [out, padded_in].
-      scale_codes: unsigned [groups, padded_out], or None without a second level.
-      zero_codes: as `scale_codes`.
-      tile_stats: float16, shaped as invariant 2 or 3 of :class:`SpQRArray` says.
+      codes, scale_codes, zero_codes, tile_stats: packed, as the leaves of
+        :class:`SpQRArray` of the same names.
       residual: float16 [out, in], what an outlier adds, permuted columns.
       outliers: bool [out, in], where the outliers are, permuted columns.
       perm: integers [in], or None for the identity.
@@ -298,10 +296,10 @@ def pack_array(
     values = residual[rows, cols] if nnz else np.zeros(1, np.float16)
     inner = layout.shape[1]
     return SpQRArray(
-        codes=pack_codes(codes, bits),
-        scale_codes=None if scale_codes is None else pack_codes(scale_codes, stats_bits),
-        zero_codes=None if zero_codes is None else pack_codes(zero_codes, stats_bits),
-        tile_stats=jnp.asarray(tile_stats, jnp.float16),
+        codes=codes,
+        scale_codes=scale_codes,
+        zero_codes=zero_codes,
+        tile_stats=tile_stats,
         outlier_cols=jnp.asarray((cols if nnz else np.zeros(1)).astype(column_dtype(inner))),
         outlier_values=jnp.asarray(values, jnp.float16),
         outlier_row_ptr=jnp.asarray(np.searchsorted(rows, np.arange(layout.shape[0] + 1)), jnp.int32),

@@ -203,12 +203,11 @@ def _solve(
     for (own, _), members in together.items():
         weights = [getattr(block, name) for name in members]
         solved = quantize_weights(weights, hessian, own)
-        block = dataclasses.replace(block, **{n: array for n, (array, _) in zip(members, solved, strict=True)})
-        if hessian is not None:
-            values = {n: array.to_dense(w.dtype) for n, w, (array, _) in zip(members, weights, solved, strict=True)}
-            dense = dataclasses.replace(dense, **values)
-        for name, (array, stats) in zip(members, solved, strict=True):
-            report(prefix + name, array, stats)
+        block = dataclasses.replace(block, **{n: one.array for n, one in zip(members, solved, strict=True)})
+        values = {n: one.dense.astype(w.dtype) for n, w, one in zip(members, weights, solved, strict=True)}
+        dense = dataclasses.replace(dense, **values)
+        for name, one in zip(members, solved, strict=True):
+            report(prefix + name, one.array, one.stats)
     return block, dense
 
 
@@ -216,9 +215,9 @@ def _quantize_head(outer: Outer, hessian: Hessian | None, config: SpQRConfig, re
     own = config.for_path("lm_head")
     assert own is not None
     assert outer.lm_head is not None
-    array, stats = quantize_weights([outer.lm_head], hessian, own)[0]
-    report("lm_head", array, stats)
-    return dataclasses.replace(outer, lm_head=array)
+    solved = quantize_weights([outer.lm_head], hessian, own)[0]
+    report("lm_head", solved.array, solved.stats)
+    return dataclasses.replace(outer, lm_head=solved.array)
 
 
 # ---- models of one's own ----------------------------------------------------------------
@@ -250,9 +249,9 @@ def _quantize_forward(
         for name in names:
             own = config.for_path(name)
             if own is not None:
-                array, stats = quantize_weights([leaves[leaf_of[name]]], hessian, own)[0]
-                leaves[leaf_of[name]] = array
-                report(name, array, stats)
+                solved = quantize_weights([leaves[leaf_of[name]]], hessian, own)[0]
+                leaves[leaf_of[name]] = solved.array
+                report(name, solved.array, solved.stats)
     return jax.tree.unflatten(tree, leaves)
 
 

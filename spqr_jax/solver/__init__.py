@@ -7,11 +7,12 @@ to leave out of a fit) and `columns.py` (the loop over the columns).
 """
 
 from spqr_jax.solver.hessian import Hessian, accumulate_hessian, empty_hessian
-from spqr_jax.solver.solve import LayerStats, quantize_weight, quantize_weights
+from spqr_jax.solver.solve import LayerStats, Solved, quantize_weight, quantize_weights
 
 __all__ = [
     "Hessian",
     "LayerStats",
+    "Solved",
     "accumulate_hessian",
     "empty_hessian",
     "quantize_weight",

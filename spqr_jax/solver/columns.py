@@ -61,6 +61,7 @@ class SolvedColumns(NamedTuple):
     """What the loop found, columns first."""
 
     codes: jax.Array  # u8 [in, rows]
+    values: jax.Array  # f32 [in, rows], what codes and residuals dequantize to
     residual: jax.Array  # f16 [in, rows], what an outlier adds; 0 elsewhere
     outliers: jax.Array  # bool [in, rows]
     scale_codes: jax.Array  # u8 [groups, rows]
@@ -73,6 +74,7 @@ class _Group(NamedTuple):
 
     fit: GroupFit
     codes: jax.Array
+    values: jax.Array
     residual: jax.Array
     outliers: jax.Array
     errors: jax.Array
@@ -95,29 +97,32 @@ def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, threshold: jax.Array
 
 def _solve_step(
     w: jax.Array, u: jax.Array, valid: jax.Array, fit: GroupFit, threshold: jax.Array, spec: ColumnSpec
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Rounds the columns of one step, one after the other: w [c, rows], u [c, c]."""
     maxq, index = spec.grid.maxq, jnp.arange(w.shape[0])
 
     def column(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        w, codes, residual, outliers, errors = state
+        w, codes, values, residual, outliers, errors = state
         pivot = u[j, j]
         q = round_to_grid(w[j], fit.scale, fit.zero, maxq)
-        miss = w[j] - dequantize(q, fit.scale, fit.zero)
+        value = dequantize(q, fit.scale, fit.zero)
+        miss = w[j] - value
         if spec.outliers:
             is_outlier = (jnp.square(miss / pivot) > threshold) & valid[j]
             added = jnp.where(is_outlier, miss, 0.0).astype(jnp.float16)
             residual, outliers = residual.at[j].set(added), outliers.at[j].set(is_outlier)
-            miss = miss - added.astype(jnp.float32)
+            value = value + added.astype(jnp.float32)
+            miss = w[j] - value
         error = miss / pivot
         if spec.compensate:
             w = w - jnp.where(index > j, u[j], 0.0)[:, None] * error
             errors = errors.at[j].set(error)
-        return w, codes.at[j].set(q.astype(jnp.uint8)), residual, outliers, errors
+        return w, codes.at[j].set(q.astype(jnp.uint8)), values.at[j].set(value), residual, outliers, errors
 
     start = (
         w,
         jnp.zeros(w.shape, jnp.uint8),
+        jnp.zeros(w.shape, jnp.float32),
         jnp.zeros(w.shape, jnp.float16),
         jnp.zeros(w.shape, bool),
         jnp.zeros(w.shape, jnp.float32),
@@ -226,6 +231,7 @@ def solve_columns(
 
     return SolvedColumns(
         by_column(solved.codes),
+        by_column(solved.values),
         by_column(solved.residual),
         by_column(solved.outliers),
         by_group(fit.scale_codes),

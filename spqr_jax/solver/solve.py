@@ -8,16 +8,20 @@ factor H, set T, then the loop of `columns.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spqr_jax.array import ArrayLayout, SpQRArray, array_layout, pack_array, round_up
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.packing import pack_codes
 from spqr_jax.solver.columns import ColumnSpec, SolvedColumns, solve_columns
 from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Hessian, factorize
@@ -44,6 +48,14 @@ class LayerStats:
     damping: float
 
 
+class Solved(NamedTuple):
+    """A quantized matrix, what it dequantizes to (float32 [out, in]), and its figures."""
+
+    array: SpQRArray
+    dense: jax.Array
+    stats: LayerStats
+
+
 def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: SpQRConfig | None = None) -> SpQRArray:
     """Quantizes one matrix.
 
@@ -57,12 +69,12 @@ def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: S
       SpQRError: shapes that do not fit, values that are not finite, or a method
         that needs a Hessian without one.
     """
-    return quantize_weights([w], hessian, config or SpQRConfig())[0][0]
+    return quantize_weights([w], hessian, config or SpQRConfig())[0].array
 
 
 def quantize_weights(
     weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, config: SpQRConfig
-) -> list[tuple[SpQRArray, LayerStats]]:
+) -> list[Solved]:
     """Quantizes matrices that read the same input, sharing its factorization.
 
     As :func:`quantize_weight`, for a list of [out_k, in]; they are stacked along
@@ -90,17 +102,23 @@ def quantize_weights(
     w_stack, thresholds = _stack(tuple(weights), perm, u, config.outlier_threshold, tuple(layouts), columns)
     valid = jnp.arange(columns) < inner
     solved = solve_columns(w_stack, u_padded, valid, thresholds, spec)
-    if not bool(jnp.all(jnp.isfinite(solved.stats))):
+    if not _finite((solved.stats,))[0]:
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
             f"(largest {float(jnp.max(jnp.abs(w_stack))):g}) or too far from zero; rescale the layer or leave it dense"
         )
     results, first = [], 0
+    static = dataclasses.replace(config, rules=(), damping=1.0, outlier_threshold=0.2 if config.outliers else math.inf)
     for w, layout in zip(weights, layouts, strict=True):
-        array = _pack(solved, first, layout, perm, config)
-        results.append((array, _stats(w, array, h, damping)))
+        matrix = _cut(solved, jnp.int32(first), w, h, perm, layout, static)
+        results.append(_result(matrix, layout, perm, damping, config))
         first += layout.padded_out
     return results
+
+
+@jax.jit
+def _finite(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.all(jnp.isfinite(array)) for array in arrays)
 
 
 def _checked_hessian(
@@ -109,8 +127,8 @@ def _checked_hessian(
     shapes = [tuple(w.shape) for w in weights]
     if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[1] for shape in shapes}) != 1:
         raise SpQRError(f"expected matrices [out, in] with one common `in`, got shapes {shapes}")
-    for w in weights:
-        if not bool(jnp.all(jnp.isfinite(w))):
+    for w, finite in zip(weights, _finite(tuple(weights)), strict=True):
+        if not finite:
             raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
     h = hessian.matrix() if isinstance(hessian, Hessian) else hessian
     inner = shapes[0][1]
@@ -166,53 +184,86 @@ def _stack(
     return jnp.concatenate(stacked, axis=1), jnp.concatenate(thresholds)
 
 
-def _pack(
-    solved: SolvedColumns, first: int, layout: ArrayLayout, perm: jax.Array | None, config: SpQRConfig
-) -> SpQRArray:
-    """Cuts one matrix out of the stacked result and packs it."""
+class _Matrix(NamedTuple):
+    """One matrix cut out of the stacked result, packed but for its outliers."""
+
+    codes: jax.Array
+    scale_codes: jax.Array | None
+    zero_codes: jax.Array | None
+    tile_stats: jax.Array
+    residual: jax.Array | None  # f16 [out, in], permuted columns
+    outliers: jax.Array | None  # bool [out, in], permuted columns
+    dense: jax.Array  # f32 [out, in]
+    output_error: jax.Array  # f32 scalar
+
+
+@partial(jax.jit, static_argnames=("layout", "config"))
+def _cut(
+    solved: SolvedColumns,
+    first: jax.Array,
+    w: jax.Array,
+    h: jax.Array | None,
+    perm: jax.Array | None,
+    layout: ArrayLayout,
+    config: SpQRConfig,
+) -> _Matrix:
+    """Cuts the matrix whose rows start at `first` out of the stacked result and packs it."""
     out, inner = layout.shape
-    rows = slice(first, first + out)
-    padded_rows = slice(first, first + layout.padded_out)
-    groups = slice(0, layout.groups)
+
+    def rows(part: jax.Array, columns: int, count: int) -> jax.Array:
+        return lax.dynamic_slice_in_dim(part[:columns], first, count, axis=1)
+
     scale_codes = zero_codes = None
     if config.quantized_stats:
         tile = config.stats_group_size
-        tiles = slice(first // tile, (first + layout.padded_out) // tile)
-        stats = jnp.swapaxes(solved.stats[groups, tiles], 0, 1)
-        scale_codes, zero_codes = solved.scale_codes[groups, padded_rows], solved.zero_codes[groups, padded_rows]
+        tiles = lax.dynamic_slice_in_dim(solved.stats, first // tile, layout.padded_out // tile, axis=1)
+        scale_codes = pack_codes(rows(solved.scale_codes, layout.groups, layout.padded_out), config.stats_bits)
+        zero_codes = pack_codes(rows(solved.zero_codes, layout.groups, layout.padded_out), config.stats_bits)
     else:
-        stats = jnp.swapaxes(solved.stats[groups, rows], 0, 1)
-    no_outliers = np.zeros((out, inner), bool)
-    return pack_array(
-        layout,
-        codes=solved.codes[: layout.padded_in, rows].T,
+        tiles = lax.dynamic_slice_in_dim(solved.stats, first, out, axis=1)
+    dense = rows(solved.values, inner, out).T
+    if perm is not None:
+        dense = dense[:, jnp.argsort(perm)]
+    return _Matrix(
+        codes=pack_codes(rows(solved.codes, layout.padded_in, out).T, config.bits),
         scale_codes=scale_codes,
         zero_codes=zero_codes,
-        tile_stats=stats,
-        residual=np.asarray(solved.residual[:inner, rows].T) if config.outliers else no_outliers,
-        outliers=np.asarray(solved.outliers[:inner, rows].T) if config.outliers else no_outliers,
+        tile_stats=jnp.swapaxes(tiles[: layout.groups], 0, 1),
+        residual=rows(solved.residual, inner, out).T if config.outliers else None,
+        outliers=rows(solved.outliers, inner, out).T if config.outliers else None,
+        dense=dense,
+        output_error=_relative_error(w.astype(jnp.float32), dense, h),
+    )
+
+
+def _relative_error(w: jax.Array, dense: jax.Array, h: jax.Array | None) -> jax.Array:
+    def energy(m: jax.Array) -> jax.Array:
+        return jnp.sum(m * m) if h is None else jnp.sum((m @ h) * m)
+
+    total = energy(w)
+    return jnp.sqrt(jnp.maximum(energy(w - dense), 0.0) / jnp.where(total > 0, total, 1.0))
+
+
+def _result(matrix: _Matrix, layout: ArrayLayout, perm: jax.Array | None, damping: float, config: SpQRConfig) -> Solved:
+    no_outliers = np.zeros(layout.shape, bool)
+    array = pack_array(
+        layout,
+        codes=matrix.codes,
+        scale_codes=matrix.scale_codes,
+        zero_codes=matrix.zero_codes,
+        tile_stats=matrix.tile_stats,
+        residual=no_outliers if matrix.residual is None else np.asarray(matrix.residual),
+        outliers=no_outliers if matrix.outliers is None else np.asarray(matrix.outliers),
         perm=None if perm is None else np.asarray(perm),
         bits=config.bits,
         stats_group_size=config.stats_group_size,
         stats_bits=config.stats_bits,
     )
-
-
-@jax.jit
-def _relative_error(w: jax.Array, dense: jax.Array, h: jax.Array | None) -> jax.Array:
-    def energy(m: jax.Array) -> jax.Array:
-        return jnp.sum(m * m) if h is None else jnp.sum((m @ h) * m)
-
-    w = w.astype(jnp.float32)
-    total = energy(w)
-    return jnp.sqrt(jnp.maximum(energy(w - dense), 0.0) / jnp.where(total > 0, total, 1.0))
-
-
-def _stats(w: jax.Array, array: SpQRArray, h: jax.Array | None, damping: float) -> LayerStats:
-    return LayerStats(
-        output_error=float(_relative_error(w, array.to_dense(), h)),
+    stats = LayerStats(
+        output_error=float(matrix.output_error),
         outlier_share=array.nnz / array.size,
         ideal_bits=array.ideal_bits,
         stored_bits=array.stored_bits,
         damping=damping,
     )
+    return Solved(array, matrix.dense, stats)
