@@ -174,7 +174,9 @@ def _orbax_context() -> Any:
     ocp = orbax_v1()
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
-    return ocp.Context(checkpointables_options=ocp.options.CheckpointablesOptions(registry=registry))
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
 
 
 def save(
@@ -219,7 +221,7 @@ class CheckpointSource:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # Orbax takes no other
         if not is_checkpoint(self.path):
             raise CheckpointError(f"{path} is not a checkpoint of {FORMAT} (no model/ and layers/ in it)")
         header = _read_header(self.path / "model")
@@ -296,6 +298,8 @@ class _WeightSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> _WeightSpec:
+        if values["kind"] not in ("spqr", "dense"):
+            raise TypeError(f"unknown kind of weight {values['kind']!r}")
         meta = {field: int(values[field]) for field in _META_FIELDS} if values["kind"] == "spqr" else {}
         return cls(values["kind"], tuple(values["shape"]), dict(values["leaves"]), meta)
 
@@ -377,7 +381,7 @@ def _compare(directory: Path, abstract: dict[str, Any], stored: Any) -> None:
         if name in found and found[name] != want
     ]
     if problems:
-        raise CheckpointError(f"{directory}: " + "; ".join(problems))
+        raise CheckpointError(f"{directory} is truncated, damaged or edited: " + "; ".join(problems))
 
 
 def _unreadable_leaves(directory: Path, abstract: dict[str, dict[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import click
 import typer
 
 from spqr_jax.blocks import collect
@@ -268,13 +270,17 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Runs the command line: bad input exits with 2 and one message, Ctrl-C with 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
     signal.signal(signal.SIGTERM, _stop)  # so that a terminated run cleans up as Ctrl-C does
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.ClickException as error:  # options that the parser refuses
+        error.show()
+        sys.exit(error.exit_code)
     except SpQRError as error:
         errors.print("error:", style="bold red", end=" ")
         errors.print(str(error), markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         errors.print("stopped; nothing is left half-written", style="yellow")
         sys.exit(130)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spqr_jax.array import round_up
-from spqr_jax.solver.grid import GridSpec, GroupFit, dequantize, fit_group, round_to_grid
+from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_group, round_to_grid
 from spqr_jax.solver.outliers import leave_one_out_gain
 
 _PANEL = 128  # columns brought up to date by one matrix product, at least one group
@@ -92,7 +92,7 @@ def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, threshold: jax.Array
     keep = jnp.broadcast_to(valid[:, None], w.shape)
     if spec.outliers:
         keep &= leave_one_out_gain(w, importance[:, None], spec.grid.maxq) <= threshold
-    return fit_group(w, keep, importance, spec.grid)
+    return fit_group(w, keep, Objective(importance[:, None], threshold), spec.grid)
 
 
 def _solve_step(

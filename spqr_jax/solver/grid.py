@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Factors tried on a range's lower and upper end."""
+_SHRINK = (1.0, 0.9, 0.8, 0.7)
+"""Factors tried on a range's lower and upper end; seven of them gained nothing measurable."""
+_CODE_OFFSETS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+"""Steps from the rounded scale and zero codes that are tried."""
 _FLAT = 2.0**-11  # a spread below this share of the largest value is below float16's resolution
 
 
@@ -76,10 +78,20 @@ def dequantize(q: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
     return scale * (q - zero)
 
 
-def weighted_error(w: jax.Array, scale: jax.Array, zero: jax.Array, importance: jax.Array, maxq: float) -> jax.Array:
-    """Σ_j importance_j (w_j - ŵ_j)², summed over the group: [g, rows] -> [rows]."""
-    error = w - dequantize(round_to_grid(w, scale, zero, maxq), scale, zero)
-    return jnp.sum(importance * jnp.square(error), axis=0)
+class Objective(NamedTuple):
+    """What a search minimizes: Σ_j min(importance_j (w_j - ŵ_j)², T).
+
+    A weight whose error exceeds the threshold T will be kept apart, and T is by
+    definition what keeping it apart is worth: so that is what it costs, not more.
+    """
+
+    importance: jax.Array  # f32 [g, 1], 1/U_jj²; 0 for padding
+    threshold: jax.Array  # f32 [rows], T; infinite without outliers
+
+    def error(self, w: jax.Array, scale: jax.Array, zero: jax.Array, maxq: float) -> jax.Array:
+        """The sum over a group: w [g, rows] -> [rows]."""
+        miss = w - dequantize(round_to_grid(w, scale, zero, maxq), scale, zero)
+        return jnp.sum(jnp.minimum(self.importance * jnp.square(miss), self.threshold), axis=0)
 
 
 def value_range(w: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -102,7 +114,7 @@ def range_to_grid(low: jax.Array, high: jax.Array, maxq: float) -> tuple[jax.Arr
 
 def reference_grid(w: jax.Array, keep: jax.Array, maxq: float) -> tuple[jax.Array, jax.Array]:
     """The original's fit: left-out weights take the mean of the others, constants the range (-1, 1)."""
-    mean = jnp.sum(jnp.where(keep, w, 0.0), axis=0) / jnp.maximum(jnp.sum(keep, axis=0), 1)
+    mean = jnp.sum(jnp.where(keep, w, 0.0), axis=0) / jnp.maximum(jnp.sum(keep, axis=0, dtype=w.dtype), 1.0)
     filled = jnp.where(keep, w, mean)
     low, high = jnp.min(filled, axis=0), jnp.max(filled, axis=0)
     flat = low == high
@@ -112,14 +124,14 @@ def reference_grid(w: jax.Array, keep: jax.Array, maxq: float) -> tuple[jax.Arra
 
 
 def search_range(
-    w: jax.Array, low: jax.Array, high: jax.Array, importance: jax.Array, maxq: float
+    w: jax.Array, low: jax.Array, high: jax.Array, objective: Objective, maxq: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The shrunk range with the least weighted error, over all pairs of factors in `_SHRINK`.
+    """The shrunk range with the least error, over all pairs of factors in `_SHRINK`.
 
     Args:
       w: [g, rows].
       low, high: [rows], the full range.
-      importance: [g, rows], weight of each squared error (0: do not count).
+      objective: what is minimized.
 
     Returns:
       low, high of the best range, [rows] each.
@@ -131,7 +143,7 @@ def search_range(
         best_error, best_low, best_high = best
         new_low = middle + shrink[pair // len(_SHRINK)] * (low - middle)
         new_high = middle + shrink[pair % len(_SHRINK)] * (high - middle)
-        error = weighted_error(w, *range_to_grid(new_low, new_high, maxq), importance, maxq)
+        error = objective.error(w, *range_to_grid(new_low, new_high, maxq), maxq)
         better = error < best_error
         return (
             jnp.where(better, error, best_error),
@@ -185,14 +197,51 @@ def second_level(v: jax.Array, spec: GridSpec) -> SecondLevel:
     return SecondLevel(codes.reshape(-1), step, origin)
 
 
-def fit_group(w: jax.Array, keep: jax.Array, importance: jax.Array, spec: GridSpec) -> GroupFit:
+def search_codes(
+    w: jax.Array, objective: Objective, middle: jax.Array, scales: SecondLevel, zeros: SecondLevel, spec: GridSpec
+) -> tuple[SecondLevel, SecondLevel]:
+    """Each row's best pair of scale and zero codes near the rounded ones, under its tile's statistics.
+
+    The zero codes tried lie around the zero point that keeps `middle` in place
+    under the scale that is tried with them.
+    """
+    group, top = spec.stats_group_size, spec.max_stat
+    step, origin = jnp.repeat(zeros.step, group), jnp.repeat(zeros.origin, group)
+    safe_step = jnp.where(step == 0, 1.0, step)
+
+    def error(scale_codes: jax.Array, zero_codes: jax.Array) -> jax.Array:
+        scale = scales._replace(codes=scale_codes).values(group)
+        zero = zeros._replace(codes=zero_codes).values(group)
+        return objective.error(w, scale, zero, spec.maxq)
+
+    def try_pair(best: tuple[jax.Array, jax.Array, jax.Array], offset: jax.Array) -> tuple[Any, None]:
+        best_error, best_scale, best_zero = best
+        scale_codes = jnp.clip(scales.codes + offset[0], 0.0, top)
+        scale = scales._replace(codes=scale_codes).values(group)
+        centred = 0.5 * spec.maxq - middle / jnp.where(scale == 0, 1.0, scale)
+        zero_codes = jnp.clip(jnp.round(centred / safe_step + origin) + offset[1], 0.0, top)
+        tried = error(scale_codes, zero_codes)
+        better = tried < best_error
+        return (
+            jnp.where(better, tried, best_error),
+            jnp.where(better, scale_codes, best_scale),
+            jnp.where(better, zero_codes, best_zero),
+        ), None
+
+    offsets = jnp.array([(s, z) for s in _CODE_OFFSETS for z in _CODE_OFFSETS], w.dtype)
+    start = (error(scales.codes, zeros.codes), scales.codes, zeros.codes)
+    (_, scale_codes, zero_codes), _ = jax.lax.scan(try_pair, start, offsets)
+    return scales._replace(codes=scale_codes), zeros._replace(codes=zero_codes)
+
+
+def fit_group(w: jax.Array, keep: jax.Array, objective: Objective, spec: GridSpec) -> GroupFit:
     """Fits the statistics of one group.
 
     Args:
       w: f32 [g, rows].
       keep: bool [g, rows], weights that the fit should serve (not the outlier
         candidates, not padding).
-      importance: f32 [g], weight of each column's squared error, 1/U_jj².
+      objective: what a search minimizes.
       spec: static choices; rows is a multiple of `spec.stats_group_size` when
         there is a second level.
     """
@@ -202,8 +251,7 @@ def fit_group(w: jax.Array, keep: jax.Array, importance: jax.Array, spec: GridSp
     else:
         low, high = value_range(w, keep)
         if spec.fit == "search":
-            served = keep | ~jnp.any(keep, axis=0)
-            low, high = search_range(w, low, high, jnp.where(served, importance[:, None], 0.0), spec.maxq)
+            low, high = search_range(w, low, high, objective, spec.maxq)
         scale, zero = range_to_grid(low, high, spec.maxq)
         middle = 0.5 * (low + high)
     if not spec.quantized_stats:
@@ -214,8 +262,11 @@ def fit_group(w: jax.Array, keep: jax.Array, importance: jax.Array, spec: GridSp
     if middle is not None:
         zero = _zero_for_scale(scale, zero, middle, spec)
     zeros = second_level(zero, spec)
+    if spec.fit == "search":
+        assert middle is not None
+        scales, zeros = search_codes(w, objective, middle, scales, zeros, spec)
     return GroupFit(
-        scale,
+        scales.values(group),
         zeros.values(group),
         scales.codes.astype(jnp.uint8),
         zeros.codes.astype(jnp.uint8),

@@ -65,7 +65,7 @@ def _damped_factor(h: jax.Array, damping: jax.Array) -> jax.Array:
     """
     diagonal = jnp.diagonal(h)
     dead = diagonal == 0  # an input that calibration never excites: nothing to compensate
-    shift = damping * jnp.mean(diagonal) + dead
+    shift = damping * jnp.mean(diagonal) + dead.astype(h.dtype)
     lower = jnp.linalg.cholesky((h + jnp.diag(shift))[::-1, ::-1])
     inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
     return inverse[::-1, ::-1]

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import correlated_problem
+
+from spqr_jax import (
+    SpQRArray,
+    SpQRConfig,
+    SpQRError,
+    accumulate_hessian,
+    empty_hessian,
+    linear,
+    prepare,
+    quantize_weight,
+)
+from spqr_jax.packing import unpack_codes
+
+
+def make(shape=(40, 72), config=None, seed=0):
+    w, x = correlated_problem(*shape, seed=seed)
+    return quantize_weight(w, accumulate_hessian(empty_hessian(shape[1]), x), config or SpQRConfig())
+
+
+FORMATS = {
+    "spqr": SpQRConfig(),
+    "identity": SpQRConfig(order="identity", bits=4),
+    "no outliers": SpQRConfig(outlier_threshold=math.inf, bits=2),
+    "one level": SpQRConfig.gptq(3, 32),
+    "per row": SpQRConfig.gptq(8, None),
+}
+
+
+@pytest.mark.parametrize("config", FORMATS.values(), ids=FORMATS.keys())
+def test_to_dense_is_the_formula(config):
+    """Written out in NumPy, weight by weight."""
+    array = make(config=config)
+    out, inner = array.shape
+    codes = np.asarray(unpack_codes(array.codes, array.bits)).astype(np.float32)
+    stats = np.asarray(array.tile_stats, np.float32)
+    dense = np.zeros((out, inner), np.float32)
+    for i in range(out):
+        for j in range(inner):
+            g = j // array.group_size
+            if array.quantized_stats:
+                ss, sz, zs, zz = stats[i // array.stats_group_size, g]
+                s = ss * (np.asarray(unpack_codes(array.scale_codes, array.scale_bits))[g, i].astype(np.float32) - sz)
+                z = zs * (np.asarray(unpack_codes(array.zero_codes, array.zero_bits))[g, i].astype(np.float32) - zz)
+            else:
+                s, z = stats[i, g]
+            dense[i, j] = s * (codes[i, j] - z)
+    perm = np.arange(inner) if array.perm is None else np.asarray(array.perm)
+    expected = np.zeros_like(dense)
+    expected[:, perm] = dense
+    rows, cols, values = array.to_coo()
+    expected[rows, cols] += values.astype(np.float32)
+    np.testing.assert_allclose(array.to_dense(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(lambda a: a.to_dense())(array), array.to_dense(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("config", FORMATS.values(), ids=FORMATS.keys())
+def test_linear_multiplies_by_the_dense_matrix(config):
+    array = make(config=config)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 72)), jnp.float32)
+    expected = np.asarray(x, np.float64) @ np.asarray(array.to_dense(), np.float64).T
+    for result in (linear(array, x), jax.jit(linear)(array, x), linear(prepare(array), x)):
+        assert np.linalg.norm(result - expected) <= 1e-5 * np.linalg.norm(expected)
+    half = linear(array, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    assert np.linalg.norm(half.astype(jnp.float32) - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_linear_refuses_activations_that_do_not_fit():
+    with pytest.raises(SpQRError, match=r"\(2, 70\).*\(40, 72\)"):
+        linear(make(), jnp.zeros((2, 70)))
+
+
+def test_sizes_are_counted_honestly():
+    array = make((64, 128))
+    assert array.ideal_bits == pytest.approx(3 + 6 / 16 + 64 / 256 + 32 * array.nnz / array.size)
+    bytes_held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(array))
+    assert array.nbytes == bytes_held
+    assert array.stored_bits == pytest.approx(8 * bytes_held / (64 * 128))
+    # sizes that need no padding: codes and statistics at exactly their ideal bits,
+    # then row pointers and permutation
+    extra = (65 * 32 + 128 * 16) / (64 * 128)
+    assert array.stored_bits == pytest.approx(array.ideal_bits + extra)
+    assert np.asarray(array.codes).nbytes * 8 == 3 * array.size
+
+
+def test_coo_is_sorted_and_complete():
+    array = make((64, 128))
+    rows, cols, values = array.to_coo()
+    assert len(rows) == array.nnz > 0
+    assert np.all(np.diff(rows.astype(np.int64) * 128 + cols) > 0)
+    assert values.dtype == np.float16
+    without = dataclasses.replace(array, outlier_values=jnp.zeros_like(array.outlier_values))
+    difference = np.asarray(array.to_dense() - without.to_dense())
+    np.testing.assert_allclose(difference[rows, cols], values.astype(np.float32), atol=1e-6)
+    assert np.count_nonzero(difference) <= array.nnz
+
+
+def test_rows_property_matches_coo():
+    array = make((64, 128))
+    np.testing.assert_array_equal(np.asarray(array.rows)[: array.nnz], array.to_coo()[0])
+
+
+def test_no_outliers_still_has_one_harmless_entry():
+    array = make(config=FORMATS["no outliers"])
+    assert array.nnz == 0
+    assert array.outlier_values.shape == (1,)
+    assert float(array.outlier_values[0]) == 0
+    assert [len(part) for part in array.to_coo()] == [0, 0, 0]
+
+
+def test_it_is_a_pytree():
+    array = make()
+    leaves, tree = jax.tree.flatten(array)
+    again = jax.tree.unflatten(tree, leaves)
+    np.testing.assert_array_equal(again.to_dense(), array.to_dense())
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(array)[0]]
+    assert ".codes" in paths
+
+
+def test_specs_validate_like_arrays():
+    array = make()
+    jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), array).validate()
+    wrong = dataclasses.replace(array, codes=jax.ShapeDtypeStruct((40, 3), jnp.uint16))
+    with pytest.raises(SpQRError, match="codes should be uint16"):
+        wrong.validate()
+
+
+def broken(array: SpQRArray):
+    perm = np.asarray(array.perm).copy()
+    perm[0] = perm[1]
+    cols = np.asarray(array.outlier_cols).copy()
+    cols[0] = 60000
+    pointers = np.asarray(array.outlier_row_ptr).copy()
+    pointers[5] = -3
+    stats = np.asarray(array.tile_stats).copy()
+    stats[0, 0, 0] = np.inf
+    yield {"perm": jnp.asarray(perm)}, "permutation"
+    yield {"outlier_cols": jnp.asarray(cols)}, "outlier_cols are not all in"
+    yield {"outlier_row_ptr": jnp.asarray(pointers)}, "outlier_row_ptr does not rise"
+    yield {"tile_stats": jnp.asarray(stats)}, "not finite"
+    yield {"nnz": array.nnz + 1}, "outlier_cols should be"
+    yield {"tile_stats": array.tile_stats.astype(jnp.float32)}, "tile_stats should be float16"
+    yield {"bits": 4}, "codes should be"
+    yield {"scale_codes": None}, "should be"
+    yield {"group_size": 7}, "no supported format"
+
+
+def test_each_broken_invariant_is_named():
+    array = make()
+    for changes, says in broken(array):
+        with pytest.raises(SpQRError, match=says):
+            dataclasses.replace(array, **changes).validate()

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spqr_jax import CheckpointError, SpQRArray, SpQRConfig, load, quantize, save
+from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model, tiny_batches):
+    return quantize(tiny_model, tiny_batches, SpQRConfig())
+
+
+@pytest.fixture(scope="module")
+def saved(quantized, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    save(path, quantized, SpQRConfig(), provenance={"model": "tiny"})
+    return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_round_trip_is_bit_exact(saved, quantized):
+    loaded = load(saved)
+    assert jax.tree.structure(loaded) == jax.tree.structure(quantized)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(quantized), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16_and_dense_models_too(tiny_model, tmp_path):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model)
+    save(tmp_path / "m", half)
+    loaded = load(tmp_path / "m")
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(half), strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b)
+    assert CheckpointSource(tmp_path / "m").quantization is None
+
+
+def test_it_tells_where_it_comes_from(saved):
+    source = CheckpointSource(saved)
+    assert source.quantization == SpQRConfig()
+    assert source.provenance == {"model": "tiny"}
+
+
+def test_nothing_is_pickled_and_files_are_few(saved):
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+    assert len(files) < 150
+
+
+def header_file(directory):
+    found = [
+        path for path in (directory / "config").rglob("*") if path.is_file() and b"format_version" in path.read_bytes()
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def edit_header(directory, change):
+    path = header_file(directory)
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_another_version_is_refused(copy):
+    edit_header(copy / "model", lambda values: values.update(format_version=99))
+    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
+        load(copy)
+
+
+def test_a_changed_checksum_names_the_leaf(copy):
+    def change(values):
+        values["weights"]["q_proj"]["leaves"]["codes"]["sha256"] = "0" * 64
+
+    edit_header(copy / "layers" / "00001", change)
+    with pytest.raises(CheckpointError, match=r"00001.*q_proj\.codes.*checksum"):
+        load(copy)
+
+
+@pytest.mark.parametrize(("field", "value"), [("dtype", "float32"), ("shape", [1, 2])])
+def test_types_and_shapes_are_compared_before_reading(copy, field, value):
+    def change(values):
+        values["weights"]["up_proj"]["leaves"]["tile_stats"][field] = value
+
+    edit_header(copy / "layers" / "00000", change)
+    with pytest.raises(CheckpointError, match=r"up_proj\.tile_stats"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("bits", 4, "codes should be"),
+        ("nnz", 0, "outlier"),
+        ("shape", [64, 32], "expected"),
+        ("kind", "huh", "unknown kind"),
+    ],
+)
+def test_an_edited_description_is_refused(copy, key, value, says):
+    edit_header(copy / "layers" / "00000", lambda values: values["weights"]["up_proj"].update({key: value}))
+    with pytest.raises(CheckpointError, match=says):
+        load(copy)
+
+
+def data_files(directory):
+    return sorted(
+        (p for p in (directory / "params").rglob("*") if p.is_file() and "/d/" in str(p)), key=os.path.getsize
+    )
+
+
+def test_truncated_data_is_refused(copy):
+    for file in data_files(copy / "layers" / "00001"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"00001.*truncated.*leaf \w+\.\w+"):
+        load(copy)
+
+
+def test_one_flipped_bit_is_found(copy):
+    file = data_files(copy / "layers" / "00001")[-1]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="00001"):
+        load(copy)
+
+
+def test_missing_and_swapped_blocks_are_refused(copy):
+    os.rename(copy / "layers" / "00001", copy / "layers" / "gone")
+    with pytest.raises(CheckpointError, match=r"00001 is missing"):
+        load(copy)
+    os.rename(copy / "layers" / "00000", copy / "layers" / "00001")
+    os.rename(copy / "layers" / "gone", copy / "layers" / "00000")
+    with pytest.raises(CheckpointError, match="says that it is block 1, expected 0"):
+        load(copy)
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load(tmp_path)
+
+
+def test_existing_directories_are_kept_unless_asked(copy, quantized):
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(CheckpointError, match="exists already"):
+        save(copy, quantized)
+    assert sorted(copy.rglob("*")) == before
+    save(copy, quantized, provenance={"again": True}, overwrite=True)
+    assert CheckpointSource(copy).provenance == {"again": True}
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_write_leaves_nothing(tmp_path, quantized, error):
+    def write():
+        with CheckpointSink(tmp_path / "m", quantized.config) as sink:
+            sink.put_block(0, quantized.layers[0])
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_incomplete_checkpoint_is_not_finished(tmp_path, quantized):
+    with pytest.raises(CheckpointError, match="incomplete"), CheckpointSink(tmp_path / "m", quantized.config) as sink:
+        sink.put_block(0, quantized.layers[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_are_validated_on_load(tmp_path, quantized):
+    """Checksums that fit do not make a bad array good."""
+    array = quantized.layers[0].q_proj
+    assert isinstance(array, SpQRArray)
+    cols = np.asarray(array.outlier_cols).copy()
+    cols[0] = 60000
+    block = dataclasses.replace(quantized.layers[0], q_proj=dataclasses.replace(array, outlier_cols=jnp.asarray(cols)))
+    save(tmp_path / "m", dataclasses.replace(quantized, layers=(block, quantized.layers[1])))
+    with pytest.raises(CheckpointError, match=r"q_proj.*outlier_cols are not all in"):
+        load(tmp_path / "m")

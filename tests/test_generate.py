@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spqr_jax import DataError, Sampling, SpQRConfig, SpQRError, forward, generate, quantize
+from spqr_jax.sampling import sample
+
+
+def greedy_without_cache(model, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(jnp.argmax(forward(model, jnp.asarray([tokens]))[0, -1])))
+    return tokens[len(prompt) :]
+
+
+def test_the_cache_changes_nothing(tiny_model):
+    prompts = [[5, 6, 7], list(range(10, 31)), [9]]
+    result = generate(tiny_model, prompts, max_new_tokens=8, stop_tokens=())
+    assert result.prompt_tokens == [3, 21, 1]
+    for prompt, made in zip(prompts, result.tokens, strict=True):
+        assert made == greedy_without_cache(tiny_model, prompt, 8)
+
+
+def test_quantized_models_generate_what_they_dequantize_to(tiny_model, tiny_batches):
+    quantized = quantize(tiny_model, tiny_batches, SpQRConfig())
+    assert generate(quantized, [[1, 5, 9]], max_new_tokens=6, stop_tokens=()).tokens == [
+        greedy_without_cache(quantized, [1, 5, 9], 6)
+    ]
+
+
+def test_stop_tokens_end_a_text_and_are_left_out(tiny_model):
+    free = generate(tiny_model, [[5, 6, 7], [50, 51]], max_new_tokens=10, stop_tokens=())
+    stop = free.tokens[0][4]
+    cut = generate(tiny_model, [[5, 6, 7], [50, 51]], max_new_tokens=10, stop_tokens=[stop])
+    for before, after in zip(free.tokens, cut.tokens, strict=True):
+        assert after == before[: before.index(stop)] if stop in before else after == before
+
+
+def test_seeds_repeat_and_differ(tiny_model):
+    def run(seed):
+        return generate(
+            tiny_model, [[5, 6, 7]], max_new_tokens=12, sampling=Sampling(1.5), seed=seed, stop_tokens=()
+        ).tokens
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_tokens_come_as_they_are_made(tiny_model):
+    seen = []
+    result = generate(
+        tiny_model,
+        [[5], [6, 7]],
+        max_new_tokens=4,
+        stop_tokens=(),
+        on_token=lambda row, token: seen.append((row, token)),
+    )
+    assert [t for r, t in seen if r == 0] == result.tokens[0]
+    assert [r for r, _ in seen[:2]] == [0, 1]
+    assert result.decode_tokens_per_second > 0
+
+
+def test_the_context_ends_the_text(tiny_model):
+    prompt = list(range(3, 123))  # 120 of 128
+    assert len(generate(tiny_model, [prompt], max_new_tokens=50, stop_tokens=()).tokens[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ([], "at least one prompt"),
+        ([[]], "at least one prompt"),
+        ([[1] * 128], "no room in the model's context of 128"),
+        ([[1, 999]], "vocabulary has 256"),
+        ([[-1]], "vocabulary has 256"),
+    ],
+)
+def test_unusable_prompts_say_why(tiny_model, prompts, says):
+    with pytest.raises(DataError, match=says):
+        generate(tiny_model, prompts)
+
+
+# ---- sampling ---------------------------------------------------------------------------
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+
+
+def frequencies(sampling, count=4000):
+    keys = jax.random.split(jax.random.key(0), count)
+    drawn = jax.vmap(lambda key: sample(LOGITS, key, sampling)[0])(keys)
+    return np.bincount(np.asarray(drawn), minlength=4) / count
+
+
+def test_temperature_zero_is_greedy():
+    np.testing.assert_array_equal(frequencies(Sampling(0.0), 10), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(1.0), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(0.5), np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
+        (Sampling(1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (Sampling(1.0, top_p=0.6), [0.625, 0.375, 0, 0]),
+        (Sampling(1.0, top_p=0.81), np.array([0.5, 0.3, 0.15, 0]) / 0.95),
+        (Sampling(1.0, top_p=1e-6), [1, 0, 0, 0]),
+        (Sampling(1.0, top_k=3, top_p=0.5), [1, 0, 0, 0]),
+        (Sampling(1.0, top_k=100), [0.5, 0.3, 0.15, 0.05]),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(sampling, expected):
+    # four standard errors of a frequency over 4000 draws
+    np.testing.assert_allclose(frequencies(sampling), expected, atol=4 * math.sqrt(0.25 / 4000))
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_impossible_sampling_is_refused(bad):
+    with pytest.raises(SpQRError):
+        Sampling(**bad)
+
+
+def test_sampling_is_static():
+    assert hash(Sampling()) == hash(dataclasses.replace(Sampling()))

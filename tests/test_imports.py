@@ -1,0 +1,71 @@
+"""Arrows between modules run one way, and importing the package is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
+
+# From the bottom up: a module may import from its own layer's earlier entries and
+# from the layers before it. Modules of one entry may import each other.
+LAYERS = [
+    ["errors", "_compat"],
+    ["packing"],
+    ["config", "sampling", "data"],
+    ["array"],
+    ["linear"],
+    ["solver"],
+    ["models"],
+    ["blocks"],
+    ["calibrate"],
+    ["evaluate"],
+    ["quantize", "generate"],
+    ["checkpoint"],
+    ["resolve", "inspection"],
+    ["cli"],
+    ["__main__", "__init__"],
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+
+
+def top(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports_of(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "spqr_jax":
+            yield top(node.module)
+        if isinstance(node, ast.Import):
+            yield from (top(alias.name) for alias in node.names if alias.name.split(".")[0] == "spqr_jax")
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for imported in imports_of(path):
+            if imported != module and LEVEL[imported] >= LEVEL[module]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {imported}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_has_its_place():
+    modules = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
+    assert modules == set(LEVEL)
+
+
+def test_the_solver_knows_no_model():
+    known = {"array", "config", "errors", "packing", "solver"}
+    for path in (PACKAGE / "solver").glob("*.py"):
+        assert set(imports_of(path)) <= known, path
+
+
+def test_importing_needs_jax_and_numpy_only():
+    heavy = ["transformers", "tokenizers", "orbax", "flax", "optax", "datasets", "safetensors", "gguf", "typer", "rich"]
+    code = f"import sys, spqr_jax; print([m for m in {heavy!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,287 @@
+"""The decoder against transformers, and loading from every format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from spqr_jax import Decoder, ModelError, forward, generate
+from spqr_jax.blocks import collect
+from spqr_jax.models.config import config_from_hf
+from spqr_jax.models.decoder import random_decoder
+from spqr_jax.models.gguf import GGUFFile, open_gguf
+from spqr_jax.models.hf import open_hf
+
+
+def hf_config(config, **changes):
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tied_head,
+        "eos_token_id": list(config.eos_token_ids),
+    } | changes
+
+
+def hf_tensors(model: Decoder):
+    tensors = {"model.embed_tokens.weight": model.outer.embed_tokens, "model.norm.weight": model.outer.final_norm}
+    if model.outer.lm_head is not None:
+        tensors["lm_head.weight"] = model.outer.lm_head
+    for i, block in enumerate(model.layers):
+        prefix = f"model.layers.{i}."
+        tensors |= {
+            prefix + "input_layernorm.weight": block.attention_norm,
+            prefix + "post_attention_layernorm.weight": block.mlp_norm,
+            **{prefix + f"self_attn.{n}_proj.weight": getattr(block, f"{n}_proj") for n in "qkvo"},
+            **{prefix + f"mlp.{n}_proj.weight": getattr(block, f"{n}_proj") for n in ("gate", "up", "down")},
+        }
+    return {name: np.asarray(value) for name, value in tensors.items()}
+
+
+def write_hf(directory, model, shards=1, config=None, tensors=None):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config or hf_config(model.config)))
+    tensors = hf_tensors(model) if tensors is None else tensors
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+    index = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({name: tensors[name] for name in names[shard::shards]}, directory / file)
+        index |= dict.fromkeys(names[shard::shards], file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return directory
+
+
+def write_gguf(path, model, quantization=None):
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_eos_token_id(config.eos_token_ids[0])
+
+    def neighbours(w, heads):  # the order of rows that llama.cpp's converter makes
+        return np.asarray(w).reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+    def add(name, value):
+        value = np.asarray(value)
+        if quantization is not None and value.ndim == 2:
+            raw = gguf.quants.quantize(value, quantization)
+            writer.add_tensor(name, raw, raw_dtype=quantization)
+        else:
+            writer.add_tensor(name, value)
+
+    add("token_embd.weight", model.outer.embed_tokens)
+    add("output_norm.weight", model.outer.final_norm)
+    if model.outer.lm_head is not None:
+        add("output.weight", model.outer.lm_head)
+    for i, block in enumerate(model.layers):
+        add(f"blk.{i}.attn_norm.weight", block.attention_norm)
+        add(f"blk.{i}.attn_q.weight", neighbours(block.q_proj, config.num_heads))
+        add(f"blk.{i}.attn_k.weight", neighbours(block.k_proj, config.num_kv_heads))
+        add(f"blk.{i}.attn_v.weight", block.v_proj)
+        add(f"blk.{i}.attn_output.weight", block.o_proj)
+        add(f"blk.{i}.ffn_norm.weight", block.mlp_norm)
+        for name in ("gate", "up", "down"):
+            add(f"blk.{i}.ffn_{name}.weight", getattr(block, f"{name}_proj"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def assert_same_tree(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# ---- against transformers ---------------------------------------------------------------
+
+VARIANTS = {
+    "plain": {},
+    "tied head": {"tie_word_embeddings": True},
+    "llama 3 rotary": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "linear rotary": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_match_transformers(tmp_path, tiny_config, changes):
+    torch = pytest.importorskip("torch", reason="torch is not installed: transformers' own model cannot be run")
+    import transformers
+
+    torch.manual_seed(0)
+    config = hf_config(tiny_config, **changes)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.15 + (parameter.ndim == 1))
+    theirs.save_pretrained(tmp_path)
+    ours = collect(open_hf(tmp_path, jnp.float32))
+    tokens = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (2, 100))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(forward(ours, jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
+
+    new = generate(ours, [tokens[0, :9].tolist(), tokens[1, :17].tolist()], max_new_tokens=12, stop_tokens=())
+    for row, length in ((0, 9), (1, 17)):
+        with torch.no_grad():
+            greedy = theirs.generate(
+                torch.from_numpy(tokens[row : row + 1, :length]), max_new_tokens=12, min_new_tokens=12, do_sample=False
+            )
+        assert new.tokens[row] == greedy[0, length:].tolist()
+
+
+def test_left_padding_changes_nothing(tiny_model):
+    tokens = jnp.arange(10, dtype=jnp.int32)[None] + 5
+    padded = jnp.concatenate([jnp.zeros((1, 6), jnp.int32), tokens], axis=1)
+    plain = forward(tiny_model, tokens)
+    np.testing.assert_allclose(forward(tiny_model, padded, jnp.array([6]))[:, 6:], plain, atol=2e-5)
+
+
+def test_long_sequences_attend_in_chunks_as_short_ones_do(tiny_config):
+    model = random_decoder(dataclasses.replace(tiny_config, max_positions=512), seed=3)
+    tokens = jax.random.randint(jax.random.key(0), (1, 300), 0, tiny_config.vocab_size)
+    whole = forward(model, tokens)
+    np.testing.assert_allclose(forward(model, tokens[:, :60]), whole[:, :60], atol=2e-5)
+
+
+# ---- loading ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_safetensors_round_trip(tmp_path, tiny_model, shards):
+    assert_same_tree(collect(open_hf(write_hf(tmp_path / "m", tiny_model, shards), jnp.float32)), tiny_model)
+
+
+def test_weights_take_the_type_asked_for(tmp_path, tiny_model):
+    loaded = collect(open_hf(write_hf(tmp_path / "m", tiny_model), jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+    again = write_hf(tmp_path / "b", loaded)
+    assert_same_tree(collect(open_hf(again, jnp.bfloat16)), loaded)
+
+
+def test_gguf_round_trip_undoes_the_row_order(tmp_path, tiny_model):
+    loaded = collect(open_gguf(GGUFFile(write_gguf(tmp_path / "m.gguf", tiny_model)), jnp.float32))
+    expected = dataclasses.replace(tiny_model.config, norm_eps=float(np.float32(tiny_model.config.norm_eps)))
+    assert loaded.config == expected  # GGUF keeps it as float32
+    assert_same_tree(loaded, tiny_model)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+def test_gguf_types_dequantize(tmp_path, tiny_model, kind):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model, getattr(gguf.GGMLQuantizationType, kind))
+    loaded = collect(open_gguf(GGUFFile(path), jnp.float32))
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(tiny_model), strict=True):
+        assert np.linalg.norm(a - b) <= 0.12 * np.linalg.norm(b)
+
+
+def test_every_problem_is_reported_at_once(tmp_path, tiny_model):
+    tensors = hf_tensors(tiny_model)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = np.ones(3, np.float32)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(64, np.float32)
+    with pytest.raises(ModelError) as caught:
+        open_hf(write_hf(tmp_path / "m", tiny_model, tensors=tensors), jnp.float32)
+    for word in ("missing layers.1.up_proj (96, 64)", "norm.weight has shape (3,), expected (64,)", "q_proj.bias"):
+        assert word in str(caught.value)
+
+
+def test_non_finite_weights_are_named(tmp_path, tiny_model):
+    tensors = hf_tensors(tiny_model)
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+        tensors[name] = np.full_like(tensors[name], np.nan)
+    source = open_hf(write_hf(tmp_path / "m", tiny_model, tensors=tensors), jnp.float32)
+    source.block(0)
+    with pytest.raises(ModelError, match=r"k_proj.*up_proj"):
+        source.block(1)
+
+
+def damage(directory, what):
+    file = directory / "model.safetensors"
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif what == "no weights":
+        file.unlink()
+    elif what == "no config":
+        (directory / "config.json").unlink()
+    elif what == "bad config":
+        (directory / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("truncated", "safetensors"),
+        ("no weights", "no pickles"),
+        ("no config", "does not exist"),
+        ("bad config", "not valid JSON"),
+    ],
+)
+def test_damaged_directories_give_clear_errors(tmp_path, tiny_model, what, says):
+    damage(write_hf(tmp_path / "m", tiny_model), what)
+    with pytest.raises(ModelError, match=says):
+        collect(open_hf(tmp_path / "m", jnp.float32))
+
+
+def test_a_missing_shard_is_named(tmp_path, tiny_model):
+    write_hf(tmp_path / "m", tiny_model, shards=2)
+    (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="model-00002-of-00002"):
+        open_hf(tmp_path / "m", jnp.float32)
+
+
+def test_a_broken_gguf_is_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + b"\x00" * 40)
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": ["FooForCausalLM"], "model_type": "foo"}, "FooForCausalLM.*supported: LlamaForCausalLM"),
+        ({"attention_bias": True}, "biases"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"num_key_value_heads": 3}, "cannot share"),
+    ],
+)
+def test_what_we_do_not_run_is_refused(tiny_config, changes, says):
+    with pytest.raises(ModelError, match=says):
+        config_from_hf(hf_config(tiny_config, **changes))

@@ -1,0 +1,52 @@
+"""The wheel, installed somewhere else, works without the repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("build", reason="the package `build` is not installed (test extra)")
+    out = tmp_path_factory.mktemp("wheel")
+    result = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_its_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "spqr_jax").rglob("*.py")}
+    assert modules <= set(names)
+    assert "spqr_jax/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests", "scripts"))]
+
+
+def test_the_installed_wheel_runs(wheel, tmp_path):
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import spqr_jax; print(spqr_jax.__file__)\n"
+        "import jax.numpy as jnp\n"
+        "a = spqr_jax.quantize_weight(jnp.eye(32), None, spqr_jax.SpQRConfig.rtn(4, 16))\n"
+        "print(float(abs(a.to_dense() - jnp.eye(32)).max()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    where, error = result.stdout.split()
+    assert Path(where).is_relative_to(target)
+    assert float(error) < 1e-3
+    assert (target / "bin" / "spqr").is_file()

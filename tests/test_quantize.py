@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spqr_jax
+from spqr_jax import (
+    DataError,
+    LayerRule,
+    SpQRArray,
+    SpQRConfig,
+    SpQRError,
+    accumulate_hessian,
+    empty_hessian,
+    forward,
+    quantize,
+    quantize_weight,
+)
+from spqr_jax.blocks import TreeSource
+from spqr_jax.calibrate import Activations, stage_groups
+from spqr_jax.models.decoder import plain_linear
+from spqr_jax.quantize import WEIGHT_NAMES, quantize_blocks
+
+GPTQ8 = SpQRConfig.gptq(8, 16)
+
+
+def divergence(model, other, tokens):
+    """Mean KL divergence of the next-token distributions."""
+    p, q = (jax.nn.log_softmax(forward(m, tokens)) for m in (model, other))
+    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_config):
+    return jax.random.randint(jax.random.key(7), (4, 32), 0, tiny_config.vocab_size)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_every_matrix_is_quantized_and_nothing_else(tiny_model, tiny_batches, tokens, sequential):
+    quantized = quantize(tiny_model, tiny_batches, SpQRConfig(sequential=sequential))
+    for block in quantized.layers:
+        for field in dataclasses.fields(block):
+            weight = getattr(block, field.name)
+            assert isinstance(weight, SpQRArray) == (field.name in WEIGHT_NAMES)
+            if isinstance(weight, SpQRArray):
+                weight.validate()
+    assert quantized.outer is tiny_model.outer or quantized.outer == tiny_model.outer
+    assert divergence(tiny_model, quantized, tokens) < 0.1
+
+
+def test_more_bits_and_better_methods_diverge_less(tiny_model, tiny_batches, tokens):
+    def run(config):
+        return divergence(tiny_model, quantize(tiny_model, tiny_batches, config), tokens)
+
+    assert run(GPTQ8) < run(SpQRConfig()) < run(SpQRConfig.rtn(2, 16))
+
+
+def test_odd_sizes(odd_model, tiny_batches, tokens):
+    quantized = quantize(odd_model, tiny_batches, SpQRConfig())
+    assert quantized.layers[0].q_proj.shape == (50, 50)
+    assert divergence(odd_model, quantized, tokens) < 0.2
+
+
+def test_the_first_stage_sees_the_hessian_of_its_inputs(tiny_model, tiny_batches):
+    """The recording pass gives the very Gram matrix of what q, k and v read."""
+    activations = Activations(tiny_model.config, tiny_model.outer, tiny_batches)
+    assert [names for names, _ in stage_groups(tiny_model.config, 0)] == [("q_proj", "k_proj", "v_proj")]
+    (hessian,) = activations.hessians(0, tiny_model.layers[0])
+    total = empty_hessian(64)
+    for batch in tiny_batches:
+        x = np.asarray(tiny_model.outer.embed_tokens)[batch]
+        x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * np.asarray(tiny_model.layers[0].attention_norm)
+        total = accumulate_hessian(total, jnp.asarray(x))
+    np.testing.assert_allclose(hessian.gram, total.gram, rtol=1e-4, atol=1e-3)
+    assert float(hessian.tokens) == sum(batch.size for batch in tiny_batches)
+
+
+def test_the_stream_ends_where_the_model_does(tiny_model, tiny_batches):
+    """Stage by stage through all blocks is the forward pass."""
+    activations = Activations(tiny_model.config, tiny_model.outer, tiny_batches)
+    for block in tiny_model.layers:
+        for stage in range(4):
+            activations.advance(stage, block)
+    hessian = activations.head_hessian(tiny_model.outer)
+    assert hessian.gram.shape == (64, 64)
+    logits = forward(tiny_model, jnp.asarray(tiny_batches[0]))
+    residual = activations._states[0].residual
+    from spqr_jax.models.decoder import logits as head
+
+    np.testing.assert_allclose(head(tiny_model.config, tiny_model.outer, residual), logits, atol=1e-5)
+
+
+def test_sequential_inputs_have_passed_the_quantized_weights(tiny_model, tiny_batches):
+    """Skipping the first stage's weights changes what the second stage is given."""
+    errors = {}
+    for name, config in {"on": SpQRConfig(bits=2), "off": SpQRConfig(bits=2, sequential=False)}.items():
+        reports = []
+        quantize(tiny_model, tiny_batches, config, on_layer=reports.append)
+        errors[name] = {r.path: r.stats.output_error for r in reports}
+    assert errors["on"]["layers.0.q_proj"] == pytest.approx(errors["off"]["layers.0.q_proj"], rel=1e-6)
+    assert errors["on"]["layers.0.o_proj"] != errors["off"]["layers.0.o_proj"]
+
+
+def test_rules_skip_and_change_bits(tiny_model, tiny_batches):
+    config = SpQRConfig(
+        rules=(LayerRule(r"layers\.0\..*_proj", skip=True), LayerRule("down_proj", bits=4), LayerRule("k_proj", bits=2))
+    )
+    quantized = quantize(tiny_model, tiny_batches, config)
+    assert not any(isinstance(getattr(quantized.layers[0], n), SpQRArray) for n in WEIGHT_NAMES)
+    assert [quantized.layers[1].down_proj.bits, quantized.layers[1].k_proj.bits] == [4, 2]
+    assert quantized.layers[1].q_proj.bits == 3
+
+
+def test_the_head_is_quantized_on_request(tiny_model, tiny_batches, tokens):
+    config = SpQRConfig(quantize_head=True)
+    quantized = quantize(tiny_model, tiny_batches, config)
+    assert isinstance(quantized.outer.lm_head, SpQRArray)
+    assert divergence(tiny_model, quantized, tokens) < 0.1
+    tied = dataclasses.replace(
+        tiny_model,
+        outer=dataclasses.replace(tiny_model.outer, lm_head=None),
+        config=dataclasses.replace(tiny_model.config, tied_head=True),
+    )
+    with pytest.raises(SpQRError, match="tied"):
+        quantize(tied, tiny_batches, config)
+
+
+def test_round_to_nearest_needs_no_text(tiny_model):
+    quantized = quantize(tiny_model, None, SpQRConfig.rtn(4, 16))
+    expected = quantize_weight(tiny_model.layers[1].up_proj, None, SpQRConfig.rtn(4, 16))
+    np.testing.assert_array_equal(quantized.layers[1].up_proj.to_dense(), expected.to_dense())
+
+
+def test_it_is_deterministic(tiny_model, tiny_batches):
+    first, second = (quantize(tiny_model, iter(tiny_batches), SpQRConfig()) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_blocks_are_read_once_and_put_in_order(tiny_model, tiny_batches):
+    events = []
+
+    class Source(TreeSource):
+        def block(self, index):
+            events.append(("read", index))
+            return super().block(index)
+
+    class Sink:
+        def put_block(self, index, block):
+            events.append(("put", index))
+
+        def put_outer(self, outer):
+            events.append(("outer", None))
+
+    quantize_blocks(Source(tiny_model), Sink(), tiny_batches, SpQRConfig())
+    assert events == [("read", 0), ("put", 0), ("read", 1), ("put", 1), ("outer", None)]
+
+
+@pytest.mark.parametrize(
+    ("batches", "says"),
+    [
+        ([], "no calibration batches"),
+        (None, "needs calibration batches"),
+        ([np.zeros((1, 200), np.int32)], "longer than the model's context of 128"),
+        ([np.full((1, 8), 999, np.int32)], "vocabulary has 256"),
+        ([np.zeros((1, 8), np.float32)], "integer token ids"),
+        ([np.zeros(8, np.int32)], "integer token ids"),
+        ([np.zeros((0, 8), np.int32)], "integer token ids"),
+    ],
+)
+def test_unusable_calibration_says_why(tiny_model, batches, says):
+    with pytest.raises(DataError, match=says):
+        quantize(tiny_model, batches, SpQRConfig())
+
+
+def test_nan_in_the_model_is_found_in_calibration(tiny_model, tiny_batches):
+    bad = dataclasses.replace(
+        tiny_model, outer=dataclasses.replace(tiny_model.outer, embed_tokens=jnp.full((256, 64), jnp.nan))
+    )
+    with pytest.raises(DataError, match="not finite"):
+        quantize(bad, tiny_batches, SpQRConfig())
+
+
+def test_params_of_another_kind_ask_for_forward():
+    with pytest.raises(SpQRError, match="forward=fn"):
+        quantize({"w": jnp.ones((4, 4))}, [], SpQRConfig())
+
+
+# ---- models of one's own ----------------------------------------------------------------
+
+
+def own_model():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "first": jax.random.normal(keys[0], (48, 32)) * 0.2,
+        "gate": jax.random.normal(keys[1], (48, 32)) * 0.2,
+        "last": [jax.random.normal(keys[2], (8, 48)) * 0.2],
+        "bias": jnp.ones(8),
+    }
+
+
+def own_forward(params, batch, linear):
+    hidden = jnp.tanh(linear("mlp.first", params["first"], batch)) * linear("mlp.gate", params["gate"], batch)
+    return linear("mlp.last", params["last"][0], hidden) + params["bias"]
+
+
+def test_any_forward_function(tiny_batches):
+    params, batches = own_model(), [jax.random.normal(jax.random.key(i), (16, 32)) for i in range(4)]
+    quantized = quantize(params, iter(batches), SpQRConfig(), forward=own_forward)
+    assert isinstance(quantized["last"][0], SpQRArray)
+    assert quantized["bias"] is params["bias"]
+    x = jax.random.normal(jax.random.key(9), (64, 32))
+
+    def run(p):
+        return own_forward(p, x, lambda path, w, x: spqr_jax.linear(w, x))
+
+    assert np.linalg.norm(run(quantized) - run(params)) < 0.2 * np.linalg.norm(run(params))
+    hessian = empty_hessian(32)
+    for batch in batches:
+        hessian = accumulate_hessian(hessian, batch)
+    expected = quantize_weight(params["gate"], hessian, SpQRConfig())
+    np.testing.assert_array_equal(quantized["gate"].codes, expected.codes)
+
+
+def test_forward_must_name_each_leaf_once():
+    params, batch = own_model(), jnp.ones((4, 32))
+    with pytest.raises(SpQRError, match="no leaf of params"):
+        quantize(params, [batch], forward=lambda p, x, linear: linear("a", 2 * p["first"], x))
+    with pytest.raises(SpQRError, match="twice"):
+        quantize(params, [batch], forward=lambda p, x, linear: linear("a", p["gate"], x) + linear("a", p["first"], x))
+    with pytest.raises(DataError, match="no calibration batches"):
+        quantize(params, [], forward=own_forward)
+
+
+def test_inference_ignores_names(tiny_model):
+    x = jnp.ones((2, 64))
+    np.testing.assert_array_equal(
+        plain_linear("anything", tiny_model.layers[0].q_proj, x), spqr_jax.linear(tiny_model.layers[0].q_proj, x)
+    )
+
+
+def test_thresholds_of_infinity_keep_nothing_apart(tiny_model, tiny_batches):
+    quantized = quantize(tiny_model, tiny_batches, SpQRConfig(outlier_threshold=math.inf))
+    assert all(getattr(block, name).nnz == 0 for block in quantized.layers for name in WEIGHT_NAMES)
