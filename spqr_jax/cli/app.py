@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import click
 import typer
 
 from spqr_jax.blocks import collect
@@ -264,6 +263,9 @@ def inspect(
     write_json(json, summary)
 
 
+_INTERRUPTED = 130
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -273,14 +275,12 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
     signal.signal(signal.SIGTERM, _stop)  # so that a terminated run cleans up as Ctrl-C does
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except click.ClickException as error:  # options that the parser refuses
-        error.show()
-        sys.exit(error.exit_code)
+        app()
     except SpQRError as error:
         errors.print("error:", style="bold red", end=" ")
         errors.print(str(error), markup=False)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        errors.print("stopped; nothing is left half-written", style="yellow")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            errors.print("stopped; nothing is left half-written", style="yellow")
+        raise
