@@ -19,9 +19,9 @@ CALIBRATION = "--calib pydoc --nsamples 16 --seqlen 1024 --seed 0"
 EVALUATION = "--data pydoc --seqlen 1024 --windows 10"
 METHODS = {
     "SpQR 3-bit": f"--method spqr {CALIBRATION}",
-    "GPTQ 3-bit, groups of 16": f"--method gptq --bits 3 --group-size 16 {CALIBRATION}",
-    "GPTQ 3-bit, groups of 64": f"--method gptq --bits 3 --group-size 64 {CALIBRATION}",
-    "round to nearest 3-bit, groups of 16": "--method rtn --bits 3 --group-size 16",
+    "GPTQ 3-bit g16": f"--method gptq --bits 3 --group-size 16 {CALIBRATION}",
+    "GPTQ 3-bit g64": f"--method gptq --bits 3 --group-size 64 {CALIBRATION}",
+    "RTN 3-bit g16": "--method rtn --bits 3 --group-size 16",
 }
 PROMPTS = ["Why is the sky blue? Answer in two sentences.", "Write one sentence about a small but clever robot."]
 
@@ -44,7 +44,7 @@ def main() -> None:
     out = parser.parse_args().out
     rows = []
     for name, options in METHODS.items():
-        directory = out / name.replace(",", "").replace(" ", "-").lower()
+        directory = out / name.replace(" ", "-").lower()
         if directory.exists():
             shutil.rmtree(directory)
         quantized = spqr(f"quantize demo {options}", "--out", str(directory))
@@ -72,8 +72,8 @@ def main() -> None:
         "SmolLM2-135M-Instruct, quantized in four ways",
         ["", "perplexity", "ideal bits", "stored bits", "size", "seconds"],
         lines,
-        notes="Perplexity on 10 windows of 1024 tokens of pydoc's prose, calibration on 16 of its other half. Bits are "
-        "for the quantized matrices; size is the whole model, of which the float32 embedding is 113.2 MB.",
+        notes="RTN: round to nearest; g16: groups of 16. Perplexity on 10 windows of 1024 tokens of pydoc's prose, calibrated "
+        "on 16 of its other half. Bits are for the quantized matrices; size is the whole model, 113 MB of it embedding.",
     )
     console.print(f"\nTalk to it: [bold]{SPQR} generate {out}/spqr-3-bit --chat --prompt 'Hello!'[/bold]")
 

@@ -224,7 +224,7 @@ class CheckpointSource:
         self.path = Path(path).absolute()  # Orbax takes no other
         if not is_checkpoint(self.path):
             raise CheckpointError(f"{path} is not a checkpoint of {FORMAT} (no model/ and layers/ in it)")
-        header = _read_header(self.path / "model")
+        self._header = header = _read_header(self.path / "model")
         try:
             self._config = DecoderConfig.from_json(header["model"])
             quantization = header["quantization"]
@@ -233,8 +233,9 @@ class CheckpointSource:
             self.layer_stats: dict[str, dict[str, float]] = dict(header["layer_stats"])
         except (KeyError, TypeError, ModelError, SpQRError) as error:
             raise CheckpointError(f"{self.path / 'model'}: damaged configuration: {error}") from None
-        for index in range(self._config.num_layers):
-            stats = self._block_header(index).get("layer_stats", {})
+        self._headers = [self._block_header(index) for index in range(self._config.num_layers)]
+        for index, block_header in enumerate(self._headers):
+            stats = block_header.get("layer_stats", {})
             self.layer_stats |= {f"layers.{index}.{name}": values for name, values in stats.items()}
 
     @property
@@ -242,12 +243,11 @@ class CheckpointSource:
         return self._config
 
     def outer(self) -> Outer:
-        directory = self.path / "model"
-        weights = self._read(directory, _read_header(directory), "")
+        weights = self._read(self.path / "model", self._header, "")
         return Outer(**{name: weights.get(name) for name in OUTER_NAMES})
 
     def block(self, index: int) -> Block:
-        weights = self._read(self._block_directory(index), self._block_header(index), f"layers.{index}.")
+        weights = self._read(self._block_directory(index), self._headers[index], f"layers.{index}.")
         return Block(**weights)
 
     def _block_directory(self, index: int) -> Path:

@@ -71,7 +71,8 @@ class SpQRConfig:
         ``minmax`` takes the range as it is and fits the zero to the rounded
         scale; ``reference`` is the original implementation's min-max, flaws
         included, to reproduce its numbers.
-      quantize_head: quantize the output head too (an untied one).
+      quantize_head: quantize the output head too (path ``lm_head``); a tied one is
+        the embedding (path ``embed_tokens``), which then serves quantized on both sides.
       rules: per-layer exceptions, first match wins.
     """
 

@@ -120,7 +120,7 @@ def generate(
 
     begun = time.perf_counter()
     params = prepare(params)
-    dtype = params.outer.embed_tokens.dtype
+    dtype = params.outer.final_norm.dtype
     cache = empty_cache(config, len(prompts), width + steps, dtype)
     key = jax.random.key(seed)
     rest = (jnp.asarray(padding), jnp.int32(0), key)

@@ -20,12 +20,12 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
       JSON-serializable: `ideal_bits`, `stored_bits`, `outlier_percent` (over the
       quantized weights; nan if there are none), `bytes` (all leaves),
       `quantized_bytes`, `dense_bytes` (what all weights would take dense, in the
-      type of the embedding), `quantization`, `provenance`, and `layers`: for each
+      type of the norms), `quantization`, `provenance`, and `layers`: for each
       quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
       `outlier_percent`, `output_error` (nan if it was not recorded).
     """
     outer = source.outer()
-    itemsize = np.dtype(outer.embed_tokens.dtype).itemsize
+    itemsize = np.dtype(outer.final_norm.dtype).itemsize
     parts = [("", outer, OUTER_NAMES)]
     layers: dict[str, Any] = {}
     total = dense_total = quantized = weights = outliers = 0

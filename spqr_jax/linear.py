@@ -1,4 +1,4 @@
-"""The one function that knows whether a weight is dense or quantized."""
+"""The functions that know whether a weight is dense or quantized; nothing else does."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ def linear(w: jax.Array | SpQRArray, x: jax.Array) -> jax.Array:
     if isinstance(w, SpQRArray):
         w = w.to_dense(x.dtype)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+
+
+def take_rows(w: jax.Array | SpQRArray, index: jax.Array) -> jax.Array:
+    """Rows of a matrix, as an embedding is read: [out, in], int [...] -> [..., in].
+
+    Indices outside 0..out-1 are clipped. Rows of a quantized matrix are float32.
+    """
+    return jnp.take(w.to_dense() if isinstance(w, SpQRArray) else w, index, axis=0, mode="clip")
 
 
 def prepare(params: Any, dtype: Any = None) -> Any:

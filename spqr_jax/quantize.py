@@ -14,7 +14,7 @@ from spqr_jax.blocks import BlockSink, BlockSource, TreeSink, TreeSource
 from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
-from spqr_jax.models.decoder import STAGES, Block, Decoder, Outer
+from spqr_jax.models.decoder import STAGES, Block, Decoder
 from spqr_jax.solver import Hessian, LayerStats, accumulate_hessian, empty_hessian, quantize_weights
 
 
@@ -91,8 +91,8 @@ def quantize(
 def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
     """Paths of the weights that `config` would quantize, in order."""
     paths = [f"layers.{index}.{name}" for index in range(source.config.num_layers) for name in WEIGHT_NAMES]
-    if config.quantize_head and not source.config.tied_head:
-        paths.append("lm_head")
+    if config.quantize_head:
+        paths.append(source.config.head_path)
     return [path for path in paths if config.for_path(path) is not None]
 
 
@@ -109,8 +109,6 @@ def quantize_blocks(
     Only one block's dense weights and the activations of the calibration text
     are held. Arguments and errors as :func:`quantize`.
     """
-    if config.quantize_head and source.config.tied_head:
-        raise SpQRError("this model's head is its embedding (tied): it cannot be quantized on its own (quantize_head)")
     outer = source.outer()
     report = _Reporter(on_layer)
     activations = None
@@ -128,9 +126,13 @@ def quantize_blocks(
         else:
             block = _parallel_block(activations, block, prefix, last, config, report)
         sink.put_block(index, block)
-    if config.quantize_head and config.for_path("lm_head") is not None:
+    head = source.config.head_path
+    own = config.for_path(head) if config.quantize_head else None
+    if own is not None:
         hessian = None if activations is None else activations.head_hessian(outer)
-        outer = _quantize_head(outer, hessian, config, report)
+        solved = quantize_weights([getattr(outer, head)], hessian, own)[0]
+        report(head, solved.array, solved.stats)
+        outer = dataclasses.replace(outer, **{head: solved.array})
     sink.put_outer(outer)
 
 
@@ -209,15 +211,6 @@ def _solve(
         for name, one in zip(members, solved, strict=True):
             report(prefix + name, one.array, one.stats)
     return block, dense
-
-
-def _quantize_head(outer: Outer, hessian: Hessian | None, config: SpQRConfig, report: _Reporter) -> Outer:
-    own = config.for_path("lm_head")
-    assert own is not None
-    assert outer.lm_head is not None
-    solved = quantize_weights([outer.lm_head], hessian, own)[0]
-    report("lm_head", solved.array, solved.stats)
-    return dataclasses.replace(outer, lm_head=solved.array)
 
 
 # ---- models of one's own ----------------------------------------------------------------

@@ -121,13 +121,23 @@ def test_the_head_is_quantized_on_request(tiny_model, tiny_batches, tokens):
     quantized = quantize(tiny_model, tiny_batches, config)
     assert isinstance(quantized.outer.lm_head, SpQRArray)
     assert divergence(tiny_model, quantized, tokens) < 0.1
+
+
+def test_a_tied_head_serves_quantized_on_both_sides(tiny_model, tiny_batches, tokens, tmp_path):
     tied = dataclasses.replace(
         tiny_model,
         outer=dataclasses.replace(tiny_model.outer, lm_head=None),
         config=dataclasses.replace(tiny_model.config, tied_head=True),
     )
-    with pytest.raises(SpQRError, match="tied"):
-        quantize(tied, tiny_batches, config)
+    config = SpQRConfig(quantize_head=True, rules=(LayerRule("embed_tokens", bits=4),))
+    quantized = quantize(tied, tiny_batches, config)
+    assert quantized.outer.embed_tokens.bits == 4
+    assert divergence(tied, quantized, tokens) < 0.1
+    spqr_jax.save(tmp_path / "m", quantized)
+    loaded = spqr_jax.load(tmp_path / "m")
+    np.testing.assert_array_equal(forward(loaded, tokens), forward(quantized, tokens))
+    prepared = spqr_jax.prepare(quantized)
+    np.testing.assert_allclose(forward(prepared, tokens), forward(quantized, tokens), atol=1e-5)
 
 
 def test_round_to_nearest_needs_no_text(tiny_model):

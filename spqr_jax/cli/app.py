@@ -68,7 +68,9 @@ def quantize(
     rule: Annotated[
         list[str] | None, typer.Option(help="PATTERN=skip or PATTERN=BITS for weights whose path matches; repeatable.")
     ] = None,
-    quantize_head: Annotated[bool, typer.Option(help="Quantize an untied output head too.")] = False,
+    quantize_head: Annotated[
+        bool, typer.Option(help="Quantize the output head too; a tied one is the embedding.")
+    ] = False,
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     json: Json = None,
@@ -109,7 +111,7 @@ def quantize(
             provenance=provenance,
             overwrite=overwrite,
         ) as sink,
-        progress_bar(f"quantizing {model}", len(paths)) as advance,
+        progress_bar("quantizing", len(paths)) as advance,
     ):
         view = QuantizeProgress(advance)
 
@@ -154,7 +156,7 @@ def perplexity(
     data = data or default_corpus()
     tokens = evaluation_windows(read_tokens(data, "evaluation", opened), seqlen, windows, data)
     params = collect(opened.source)
-    with progress_bar(f"perplexity of {model}", len(tokens)) as advance:
+    with progress_bar("perplexity", len(tokens)) as advance:
         result = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
     console.print(
         f"perplexity [bold]{result.perplexity:.4f}[/bold] ± {number(result.stderr, 4)} on {data}, "
@@ -196,6 +198,8 @@ def generate(
     from spqr_jax.cli.stream import TextStream, encode_prompts
 
     sampling = Sampling(temperature, top_k, top_p)
+    if not prompt and sys.stdin.isatty():
+        say("type the prompt, then Ctrl-D")
     prompts = prompt or [sys.stdin.read().rstrip("\n")]
     opened = open_model(model, dtype, say)
     tokenizer = opened.tokenizer()

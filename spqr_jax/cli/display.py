@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from spqr_jax.errors import SpQRError
 from spqr_jax.quantize import LayerReport
@@ -40,12 +40,10 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     """A bar with time left; yields a function that advances it by one and notes what is done."""
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left  [dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=errors,
     )
     with bar:

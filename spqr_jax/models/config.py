@@ -55,6 +55,11 @@ class DecoderConfig:
         if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
             raise ModelError(f"expected {self.head_dim // 2} rotary factors, got {len(self.rope_factors)}")
 
+    @property
+    def head_path(self) -> str:
+        """Path of the weight that serves as output head."""
+        return "embed_tokens" if self.tied_head else "lm_head"
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-serializable dictionary; `from_json` reads it back."""
         return dataclasses.asdict(self)

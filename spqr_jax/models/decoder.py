@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spqr_jax.linear import linear as apply_linear
+from spqr_jax.linear import take_rows
 from spqr_jax.models.attention import KVCache, Positions, attend, positions, rotate
 from spqr_jax.models.config import DecoderConfig
 
@@ -134,7 +135,7 @@ def plain_linear(name: str, w: Weight, x: jax.Array) -> jax.Array:
 
 def embed(outer: Outer, tokens: jax.Array) -> jax.Array:
     """Token embeddings: int32 [batch, tokens] -> [batch, tokens, hidden]."""
-    return jnp.take(outer.embed_tokens, tokens, axis=0, mode="clip")
+    return take_rows(outer.embed_tokens, tokens)
 
 
 def run_block(
@@ -149,8 +150,8 @@ def run_block(
 def logits(config: DecoderConfig, outer: Outer, residual: jax.Array, linear: Linear = plain_linear) -> jax.Array:
     """Final norm and head: [..., hidden] -> float32 [..., vocab]."""
     x = rms_norm(residual, outer.final_norm, config.norm_eps)
-    head = outer.embed_tokens if outer.lm_head is None else outer.lm_head
-    return linear("lm_head", head, x).astype(jnp.float32)
+    path = config.head_path
+    return linear(path, getattr(outer, path), x).astype(jnp.float32)
 
 
 def forward(params: Decoder, tokens: jax.Array, padding: jax.Array | None = None) -> jax.Array:
