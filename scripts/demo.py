@@ -72,8 +72,9 @@ def main() -> None:
         "SmolLM2-135M-Instruct, quantized in four ways",
         ["", "perplexity", "ideal bits", "stored bits", "size", "seconds"],
         lines,
-        notes="RTN: round to nearest; g16: groups of 16. Perplexity on 10 windows of 1024 tokens of pydoc's prose, calibrated "
-        "on 16 of its other half. Bits are for the quantized matrices; size is the whole model, 113 MB of it embedding.",
+        notes="RTN: round to nearest; g16: groups of 16. Perplexity on 10 windows of 1024 tokens of pydoc's prose, "
+        "calibrated on 16 of its other half. Bits are for the quantized matrices; size is the whole model, "
+        "113 MB of it embedding.",
     )
     console.print(f"\nTalk to it: [bold]{SPQR} generate {out}/spqr-3-bit --chat --prompt 'Hello!'[/bold]")
 

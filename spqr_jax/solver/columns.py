@@ -13,8 +13,9 @@ a group is always fitted on weights that all earlier errors have reached.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,20 +70,56 @@ class SolvedColumns(NamedTuple):
     stats: jax.Array  # f16 [groups, rows/G, 4] or [groups, rows, 2]
 
 
-class _Group(NamedTuple):
-    """Rows of the loop's output that belong to one group."""
+class _Rounded(NamedTuple):
+    """What rounding some columns gave, [columns, rows] each."""
 
-    fit: GroupFit
-    codes: jax.Array
-    values: jax.Array
-    residual: jax.Array
-    outliers: jax.Array
-    errors: jax.Array
+    codes: jax.Array  # u8
+    values: jax.Array  # f32
+    residual: jax.Array  # f16
+    outliers: jax.Array  # bool
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """aᵀ b in full float32."""
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+_Solve = Callable[[jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
+"""Solves some columns: (w [c, rows], u [c, c], valid [c]) -> (what it found, errors [c, rows])."""
+
+
+def _sweep(
+    w: jax.Array, u: jax.Array, valid: jax.Array, width: int, solve: _Solve, compensate: bool
+) -> tuple[Any, jax.Array]:
+    """Solves columns `width` at a time, pushing each part's errors onto all columns after it.
+
+    Args:
+      w: [columns, rows], up to date with all errors made before them.
+      u: [columns, columns], their diagonal block of U.
+      valid: [columns].
+      width: columns a part; divides their number.
+      solve: solves one part.
+      compensate: False leaves the columns after a part alone.
+
+    Returns:
+      What `solve` found, stacked, and the errors [columns, rows].
+    """
+    columns = w.shape[0]
+
+    def body(w: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        u_rows = lax.dynamic_slice_in_dim(u, first, width)  # [width, columns]
+        found, errors = solve(
+            lax.dynamic_slice_in_dim(w, first, width),
+            lax.dynamic_slice_in_dim(u_rows, first, width, axis=1),
+            lax.dynamic_slice_in_dim(valid, first, width),
+        )
+        if compensate and width < columns:
+            after = jnp.arange(columns) >= first + width
+            w = w - _product(jnp.where(after, u_rows, 0.0), errors)
+        return w, (found, errors)
+
+    _, (found, errors) = lax.scan(body, w, jnp.arange(0, columns, width))
+    return found, errors.reshape(w.shape)
 
 
 def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, threshold: jax.Array, spec: ColumnSpec) -> GroupFit:
@@ -95,85 +132,47 @@ def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, threshold: jax.Array
     return fit_group(w, keep, Objective(importance[:, None], threshold), spec.grid)
 
 
-def _solve_step(
+def _round_columns(
     w: jax.Array, u: jax.Array, valid: jax.Array, fit: GroupFit, threshold: jax.Array, spec: ColumnSpec
-) -> tuple[jax.Array, ...]:
-    """Rounds the columns of one step, one after the other: w [c, rows], u [c, c]."""
+) -> tuple[_Rounded, jax.Array]:
+    """Rounds a few columns of one group, one after the other: w [c, rows], u [c, c]."""
     maxq, index = spec.grid.maxq, jnp.arange(w.shape[0])
 
-    def column(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        w, codes, values, residual, outliers, errors = state
-        pivot = u[j, j]
+    def column(j: jax.Array, state: tuple[jax.Array, _Rounded, jax.Array]) -> tuple[jax.Array, _Rounded, jax.Array]:
+        w, found, errors = state
         q = round_to_grid(w[j], fit.scale, fit.zero, maxq)
         value = dequantize(q, fit.scale, fit.zero)
-        miss = w[j] - value
         if spec.outliers:
-            is_outlier = (jnp.square(miss / pivot) > threshold) & valid[j]
-            added = jnp.where(is_outlier, miss, 0.0).astype(jnp.float16)
-            residual, outliers = residual.at[j].set(added), outliers.at[j].set(is_outlier)
-            value = value + added.astype(jnp.float32)
             miss = w[j] - value
-        error = miss / pivot
+            is_outlier = (jnp.square(miss / u[j, j]) > threshold) & valid[j]
+            added = jnp.where(is_outlier, miss, 0.0).astype(jnp.float16)
+            value = value + added.astype(jnp.float32)
+            found = found._replace(
+                residual=found.residual.at[j].set(added), outliers=found.outliers.at[j].set(is_outlier)
+            )
+        found = found._replace(codes=found.codes.at[j].set(q.astype(jnp.uint8)), values=found.values.at[j].set(value))
         if spec.compensate:
+            error = (w[j] - value) / u[j, j]
             w = w - jnp.where(index > j, u[j], 0.0)[:, None] * error
             errors = errors.at[j].set(error)
-        return w, codes.at[j].set(q.astype(jnp.uint8)), values.at[j].set(value), residual, outliers, errors
+        return w, found, errors
 
-    start = (
-        w,
-        jnp.zeros(w.shape, jnp.uint8),
-        jnp.zeros(w.shape, jnp.float32),
-        jnp.zeros(w.shape, jnp.float16),
-        jnp.zeros(w.shape, bool),
-        jnp.zeros(w.shape, jnp.float32),
-    )
-    return lax.fori_loop(0, w.shape[0], column, start)[1:]
+    def zeros(dtype: Any) -> jax.Array:
+        return jnp.zeros(w.shape, dtype)
+
+    nothing = _Rounded(zeros(jnp.uint8), zeros(jnp.float32), zeros(jnp.float16), zeros(bool))
+    _, found, errors = lax.fori_loop(0, w.shape[0], column, (w, nothing, zeros(jnp.float32)))
+    return found, errors
 
 
-def _solve_group(w: jax.Array, u: jax.Array, valid: jax.Array, threshold: jax.Array, spec: ColumnSpec) -> _Group:
+def _solve_group(
+    w: jax.Array, u: jax.Array, valid: jax.Array, threshold: jax.Array, spec: ColumnSpec
+) -> tuple[tuple[GroupFit, _Rounded], jax.Array]:
     """Fits one up-to-date group [g, rows] and rounds it; u [g, g] is its diagonal block."""
     fit = _fit(w, jnp.diagonal(u), valid, threshold, spec)
-    step, columns = spec.step(), w.shape[0]
-
-    def body(w: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        u_rows = lax.dynamic_slice_in_dim(u, first, step)  # [step, g]
-        solved = _solve_step(
-            lax.dynamic_slice_in_dim(w, first, step),
-            lax.dynamic_slice_in_dim(u_rows, first, step, axis=1),
-            lax.dynamic_slice_in_dim(valid, first, step),
-            fit,
-            threshold,
-            spec,
-        )
-        if spec.compensate and step < columns:
-            after = jnp.arange(columns) >= first + step
-            w = w - _product(jnp.where(after, u_rows, 0.0), solved[-1])
-        return w, solved
-
-    _, solved = lax.scan(body, w, jnp.arange(0, columns, step))
-    return _Group(fit, *(part.reshape(w.shape) for part in solved))
-
-
-def _solve_panel(w: jax.Array, u: jax.Array, valid: jax.Array, threshold: jax.Array, spec: ColumnSpec) -> _Group:
-    """Rounds the groups of one up-to-date panel [p, rows]; u [p, p] is its diagonal block."""
-    group, columns = spec.group_size, w.shape[0]
-
-    def body(w: jax.Array, first: jax.Array) -> tuple[jax.Array, _Group]:
-        u_rows = lax.dynamic_slice_in_dim(u, first, group)
-        solved = _solve_group(
-            lax.dynamic_slice_in_dim(w, first, group),
-            lax.dynamic_slice_in_dim(u_rows, first, group, axis=1),
-            lax.dynamic_slice_in_dim(valid, first, group),
-            threshold,
-            spec,
-        )
-        if spec.compensate and group < columns:
-            after = jnp.arange(columns) >= first + group
-            w = w - _product(jnp.where(after, u_rows, 0.0), solved.errors)
-        return w, solved
-
-    _, solved = lax.scan(body, w, jnp.arange(0, columns, group))
-    return solved
+    solve = partial(_round_columns, fit=fit, threshold=threshold, spec=spec)
+    found, errors = _sweep(w, u, valid, spec.step(), solve, spec.compensate)
+    return (fit, found), errors
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -194,47 +193,44 @@ def solve_columns(
     panel = spec.panel(columns)
     if u is None:
         u = jnp.eye(panel, dtype=w.dtype)
-    look_back = min(_LOOK_BACK, columns)
+    solve_group = partial(_solve_group, threshold=threshold, spec=spec)
 
-    def body(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, _Group]:
+    def body(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[GroupFit, _Rounded]]:
         w_panel = lax.dynamic_slice_in_dim(w, first, panel)
+        valid_panel = lax.dynamic_slice_in_dim(valid, first, panel)
         if not spec.compensate:
-            return errors, _solve_panel(w_panel, u, valid_panel(first), threshold, spec)
+            return errors, _sweep(w_panel, u, valid_panel, spec.group_size, solve_group, False)[0]
         u_columns = lax.dynamic_slice_in_dim(u, first, panel, axis=1)  # [in, panel]
-
-        def look(chunk: jax.Array, w_panel: jax.Array) -> jax.Array:
-            # The last chunk may reach back over its neighbour: clear what was read before.
-            start = jnp.minimum(chunk * look_back, columns - look_back)
-            fresh = start + jnp.arange(look_back) >= chunk * look_back
-            u_part = lax.dynamic_slice_in_dim(u_columns, start, look_back)
-            e_part = lax.dynamic_slice_in_dim(errors, start, look_back)
-            return w_panel - _product(jnp.where(fresh[:, None], u_part, 0.0), e_part)
-
-        w_panel = lax.fori_loop(0, -(-first // look_back), look, w_panel)
+        w_panel = _brought_up_to_date(w_panel, u_columns, errors, first)
         u_panel = lax.dynamic_slice_in_dim(u_columns, first, panel)
-        solved = _solve_panel(w_panel, u_panel, valid_panel(first), threshold, spec)
-        new = solved.errors.reshape(panel, rows)
-        return lax.dynamic_update_slice_in_dim(errors, new, first, axis=0), solved
-
-    def valid_panel(first: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(valid, first, panel)
+        found, made = _sweep(w_panel, u_panel, valid_panel, spec.group_size, solve_group, True)
+        return lax.dynamic_update_slice_in_dim(errors, made, first, axis=0), found
 
     errors = jnp.zeros((columns if spec.compensate else 1, rows), w.dtype)
-    _, solved = lax.scan(body, errors, jnp.arange(0, columns, panel))
-    fit = solved.fit
+    _, (fit, found) = lax.scan(body, errors, jnp.arange(0, columns, panel))
 
-    def by_column(part: jax.Array) -> jax.Array:
-        return part.reshape(columns, rows)
-
-    def by_group(part: jax.Array) -> jax.Array:
+    def by_group(part: jax.Array) -> jax.Array:  # [panels, groups, ...] -> [all groups, ...]
         return part.reshape(-1, *part.shape[2:])
 
-    return SolvedColumns(
-        by_column(solved.codes),
-        by_column(solved.values),
-        by_column(solved.residual),
-        by_column(solved.outliers),
-        by_group(fit.scale_codes),
-        by_group(fit.zero_codes),
-        by_group(fit.stats),
-    )
+    codes, values, residual, outliers = (part.reshape(columns, rows) for part in found)
+    scale_codes, zero_codes, stats = (by_group(part) for part in (fit.scale_codes, fit.zero_codes, fit.stats))
+    return SolvedColumns(codes, values, residual, outliers, scale_codes, zero_codes, stats)
+
+
+def _brought_up_to_date(w: jax.Array, u: jax.Array, errors: jax.Array, first: jax.Array) -> jax.Array:
+    """W - Uᵀ E over the columns before `first`: w [panel, rows], u [in, panel], errors [in, rows].
+
+    E is read in chunks, so that columns not yet visited cost (almost) nothing.
+    """
+    columns = errors.shape[0]
+    chunk = min(_LOOK_BACK, columns)
+
+    def look(index: jax.Array, w: jax.Array) -> jax.Array:
+        # The last chunk may reach back over its neighbour: clear what was read before.
+        start = jnp.minimum(index * chunk, columns - chunk)
+        fresh = start + jnp.arange(chunk) >= index * chunk
+        u_part = lax.dynamic_slice_in_dim(u, start, chunk)
+        e_part = lax.dynamic_slice_in_dim(errors, start, chunk)
+        return w - _product(jnp.where(fresh[:, None], u_part, 0.0), e_part)
+
+    return lax.fori_loop(0, -(-first // chunk), look, w)

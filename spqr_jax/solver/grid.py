@@ -13,7 +13,8 @@ sees the error really made.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,19 @@ def reference_grid(w: jax.Array, keep: jax.Array, maxq: float) -> tuple[jax.Arra
     return scale, -low / scale
 
 
+def _best_of(
+    evaluate: Callable[[jax.Array], tuple[jax.Array, ...]], candidates: jax.Array, start: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """Each row's candidate of the least error; `evaluate` gives (error, what made it ...), each [rows]."""
+
+    def step(best: tuple[jax.Array, ...], candidate: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        tried = evaluate(candidate)
+        better = tried[0] < best[0]
+        return tuple(jnp.where(better, new, old) for new, old in zip(tried, best, strict=True)), None
+
+    return jax.lax.scan(step, start, candidates)[0]
+
+
 def search_range(
     w: jax.Array, low: jax.Array, high: jax.Array, objective: Objective, maxq: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -139,20 +153,13 @@ def search_range(
     shrink = jnp.array(_SHRINK, w.dtype)
     middle = 0.5 * (low + high)
 
-    def try_pair(best: tuple[jax.Array, jax.Array, jax.Array], pair: jax.Array) -> tuple[Any, None]:
-        best_error, best_low, best_high = best
+    def try_pair(pair: jax.Array) -> tuple[jax.Array, ...]:
         new_low = middle + shrink[pair // len(_SHRINK)] * (low - middle)
         new_high = middle + shrink[pair % len(_SHRINK)] * (high - middle)
-        error = objective.error(w, *range_to_grid(new_low, new_high, maxq), maxq)
-        better = error < best_error
-        return (
-            jnp.where(better, error, best_error),
-            jnp.where(better, new_low, best_low),
-            jnp.where(better, new_high, best_high),
-        ), None
+        return objective.error(w, *range_to_grid(new_low, new_high, maxq), maxq), new_low, new_high
 
     start = (jnp.full_like(low, jnp.inf), low, high)
-    (_, low, high), _ = jax.lax.scan(try_pair, start, jnp.arange(len(_SHRINK) ** 2))
+    _, low, high = _best_of(try_pair, jnp.arange(len(_SHRINK) ** 2), start)
     return low, high
 
 
@@ -209,28 +216,19 @@ def search_codes(
     step, origin = jnp.repeat(zeros.step, group), jnp.repeat(zeros.origin, group)
     safe_step = jnp.where(step == 0, 1.0, step)
 
-    def error(scale_codes: jax.Array, zero_codes: jax.Array) -> jax.Array:
+    def tried(scale_codes: jax.Array, zero_codes: jax.Array) -> tuple[jax.Array, ...]:
         scale = scales._replace(codes=scale_codes).values(group)
         zero = zeros._replace(codes=zero_codes).values(group)
-        return objective.error(w, scale, zero, spec.maxq)
+        return objective.error(w, scale, zero, spec.maxq), scale_codes, zero_codes
 
-    def try_pair(best: tuple[jax.Array, jax.Array, jax.Array], offset: jax.Array) -> tuple[Any, None]:
-        best_error, best_scale, best_zero = best
+    def try_pair(offset: jax.Array) -> tuple[jax.Array, ...]:
         scale_codes = jnp.clip(scales.codes + offset[0], 0.0, top)
         scale = scales._replace(codes=scale_codes).values(group)
         centred = 0.5 * spec.maxq - middle / jnp.where(scale == 0, 1.0, scale)
-        zero_codes = jnp.clip(jnp.round(centred / safe_step + origin) + offset[1], 0.0, top)
-        tried = error(scale_codes, zero_codes)
-        better = tried < best_error
-        return (
-            jnp.where(better, tried, best_error),
-            jnp.where(better, scale_codes, best_scale),
-            jnp.where(better, zero_codes, best_zero),
-        ), None
+        return tried(scale_codes, jnp.clip(jnp.round(centred / safe_step + origin) + offset[1], 0.0, top))
 
     offsets = jnp.array([(s, z) for s in _CODE_OFFSETS for z in _CODE_OFFSETS], w.dtype)
-    start = (error(scales.codes, zeros.codes), scales.codes, zeros.codes)
-    (_, scale_codes, zero_codes), _ = jax.lax.scan(try_pair, start, offsets)
+    _, scale_codes, zero_codes = _best_of(try_pair, offsets, tried(scales.codes, zeros.codes))
     return scales._replace(codes=scale_codes), zeros._replace(codes=zero_codes)
 
 
