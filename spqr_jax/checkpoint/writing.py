@@ -1,0 +1,146 @@
+"""Checkpoints that grow block by block and get their name when whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spqr_jax._compat import orbax_v1
+from spqr_jax.array import SpQRArray
+from spqr_jax.blocks import TreeSource
+from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, META_FIELDS, fingerprint, leaves_of, orbax_context
+from spqr_jax.config import SpQRConfig
+from spqr_jax.errors import CheckpointError
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Decoder, Outer
+from spqr_jax.models.names import BLOCK_NAMES, OUTER_NAMES
+
+
+class CheckpointSink:
+    """A `BlockSink` that writes a checkpoint as it goes.
+
+    Use as a context manager: leaving it without an error finishes the checkpoint
+    and gives it its name; leaving it with one, Ctrl-C included, removes every
+    trace.
+
+    Args:
+      path: directory to make.
+      config: of the model.
+      quantization: how it was quantized, or None for a dense model.
+      tokenizer: a transformers tokenizer to keep beside the weights, or None.
+      provenance: anything JSON that tells where the model comes from.
+      overwrite: replace an existing directory (once the new one is whole).
+
+    Raises:
+      CheckpointError: `path` exists and `overwrite` is not set.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        config: DecoderConfig,
+        quantization: SpQRConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        provenance: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self._path = Path(path).absolute()
+        if self._path.exists() and not overwrite:
+            raise CheckpointError(f"{path} exists already: choose another directory, or ask to overwrite it")
+        self._config, self._quantization = config, quantization
+        self._tokenizer, self._provenance = tokenizer, provenance or {}
+        self._layer_stats: dict[str, dict[str, float]] = {}
+        self._blocks: set[int] = set()
+        self._has_outer = False
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.partial-", dir=self._path.parent))
+
+    def __enter__(self) -> CheckpointSink:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def record(self, path: str, stats: dict[str, float]) -> None:
+        """Keeps what quantizing the weight at `path` did; call before its block is put."""
+        self._layer_stats[path] = stats
+
+    def put_block(self, index: int, block: Block) -> None:
+        weights = {name: getattr(block, name) for name in BLOCK_NAMES}
+        stats = {n: s for n in weights if (s := self._layer_stats.get(f"layers.{index}.{n}")) is not None}
+        header = {"index": index, "layer_stats": stats}
+        _write(self._partial / "layers" / f"{index:05d}", weights, header)
+        self._blocks.add(index)
+
+    def put_outer(self, outer: Outer) -> None:
+        weights = {name: getattr(outer, name) for name in OUTER_NAMES if getattr(outer, name) is not None}
+        header = {
+            "model": self._config.to_json(),
+            "quantization": None if self._quantization is None else self._quantization.to_json(),
+            "layer_stats": {n: s for n in weights if (s := self._layer_stats.get(n)) is not None},
+            "provenance": self._provenance,
+        }
+        _write(self._partial / "model", weights, header)
+        self._has_outer = True
+
+    def _finish(self) -> None:
+        missing = sorted(set(range(self._config.num_layers)) - self._blocks)
+        if missing or not self._has_outer:
+            raise CheckpointError(f"the checkpoint is incomplete: blocks {missing} or the outer weights were never put")
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(self._partial)
+        self._partial.chmod(0o755)  # mkdtemp's own is for this user alone
+        if self._path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.old-", dir=self._path.parent))
+            os.replace(self._path, old / "old")
+            os.replace(self._partial, self._path)
+            shutil.rmtree(old)
+        else:
+            os.replace(self._partial, self._path)
+
+
+def _write(directory: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:
+    ocp = orbax_v1()
+    tree, specs = {}, {}
+    for name, weight in weights.items():
+        leaves = leaves_of(weight)
+        tree[name] = leaves
+        specs[name] = {
+            "kind": "spqr" if isinstance(weight, SpQRArray) else "dense",
+            "shape": list(weight.shape),
+            "leaves": {leaf: fingerprint(np.asarray(value)) for leaf, value in leaves.items()},
+        }
+        if isinstance(weight, SpQRArray):
+            specs[name] |= {field: getattr(weight, field) for field in META_FIELDS}
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "weights": specs}
+    with orbax_context():
+        ocp.save_checkpointables(directory, {"params": tree, "config": config})
+
+
+def save(
+    path: Path | str,
+    params: Decoder,
+    quantization: SpQRConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    provenance: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model in memory; arguments and errors as :class:`CheckpointSink`."""
+    source = TreeSource(params)
+    with CheckpointSink(
+        path, params.config, quantization, tokenizer=tokenizer, provenance=provenance, overwrite=overwrite
+    ) as sink:
+        for index in range(params.config.num_layers):
+            sink.put_block(index, source.block(index))
+        sink.put_outer(source.outer())
