@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from spqr_jax.errors import SpQRError
 from spqr_jax.quantize import LayerReport
@@ -35,6 +36,16 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f} MB"
 
 
+class _TimeLeft(ProgressColumn):
+    """Time left at the average pace so far; steps come in bursts, so a recent pace would mislead."""
+
+    def render(self, task: Task) -> Text:
+        if not task.completed or task.total is None or task.elapsed is None:
+            return Text("-:-- left")
+        seconds = round(task.elapsed / task.completed * (task.total - task.completed))
+        return Text(f"{seconds // 60}:{seconds % 60:02d} left")
+
+
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     """A bar with time left; yields a function that advances it by one and notes what is done."""
@@ -42,8 +53,8 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left  [dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        _TimeLeft(),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=errors,
     )
     with bar:
