@@ -105,7 +105,7 @@ def config_from_gguf(file: GGUFFile) -> DecoderConfig:
         factors = tuple(float(f) for f in file.read(_ROPE_FACTORS))
     elif scaling == "linear":
         factors = (float(file.get("llama.rope.scaling.factor", 1.0)),) * (head_dim // 2)
-    eos = file.get("tokenizer.ggml.eos_token_id")
+    ends = [file.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]  # of a text, of a turn
     return DecoderConfig(
         **needed,
         vocab_size=file.shapes()["token_embd.weight"][0],
@@ -115,7 +115,7 @@ def config_from_gguf(file: GGUFFile) -> DecoderConfig:
         tied_head="output.weight" not in file.shapes(),
         rope_factors=factors,
         bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=() if eos is None else (eos,),
+        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
     )
 
 

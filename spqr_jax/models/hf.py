@@ -77,5 +77,9 @@ def read_json(path: Path) -> Any:
 
 def open_hf(directory: Path, dtype: Any) -> TensorSource:
     """A lazily read model from a Hugging Face directory, weights in `dtype`."""
-    config = config_from_hf(read_json(directory / "config.json"))
+    values = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if generation.is_file():  # it names the tokens that end a turn of a chat, which config.json may not
+        values |= {"eos_token_id": read_json(generation).get("eos_token_id", values.get("eos_token_id"))}
+    config = config_from_hf(values)
     return TensorSource(SafetensorsReader(directory), HF_TABLE, config, dtype)
