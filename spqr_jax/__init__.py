@@ -12,7 +12,7 @@ from spqr_jax.checkpoint import load, save
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import CheckpointError, DataError, ModelError, SpQRError
 from spqr_jax.evaluate.perplexity import Perplexity, perplexity
-from spqr_jax.generate import Generation, generate
+from spqr_jax.generate import Generation, Generator, generate
 from spqr_jax.linear import linear, prepare
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, forward
@@ -30,6 +30,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Generation",
+    "Generator",
     "Hessian",
     "LayerReport",
     "LayerRule",

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spqr_jax.array import round_up
 from spqr_jax.errors import DataError
 from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, State, embed, logits, run_block
 from spqr_jax.sampling import Sampling, sample
-
-_LENGTH_STEP = 64  # prompts are padded to multiples of this, so that few lengths are compiled
 
 Cache = tuple[KVCache, ...]
 
@@ -82,74 +81,102 @@ def _step(
     return sample(scores, jax.random.fold_in(key, start), sampling), cache
 
 
-def generate(
-    params: Decoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 128,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-    stop_tokens: Iterable[int] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-) -> Generation:
+class Generator:
+    """A model made ready to generate, with the programs compiled so far.
+
+    Use it where text is generated more than once: weights are prepared once, and
+    prompts of similar length share compiled programs.
+
+    Args:
+      params: the model, dense or quantized.
+    """
+
+    def __init__(self, params: Decoder) -> None:
+        self.config = params.config
+        self._params = prepare(params)
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        stop_tokens: Iterable[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Continues prompts; arguments, result and errors as :func:`generate`."""
+        config = self.config
+        lengths = _checked_prompts(prompts, config, max_new_tokens)
+        stops = frozenset(config.eos_token_ids if stop_tokens is None else stop_tokens)
+        steps = min(max_new_tokens, config.max_positions - max(lengths))
+        width = min(_bucket(max(lengths)), config.max_positions - steps)
+        padding = np.array([width - n for n in lengths], np.int32)
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, padding[row] :] = prompt
+
+        begun = time.perf_counter()
+        length = _bucket(width + steps)
+        cache = empty_cache(config, len(prompts), length, self._params.outer.final_norm.dtype)
+        rest = (jnp.asarray(padding), jnp.int32(0), jax.random.key(seed))
+        prefill = self._program(cache, jnp.asarray(tokens), rest, sampling)
+        decode = self._program(cache, jnp.zeros((len(prompts), 1), jnp.int32), rest, sampling)
+        compile_seconds = time.perf_counter() - begun
+
+        begun = time.perf_counter()
+        drawn, cache = prefill(self._params, cache, jnp.asarray(tokens), *rest)
+        made: list[list[int]] = [[] for _ in prompts]
+        running = _take(np.asarray(drawn), made, set(range(len(prompts))), stops, on_token)
+        first_token_seconds = time.perf_counter() - begun
+        begun, decoded = time.perf_counter(), 0
+        for step in range(steps - 1):
+            if not running:
+                break
+            drawn, cache = decode(self._params, cache, drawn[:, None], rest[0], jnp.int32(width + step), rest[2])
+            decoded += len(running)
+            running = _take(np.asarray(drawn), made, running, stops, on_token)
+        seconds = time.perf_counter() - begun
+        return Generation(
+            tokens=made,
+            prompt_tokens=lengths,
+            compile_seconds=compile_seconds,
+            prefill_seconds=first_token_seconds,
+            first_token_seconds=first_token_seconds,
+            decode_tokens_per_second=decoded / seconds if decoded else float("nan"),
+        )
+
+    def _program(self, cache: Cache, tokens: jax.Array, rest: tuple[jax.Array, ...], sampling: Sampling) -> Any:
+        """The compiled step for arguments of these shapes, apart from their timing."""
+        key = (tokens.shape, cache[0].keys.shape, sampling)
+        if key not in self._programs:
+            self._programs[key] = _step.lower(self._params, cache, tokens, *rest, sampling=sampling).compile()
+        return self._programs[key]
+
+
+def _bucket(length: int) -> int:
+    """Lengths are rounded up, so that few of them are compiled: to 64 up to 256, to 256 above."""
+    return round_up(length, 64 if length <= 256 else 256)
+
+
+def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
     """Continues prompts.
 
     Args:
       params: the model, dense or quantized.
       prompts: token ids, of different lengths if need be.
-      max_new_tokens: at most this many each; fewer where the model's context ends.
-      sampling: greedy by default.
-      seed: of the random draws; the same seed gives the same text.
-      stop_tokens: end a prompt's text; None for the model's own.
+      max_new_tokens: at most this many each (128); fewer where the model's context ends.
+      sampling: a `Sampling`; greedy by default.
+      seed: of the random draws (0); the same seed gives the same text.
+      stop_tokens: end a prompt's text; the model's own by default.
       on_token: called with (prompt index, token) as tokens are made.
 
     Raises:
       DataError: no prompt, an empty one, one that fills the model's context, or
         ids outside the vocabulary.
     """
-    config = params.config
-    lengths = _checked_prompts(prompts, config, max_new_tokens)
-    stops = frozenset(config.eos_token_ids if stop_tokens is None else stop_tokens)
-    room = config.max_positions - max(lengths)
-    steps = min(max_new_tokens, room)
-    width = min(-(-max(lengths) // _LENGTH_STEP) * _LENGTH_STEP, config.max_positions - steps)
-    padding = np.array([width - n for n in lengths], np.int32)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, padding[row] :] = prompt
-
-    begun = time.perf_counter()
-    params = prepare(params)
-    dtype = params.outer.final_norm.dtype
-    cache = empty_cache(config, len(prompts), width + steps, dtype)
-    key = jax.random.key(seed)
-    rest = (jnp.asarray(padding), jnp.int32(0), key)
-    prefill = _step.lower(params, cache, jnp.asarray(tokens), *rest, sampling=sampling).compile()
-    one = jnp.zeros((len(prompts), 1), jnp.int32)
-    decode = _step.lower(params, cache, one, *rest, sampling=sampling).compile()
-    compile_seconds = time.perf_counter() - begun
-
-    begun = time.perf_counter()
-    drawn, cache = prefill(params, cache, jnp.asarray(tokens), *rest)
-    made: list[list[int]] = [[] for _ in prompts]
-    running = _take(np.asarray(drawn), made, set(range(len(prompts))), stops, on_token)
-    first_token_seconds = time.perf_counter() - begun
-    begun, decoded = time.perf_counter(), 0
-    for step in range(steps - 1):
-        if not running:
-            break
-        drawn, cache = decode(params, cache, drawn[:, None], rest[0], jnp.int32(width + step), key)
-        decoded += len(running)
-        running = _take(np.asarray(drawn), made, running, stops, on_token)
-    seconds = time.perf_counter() - begun
-    return Generation(
-        tokens=made,
-        prompt_tokens=lengths,
-        compile_seconds=compile_seconds,
-        prefill_seconds=first_token_seconds,
-        first_token_seconds=first_token_seconds,
-        decode_tokens_per_second=decoded / seconds if decoded else float("nan"),
-    )
+    return Generator(params)(prompts, **options)
 
 
 def _take(

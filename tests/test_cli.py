@@ -15,6 +15,9 @@ from test_models import write_gguf, write_hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from spqr_jax import Generation
+from spqr_jax.cli.stream import TextStream, converse
+
 QUICK = ["--nsamples", "4", "--seqlen", "32"]
 
 
@@ -171,8 +174,11 @@ def test_bad_input_exits_with_two_and_one_clear_message(folder, arguments, says)
 def test_an_interrupted_quantize_leaves_nothing(folder, how):
     process = subprocess.Popen(
         [sys.executable, "-m", "spqr_jax", "quantize", "model", "--out", "stopped", "--calib", "ids.npy", *QUICK],
-        cwd=folder, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while not list(folder.glob(".stopped.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -190,3 +196,29 @@ def test_help_lists_the_commands(folder):
     assert result.returncode == 0
     for command in ("quantize", "perplexity", "generate", "inspect"):
         assert command in result.stdout
+
+
+def test_a_conversation_remembers_what_was_said(monkeypatch, capsys):
+    tokenizer, lines, seen = byte_tokenizer(), iter(["hi", "and?", ""]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+
+    def answer(ids, stream):
+        seen.append(tokenizer.decode(ids))
+        reply = tokenizer("yes")["input_ids"]
+        for token in reply:
+            stream.put(token)
+        return Generation([reply], [len(ids)], 0.0, 0.0, 0.0, 1.0)
+
+    converse(tokenizer, answer)
+    assert seen == ["<user>hi<assistant>", "<user>hi<assistant>yes<user>and?<assistant>"]
+    assert capsys.readouterr().out == "yes\nyes\n"
+
+
+def test_text_is_shown_in_whole_characters(capsys):
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, live=True)
+    shown = []
+    for token in tokenizer("aé!")["input_ids"]:
+        stream.put(token)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "é", "!"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spqr_jax import DataError, Sampling, SpQRConfig, SpQRError, forward, generate, quantize
+from spqr_jax import DataError, Generator, Sampling, SpQRConfig, SpQRError, forward, generate, quantize
 from spqr_jax.sampling import sample
 
 
@@ -64,6 +64,15 @@ def test_tokens_come_as_they_are_made(tiny_model):
     assert [t for r, t in seen if r == 0] == result.tokens[0]
     assert [r for r, _ in seen[:2]] == [0, 1]
     assert result.decode_tokens_per_second > 0
+
+
+def test_a_generator_compiles_once_for_prompts_of_similar_length(tiny_model):
+    generator = Generator(tiny_model)
+    first = generator([[5, 6, 7]], max_new_tokens=4, stop_tokens=())
+    again = generator([[5, 6, 7, 8, 9]], max_new_tokens=4, stop_tokens=())
+    assert first.tokens == generate(tiny_model, [[5, 6, 7]], max_new_tokens=4, stop_tokens=()).tokens
+    assert len(again.tokens[0]) == 4
+    assert len(generator._programs) == 2  # one prefill, one decode
 
 
 def test_the_context_ends_the_text(tiny_model):

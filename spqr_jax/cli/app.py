@@ -28,10 +28,11 @@ from spqr_jax.cli.options import (
     parse_rule,
     read_tokens,
 )
+from spqr_jax.cli.stream import TextStream, converse, encode_prompts
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
-from spqr_jax.generate import generate as generate_text
+from spqr_jax.generate import Generation, Generator
 from spqr_jax.inspection import summarize
 from spqr_jax.quantize import quantizable_paths, quantize_blocks
 from spqr_jax.resolve import OpenedModel, open_model
@@ -194,26 +195,29 @@ def generate(
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
-    """Continue a prompt, or answer it with --chat."""
-    from spqr_jax.cli.stream import TextStream, encode_prompts
-
+    """Continue a prompt, or answer it with --chat; at a terminal, --chat alone is a conversation."""
     sampling = Sampling(temperature, top_k, top_p)
-    if not prompt and sys.stdin.isatty():
-        say("type the prompt, then Ctrl-D")
-    prompts = prompt or [sys.stdin.read().rstrip("\n")]
     opened = open_model(model, dtype, say)
     tokenizer = opened.tokenizer()
+
+    def answer(ids: list[list[int]], stream: TextStream) -> Generation:
+        return generator(
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            on_token=lambda row, token: stream.put(token),
+        )
+
+    if chat and not prompt and sys.stdin.isatty():
+        generator = Generator(collect(opened.source))
+        converse(tokenizer, lambda ids, stream: answer([ids], stream))
+        return
+    prompts = prompt or [sys.stdin.read().rstrip("\n")]
     ids = encode_prompts(tokenizer, prompts, chat)
-    params = collect(opened.source)
+    generator = Generator(collect(opened.source))
     stream = TextStream(tokenizer, live=len(prompts) == 1)
-    result = generate_text(
-        params,
-        ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        on_token=lambda row, token: stream.put(token),
-    )
+    result = answer(ids, stream)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in result.tokens]
     stream.finish(prompts, texts)
     say(

@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from spqr_jax.cli.display import console
+from spqr_jax.cli.display import console, say
 from spqr_jax.errors import ModelError
+from spqr_jax.generate import Generation
+
+Message = dict[str, str]
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation in the model's chat template, ready for its answer.
+
+    Raises:
+      ModelError: the model has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError("this model has no chat template: leave out --chat, or use an instruction-tuned model")
+    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], chat: bool) -> list[list[int]]:
-    """Token ids of each prompt; with `chat`, as a user's message in the model's template.
+    """Token ids of each prompt; with `chat`, as a user's message."""
+    if chat:
+        return [encode_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    return [tokenizer(prompt)["input_ids"] for prompt in prompts]
 
-    Raises:
-      ModelError: `chat` with a model that has no chat template.
+
+def converse(tokenizer: Any, answer: Callable[[list[int], TextStream], Generation]) -> None:
+    """Talks with the user at the terminal until Ctrl-D or an empty line.
+
+    Args:
+      tokenizer: with a chat template.
+      answer: generates from token ids, putting tokens into the stream.
     """
-    if not chat:
-        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    if not tokenizer.chat_template:
-        raise ModelError("this model has no chat template: leave out --chat, or use an instruction-tuned model")
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for prompt in prompts
-    ]
+    say("an empty line or Ctrl-D ends the conversation")
+    messages: list[Message] = []
+    while text := _ask():
+        messages.append({"role": "user", "content": text})
+        stream = TextStream(tokenizer, live=True)
+        result = answer(encode_chat(tokenizer, messages), stream)
+        reply = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
+        stream.finish([text], [reply])
+        messages.append({"role": "assistant", "content": reply})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 class TextStream:
