@@ -141,7 +141,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_match_transformers(tmp_path, tiny_config, changes):
-    torch = pytest.importorskip("torch", reason="torch is not installed: transformers' own model cannot be run")
+    torch = pytest.importorskip(
+        "torch", reason="torch is not installed (extra `parity`): transformers' own model cannot be run"
+    )
     import transformers
 
     torch.manual_seed(0)
