@@ -130,7 +130,7 @@ def quantize_blocks(
     own = config.for_path(head) if config.quantize_head else None
     if own is not None:
         hessian = None if activations is None else activations.head_hessian(outer)
-        solved = quantize_weights([getattr(outer, head)], hessian, own)[0]
+        solved = quantize_weights([getattr(outer, head)], hessian, [own])[0]
         report(head, solved.array, solved.stats)
         outer = dataclasses.replace(outer, **{head: solved.array})
     sink.put_outer(outer)
@@ -197,14 +197,13 @@ def _solve(
       The block with `SpQRArray`s, and `dense` with what they dequantize to.
     """
     dense = block if dense is None else dense
-    together: dict[Any, list[str]] = {}
-    for name in names:
-        own = config.for_path(prefix + name)
-        if own is not None:
-            together.setdefault((own, getattr(block, name).shape[1]), []).append(name)
-    for (own, _), members in together.items():
+    together: dict[int, list[str]] = {}
+    configs = {name: own for name in names if (own := config.for_path(prefix + name)) is not None}
+    for name in configs:
+        together.setdefault(getattr(block, name).shape[1], []).append(name)
+    for members in together.values():
         weights = [getattr(block, name) for name in members]
-        solved = quantize_weights(weights, hessian, own)
+        solved = quantize_weights(weights, hessian, [configs[name] for name in members])
         block = dataclasses.replace(block, **{n: one.array for n, one in zip(members, solved, strict=True)})
         values = {n: one.dense.astype(w.dtype) for n, w, one in zip(members, weights, solved, strict=True)}
         dense = dataclasses.replace(dense, **values)
@@ -242,7 +241,7 @@ def _quantize_forward(
         for name in names:
             own = config.for_path(name)
             if own is not None:
-                solved = quantize_weights([leaves[leaf_of[name]]], hessian, own)[0]
+                solved = quantize_weights([leaves[leaf_of[name]]], hessian, [own])[0]
                 leaves[leaf_of[name]] = solved.array
                 report(name, solved.array, solved.stats)
     return jax.tree.unflatten(tree, leaves)

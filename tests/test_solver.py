@@ -113,7 +113,7 @@ def test_rows_share_nothing_but_their_tile():
 
 def test_stacking_matrices_changes_nothing():
     w, x = correlated_problem(50, 96)
-    together = quantize_weights([w[:20], w[20:]], hessian_of(x), SpQRConfig())
+    together = quantize_weights([w[:20], w[20:]], hessian_of(x), [SpQRConfig()] * 2)
     for part, solved in zip((w[:20], w[20:]), together, strict=True):
         alone = quantize_weight(part, hessian_of(x), SpQRConfig())
         np.testing.assert_allclose(solved.array.to_dense(), alone.to_dense(), atol=1e-6)
@@ -196,7 +196,7 @@ def test_a_singular_hessian_is_damped_until_it_factors():
     h = hessian_of(x).matrix()
     _, used = factorize(h, 0.0)
     assert used > 0
-    solved = quantize_weights([w], h, SpQRConfig(damping=0.0))[0]
+    solved = quantize_weights([w], h, [SpQRConfig(damping=0.0)])[0]
     assert solved.stats.damping > 0
     assert np.all(np.isfinite(solved.dense))
 

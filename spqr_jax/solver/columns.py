@@ -8,6 +8,9 @@ Columns are visited in *panels* of whole groups. A panel is first brought up to
 date with the errors of all panels before it, W -= Uᵀ E, in one matrix product;
 inside it every *step* of a few columns updates the rest of the panel at once. So
 a group is always fitted on weights that all earlier errors have reached.
+
+The loop carries weights and errors only. A weight does not change any more once
+its turn has come, so codes and residuals are worked out at the end, all at once.
 """
 
 from __future__ import annotations
@@ -22,11 +25,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from spqr_jax.array import round_up
-from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_group, round_to_grid
+from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_group, over_columns, round_to_grid
 from spqr_jax.solver.outliers import leave_one_out_gain
 
 _PANEL = 128  # columns brought up to date by one matrix product, at least one group
-_LOOK_BACK = 1024  # rows of E a panel's update reads at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,13 @@ class ColumnSpec:
         return min(sizes, key=lambda size: (round_up(columns, size), abs(size - _PANEL)))
 
 
+class RowChoices(NamedTuple):
+    """What may differ from row to row, and so from matrix to matrix of a stack."""
+
+    threshold: jax.Array  # f32 [rows], T; infinite for no outliers
+    maxq: jax.Array  # f32 [rows], largest code
+
+
 class SolvedColumns(NamedTuple):
     """What the loop found, columns first."""
 
@@ -68,15 +77,7 @@ class SolvedColumns(NamedTuple):
     scale_codes: jax.Array  # u8 [groups, rows]
     zero_codes: jax.Array  # u8 [groups, rows]
     stats: jax.Array  # f16 [groups, rows/G, 4] or [groups, rows, 2]
-
-
-class _Rounded(NamedTuple):
-    """What rounding some columns gave, [columns, rows] each."""
-
-    codes: jax.Array  # u8
-    values: jax.Array  # f32
-    residual: jax.Array  # f16
-    outliers: jax.Array  # bool
+    loss: jax.Array  # f32 [rows], Σ_j e_j² = (w-ŵ) H (w-ŵ)ᵀ with the damped H; 0 for round to nearest
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -122,62 +123,64 @@ def _sweep(
     return found, errors.reshape(w.shape)
 
 
-def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, threshold: jax.Array, spec: ColumnSpec) -> GroupFit:
+def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, rows: RowChoices, spec: ColumnSpec) -> GroupFit:
     """Fits one group [g, rows], outlier candidates left out."""
     w = jnp.where(valid[:, None], w, w[:1])  # padding must not widen the range
     importance = jnp.where(valid, 1.0 / jnp.square(u_diag), 0.0)
     keep = jnp.broadcast_to(valid[:, None], w.shape)
     if spec.outliers:
-        keep &= leave_one_out_gain(w, importance[:, None], spec.grid.maxq) <= threshold
-    return fit_group(w, keep, Objective(importance[:, None], threshold), spec.grid)
+        keep &= leave_one_out_gain(w, importance[:, None], rows.maxq) <= rows.threshold
+    return fit_group(w, keep, Objective(importance[:, None], *rows), spec.grid)
 
 
-def _round_columns(
-    w: jax.Array, u: jax.Array, valid: jax.Array, fit: GroupFit, threshold: jax.Array, spec: ColumnSpec
-) -> tuple[_Rounded, jax.Array]:
-    """Rounds a few columns of one group, one after the other: w [c, rows], u [c, c]."""
-    maxq, index = spec.grid.maxq, jnp.arange(w.shape[0])
+def _round(
+    w: jax.Array, scale: jax.Array, zero: jax.Array, u_diag: jax.Array, rows: RowChoices, spec: ColumnSpec
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Code, dequantized value, residual and outlier flag of weights as they are when their turn comes."""
+    q = round_to_grid(w, scale, zero, rows.maxq)
+    value = dequantize(q, scale, zero)
+    if not spec.outliers:
+        return q, value, jnp.zeros_like(w), jnp.zeros(w.shape, bool)
+    miss = w - value
+    is_outlier = jnp.square(miss / u_diag) > rows.threshold
+    residual = jnp.where(is_outlier, miss, 0.0).astype(jnp.float16)
+    return q, value + residual.astype(jnp.float32), residual, is_outlier
 
-    def column(j: jax.Array, state: tuple[jax.Array, _Rounded, jax.Array]) -> tuple[jax.Array, _Rounded, jax.Array]:
-        w, found, errors = state
-        q = round_to_grid(w[j], fit.scale, fit.zero, maxq)
-        value = dequantize(q, fit.scale, fit.zero)
-        if spec.outliers:
-            miss = w[j] - value
-            is_outlier = (jnp.square(miss / u[j, j]) > threshold) & valid[j]
-            added = jnp.where(is_outlier, miss, 0.0).astype(jnp.float16)
-            value = value + added.astype(jnp.float32)
-            found = found._replace(
-                residual=found.residual.at[j].set(added), outliers=found.outliers.at[j].set(is_outlier)
-            )
-        found = found._replace(codes=found.codes.at[j].set(q.astype(jnp.uint8)), values=found.values.at[j].set(value))
-        if spec.compensate:
-            error = (w[j] - value) / u[j, j]
-            w = w - jnp.where(index > j, u[j], 0.0)[:, None] * error
-            errors = errors.at[j].set(error)
-        return w, found, errors
 
-    def zeros(dtype: Any) -> jax.Array:
-        return jnp.zeros(w.shape, dtype)
+def _step(
+    w: jax.Array, u: jax.Array, valid: jax.Array, fit: GroupFit, rows: RowChoices, spec: ColumnSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Goes through a few columns of one group, one after the other: w [c, rows], u [c, c].
 
-    nothing = _Rounded(zeros(jnp.uint8), zeros(jnp.float32), zeros(jnp.float16), zeros(bool))
-    _, found, errors = lax.fori_loop(0, w.shape[0], column, (w, nothing, zeros(jnp.float32)))
-    return found, errors
+    Returns:
+      The weights as they were when their turn came, and their errors, [c, rows] each.
+    """
+    if not spec.compensate:
+        return w, jnp.zeros_like(w)
+    before = jnp.triu(u, 1)  # [k, j]: what an error at k < j takes from column j
+
+    def column(j: jax.Array, errors: jax.Array) -> jax.Array:
+        w_j = w[j] - over_columns(jnp.add, jnp.multiply, errors, before[:, j, None])
+        _, value, _, _ = _round(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
+        return errors.at[j].set((w_j - value) / u[j, j])
+
+    errors = lax.fori_loop(0, w.shape[0], column, jnp.zeros_like(w))
+    return w - _product(before, errors), errors
 
 
 def _solve_group(
-    w: jax.Array, u: jax.Array, valid: jax.Array, threshold: jax.Array, spec: ColumnSpec
-) -> tuple[tuple[GroupFit, _Rounded], jax.Array]:
-    """Fits one up-to-date group [g, rows] and rounds it; u [g, g] is its diagonal block."""
-    fit = _fit(w, jnp.diagonal(u), valid, threshold, spec)
-    solve = partial(_round_columns, fit=fit, threshold=threshold, spec=spec)
-    found, errors = _sweep(w, u, valid, spec.step(), solve, spec.compensate)
-    return (fit, found), errors
+    w: jax.Array, u: jax.Array, valid: jax.Array, rows: RowChoices, spec: ColumnSpec
+) -> tuple[tuple[GroupFit, jax.Array], jax.Array]:
+    """Fits one up-to-date group [g, rows] and goes through it; u [g, g] is its diagonal block."""
+    fit = _fit(w, jnp.diagonal(u), valid, rows, spec)
+    solve = partial(_step, fit=fit, rows=rows, spec=spec)
+    visited, errors = _sweep(w, u, valid, spec.step(), solve, spec.compensate)
+    return (fit, visited.reshape(w.shape)), errors
 
 
 @partial(jax.jit, static_argnames="spec")
 def solve_columns(
-    w: jax.Array, u: jax.Array | None, valid: jax.Array, threshold: jax.Array, spec: ColumnSpec
+    w: jax.Array, u: jax.Array | None, valid: jax.Array, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
     """Quantizes Wᵀ [in, rows] column by column.
 
@@ -186,16 +189,17 @@ def solve_columns(
         panel, `rows` of the second level's tile.
       u: f32 [in, in], upper factor of H⁻¹ in that order; None for round to nearest.
       valid: bool [in], False for padding.
-      threshold: f32 [rows], T; infinite for no outliers.
+      choices: T and the largest code of each row.
       spec: static choices.
     """
     columns, rows = w.shape
     panel = spec.panel(columns)
+    u_diag = jnp.ones(columns, w.dtype) if u is None else jnp.diagonal(u)
     if u is None:
         u = jnp.eye(panel, dtype=w.dtype)
-    solve_group = partial(_solve_group, threshold=threshold, spec=spec)
+    solve_group = partial(_solve_group, rows=choices, spec=spec)
 
-    def body(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[GroupFit, _Rounded]]:
+    def body(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[GroupFit, jax.Array]]:
         w_panel = lax.dynamic_slice_in_dim(w, first, panel)
         valid_panel = lax.dynamic_slice_in_dim(valid, first, panel)
         if not spec.compensate:
@@ -207,30 +211,42 @@ def solve_columns(
         return lax.dynamic_update_slice_in_dim(errors, made, first, axis=0), found
 
     errors = jnp.zeros((columns if spec.compensate else 1, rows), w.dtype)
-    _, (fit, found) = lax.scan(body, errors, jnp.arange(0, columns, panel))
-
-    def by_group(part: jax.Array) -> jax.Array:  # [panels, groups, ...] -> [all groups, ...]
-        return part.reshape(-1, *part.shape[2:])
-
-    codes, values, residual, outliers = (part.reshape(columns, rows) for part in found)
-    scale_codes, zero_codes, stats = (by_group(part) for part in (fit.scale_codes, fit.zero_codes, fit.stats))
-    return SolvedColumns(codes, values, residual, outliers, scale_codes, zero_codes, stats)
+    errors, (fit, visited) = lax.scan(body, errors, jnp.arange(0, columns, panel))
+    fit = GroupFit(*(part.reshape(-1, *part.shape[2:]) for part in fit))  # [panels, groups, ...] -> [all groups, ...]
+    by_group = (-1, spec.group_size, rows)
+    codes, values, residual, outliers = (
+        part.reshape(columns, rows)
+        for part in _round(
+            visited.reshape(by_group),
+            fit.scale[:, None],
+            fit.zero[:, None],
+            u_diag.reshape(-1, spec.group_size, 1),
+            choices,
+            spec,
+        )
+    )
+    loss = jnp.sum(jnp.where(valid[:, None], jnp.square(errors), 0.0), axis=0)
+    return SolvedColumns(
+        codes.astype(jnp.uint8),
+        values,
+        residual.astype(jnp.float16),
+        outliers,
+        fit.scale_codes,
+        fit.zero_codes,
+        fit.stats,
+        loss,
+    )
 
 
 def _brought_up_to_date(w: jax.Array, u: jax.Array, errors: jax.Array, first: jax.Array) -> jax.Array:
-    """W - Uᵀ E over the columns before `first`: w [panel, rows], u [in, panel], errors [in, rows].
+    """W - Uᵀ E over the panels before column `first`: w [panel, rows], u [in, panel], errors [in, rows].
 
-    E is read in chunks, so that columns not yet visited cost (almost) nothing.
+    E is read a panel at a time, so that columns not yet visited cost nothing.
     """
-    columns = errors.shape[0]
-    chunk = min(_LOOK_BACK, columns)
+    panel = w.shape[0]
 
     def look(index: jax.Array, w: jax.Array) -> jax.Array:
-        # The last chunk may reach back over its neighbour: clear what was read before.
-        start = jnp.minimum(index * chunk, columns - chunk)
-        fresh = start + jnp.arange(chunk) >= index * chunk
-        u_part = lax.dynamic_slice_in_dim(u, start, chunk)
-        e_part = lax.dynamic_slice_in_dim(errors, start, chunk)
-        return w - _product(jnp.where(fresh[:, None], u_part, 0.0), e_part)
+        u_part = lax.dynamic_slice_in_dim(u, index * panel, panel)
+        return w - _product(u_part, lax.dynamic_slice_in_dim(errors, index * panel, panel))
 
-    return lax.fori_loop(0, -(-first // chunk), look, w)
+    return lax.fori_loop(0, first // panel, look, w)

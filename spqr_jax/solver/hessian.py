@@ -56,6 +56,14 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
     return Hessian(hessian.gram + gram, hessian.tokens + x.shape[0])
 
 
+def damping_shift(diagonal: jax.Array, damping: jax.Array | float) -> jax.Array:
+    """What damping adds to the diagonal of H: f32 [in] -> f32 [in].
+
+    A share of its mean; 1 more for an input that calibration never excites.
+    """
+    return damping * jnp.mean(diagonal) + (diagonal == 0).astype(diagonal.dtype)
+
+
 @jax.jit
 def _damped_factor(h: jax.Array, damping: jax.Array) -> jax.Array:
     """U of the damped H. A reversed H needs one factorization instead of two and an inverse.
@@ -63,9 +71,7 @@ def _damped_factor(h: jax.Array, damping: jax.Array) -> jax.Array:
     With J the reversal, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J), and J L⁻¹ J
     is upper triangular.
     """
-    diagonal = jnp.diagonal(h)
-    dead = diagonal == 0  # an input that calibration never excites: nothing to compensate
-    shift = damping * jnp.mean(diagonal) + dead.astype(h.dtype)
+    shift = damping_shift(jnp.diagonal(h), damping)
     lower = jnp.linalg.cholesky((h + jnp.diag(shift))[::-1, ::-1])
     inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
     return inverse[::-1, ::-1]

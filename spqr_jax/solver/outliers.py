@@ -8,10 +8,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from spqr_jax.solver.grid import dequantize, range_to_grid, round_to_grid
+from spqr_jax.solver.grid import dequantize, over_columns, range_to_grid, round_to_grid
 
 
-def leave_one_out_gain(w: jax.Array, importance: jax.Array, maxq: float) -> jax.Array:
+def leave_one_out_gain(w: jax.Array, importance: jax.Array, maxq: jax.Array | float) -> jax.Array:
     """How much E falls when one weight is left out of the min-max fit and of the sum.
 
     Leaving a weight out changes a min-max fit only if that weight is the group's
@@ -20,28 +20,35 @@ def leave_one_out_gain(w: jax.Array, importance: jax.Array, maxq: float) -> jax.
 
     Args:
       w: f32 [g, rows].
-      importance: f32 [g, rows]; 0 for padding.
-      maxq: largest code.
+      importance: f32 [g, rows] or [g, 1]; 0 for padding.
+      maxq: largest code, a number or f32 [rows].
 
     Returns:
       f32 [g, rows], the fall of E for each weight.
     """
-    index = jnp.arange(w.shape[0])[:, None]
-    is_min = index == jnp.argmin(w, axis=0)
-    is_max = index == jnp.argmax(w, axis=0)
     low, high = jnp.min(w, axis=0), jnp.max(w, axis=0)
-    next_low = jnp.min(jnp.where(is_min, jnp.inf, w), axis=0)
-    next_high = jnp.max(jnp.where(is_max, -jnp.inf, w), axis=0)
+    is_low, is_high = w == low, w == high
+    # An end that several weights share stays where it is when one of them is left out.
+    alone_low, alone_high = (jnp.sum(at_end, axis=0) == 1 for at_end in (is_low, is_high))
+    next_low = jnp.where(alone_low, jnp.min(jnp.where(is_low, jnp.inf, w), axis=0), low)
+    next_high = jnp.where(alone_high, jnp.max(jnp.where(is_high, -jnp.inf, w), axis=0), high)
 
-    def errors(low: jax.Array, high: jax.Array) -> jax.Array:
+    def error(w: jax.Array, importance: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         scale, zero = range_to_grid(low, high, maxq)
         return importance * jnp.square(w - dequantize(round_to_grid(w, scale, zero, maxq), scale, zero))
 
-    all_in = errors(low, high)
-    total = jnp.sum(all_in, axis=0)
-    without_min = jnp.sum(jnp.where(is_min, 0.0, errors(next_low, high)), axis=0)
-    without_max = jnp.sum(jnp.where(is_max, 0.0, errors(low, next_high)), axis=0)
-    return jnp.where(is_min, total - without_min, jnp.where(is_max, total - without_max, all_in))
+    def total(fit: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        low, high, left_out = fit  # weights equal to `left_out` do not count
+        return over_columns(
+            jnp.add, lambda w, importance: jnp.where(w == left_out, 0.0, error(w, importance, low, high)), w, importance
+        )
+
+    nothing = jnp.full_like(low, jnp.nan)
+    fits = (jnp.stack([low, next_low, low]), jnp.stack([high, high, next_high]), jnp.stack([nothing, low, high]))
+    everything, without_low, without_high = jax.lax.map(total, fits)
+    gain = error(w, importance, low, high)
+    gain = jnp.where(is_high & alone_high, everything - without_high, gain)
+    return jnp.where(is_low & alone_low, everything - without_low, gain)
 
 
 def outlier_threshold(w: jax.Array, u_diagonal: jax.Array, tau: jax.Array) -> jax.Array:

@@ -16,15 +16,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spqr_jax.array import ArrayLayout, SpQRArray, array_layout, pack_array, round_up
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
-from spqr_jax.packing import pack_codes
-from spqr_jax.solver.columns import ColumnSpec, SolvedColumns, solve_columns
+from spqr_jax.packing import pack_codes, packed_words
+from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, solve_columns
 from spqr_jax.solver.grid import GridSpec
-from spqr_jax.solver.hessian import Hessian, factorize
+from spqr_jax.solver.hessian import Hessian, damping_shift, factorize
 from spqr_jax.solver.outliers import outlier_threshold
 
 
@@ -69,51 +68,87 @@ def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: S
       SpQRError: shapes that do not fit, values that are not finite, or a method
         that needs a Hessian without one.
     """
-    return quantize_weights([w], hessian, config or SpQRConfig())[0].array
+    return quantize_weights([w], hessian, [config or SpQRConfig()])[0].array
 
 
 def quantize_weights(
-    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, config: SpQRConfig
+    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
 ) -> list[Solved]:
     """Quantizes matrices that read the same input, sharing its factorization.
 
-    As :func:`quantize_weight`, for a list of [out_k, in]; they are stacked along
-    their rows and solved as one.
+    As :func:`quantize_weight`, for a list of [out_k, in], each with its own
+    configuration. Those that differ in nothing but code bits and outlier threshold
+    are stacked along their rows and solved as one.
     """
-    h = _checked_hessian(weights, hessian, config)
-    inner = weights[0].shape[1]
-    layouts = [_layout(w, config) for w in weights]
+    h = _checked_hessian(weights, hessian, configs)
+    factors: dict[tuple[str, float], _Factor] = {}
+    stacks: dict[SpQRConfig, list[int]] = {}
+    for index, config in enumerate(configs):
+        stacks.setdefault(_program(config), []).append(index)
+    results: dict[int, Solved] = {}
+    for config, members in stacks.items():
+        factor = None
+        if config.compensate:
+            assert h is not None
+            key = (config.order, config.damping)
+            if key not in factors:
+                factors[key] = _factor(h, config)
+            factor = factors[key]
+        own = [configs[index] for index in members]
+        results.update(zip(members, _solve_stack([weights[i] for i in members], h, factor, own), strict=True))
+    return [results[index] for index in range(len(weights))]
+
+
+def _program(config: SpQRConfig) -> SpQRConfig:
+    """The choices that make a program of their own; bits and finite thresholds are data to it."""
+    return dataclasses.replace(config, rules=(), bits=8, outlier_threshold=1.0 if config.outliers else math.inf)
+
+
+class _Factor(NamedTuple):
+    """What matrices that read one input share: H in the order of visit, factored."""
+
+    perm: jax.Array | None  # int [in]; None for the identity
+    u: jax.Array  # f32 [in, in], upper, UᵀU = H⁻¹ (permuted, damped)
+    damping: float  # really used
+    shift: jax.Array  # f32 [in], what damping added to the diagonal of H, own order
+
+
+def _factor(h: jax.Array, config: SpQRConfig) -> _Factor:
+    perm = jnp.argsort(-jnp.diagonal(h), stable=True) if config.order == "activation" else None
+    u, damping = factorize(h if perm is None else h[perm][:, perm], config.damping)
+    return _Factor(perm, u, damping, damping_shift(jnp.diagonal(h), damping))
+
+
+def _solve_stack(
+    weights: Sequence[jax.Array], h: jax.Array | None, factor: _Factor | None, configs: Sequence[SpQRConfig]
+) -> list[Solved]:
+    """Solves matrices whose configurations differ in bits and thresholds only."""
+    config = dataclasses.replace(
+        configs[0], rules=(), bits=8, outlier_threshold=1.0 if configs[0].outliers else math.inf
+    )
+    layouts = tuple(_layout(w, config) for w in weights)
     spec = ColumnSpec(
-        GridSpec(config.bits, config.stats_bits, config.stats_group_size, config.fit),
+        GridSpec(config.stats_bits, config.stats_group_size, config.fit),
         layouts[0].group_size,
         outliers=config.outliers,
         compensate=config.compensate,
     )
-    perm: jax.Array | None = None
-    u = u_padded = None
-    damping = 0.0
-    columns = round_up(layouts[0].padded_in, spec.panel(layouts[0].padded_in))
-    if config.compensate:
-        assert h is not None
-        if config.order == "activation":
-            perm = jnp.argsort(-jnp.diagonal(h), stable=True)
-        u, damping = factorize(h if perm is None else h[perm][:, perm], config.damping)
-        u_padded = _pad_factor(u, columns)
-    w_stack, thresholds = _stack(tuple(weights), perm, u, config.outlier_threshold, tuple(layouts), columns)
-    valid = jnp.arange(columns) < inner
-    solved = solve_columns(w_stack, u_padded, valid, thresholds, spec)
+    padded = layouts[0].padded_in
+    columns = round_up(padded, spec.panel(padded))
+    perm, u = (None, None) if factor is None else (factor.perm, factor.u)
+    taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
+    w_stack, choices = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, columns)
+    valid = jnp.arange(columns) < weights[0].shape[1]
+    solved = solve_columns(w_stack, None if u is None else _pad_factor(u, columns), valid, choices, spec)
     if not _finite((solved.stats,))[0]:
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
             f"(largest {float(jnp.max(jnp.abs(w_stack))):g}) or too far from zero; rescale the layer or leave it dense"
         )
-    results, first = [], 0
-    static = dataclasses.replace(config, rules=(), damping=1.0, outlier_threshold=0.2 if config.outliers else math.inf)
-    for w, layout in zip(weights, layouts, strict=True):
-        matrix = _cut(solved, jnp.int32(first), w, h, perm, layout, static)
-        results.append(_result(matrix, layout, perm, damping, config))
-        first += layout.padded_out
-    return results
+    shift = None if factor is None else factor.shift
+    pieces = _pack(solved, tuple(weights), h, perm, shift, layouts, tuple(c.bits for c in configs), config)
+    damping = 0.0 if factor is None else factor.damping
+    return [_result(*each, perm, damping) for each in zip(pieces, layouts, configs, strict=True)]
 
 
 @jax.jit
@@ -122,7 +157,7 @@ def _finite(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
 
 def _checked_hessian(
-    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, config: SpQRConfig
+    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
 ) -> jax.Array | None:
     shapes = [tuple(w.shape) for w in weights]
     if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[1] for shape in shapes}) != 1:
@@ -133,7 +168,7 @@ def _checked_hessian(
     h = hessian.matrix() if isinstance(hessian, Hessian) else hessian
     inner = shapes[0][1]
     if h is None:
-        if config.needs_calibration:
+        if any(config.needs_calibration for config in configs):
             raise SpQRError(
                 "this configuration compensates errors and needs a Hessian: pass one (see accumulate_hessian), "
                 "or use SpQRConfig.rtn()"
@@ -157,34 +192,41 @@ def _pad_factor(u: jax.Array, columns: int) -> jax.Array:
     return padded + jnp.diag((jnp.arange(columns) >= u.shape[0]).astype(u.dtype))
 
 
-@partial(jax.jit, static_argnums=(4, 5))
+@partial(jax.jit, static_argnums=(5, 6))
 def _stack(
     weights: tuple[jax.Array, ...],
     perm: jax.Array | None,
     u: jax.Array | None,
-    tau: jax.Array,
+    taus: jax.Array,
+    maxqs: jax.Array,
     layouts: tuple[ArrayLayout, ...],
     columns: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Wᵀ of all matrices side by side [columns, Σ padded_out], and T of each row.
+) -> tuple[jax.Array, RowChoices]:
+    """Wᵀ of all matrices side by side [columns, Σ padded_out], and the choices for each row.
+
+    `taus` and `maxqs` are [matrices].
 
     Rows that pad a tile repeat the last row, so that they change no tile's range.
     """
     stacked, thresholds = [], []
-    for w, layout in zip(weights, layouts, strict=True):
+    for index, (w, layout) in enumerate(zip(weights, layouts, strict=True)):
         w_t = w.astype(jnp.float32).T
         if perm is not None:
             w_t = w_t[perm]
         threshold = jnp.float32(jnp.inf)
         if u is not None:
-            threshold = outlier_threshold(w_t, jnp.diagonal(u), tau)
+            threshold = outlier_threshold(w_t, jnp.diagonal(u), taus[index])
         w_t = jnp.pad(w_t, ((0, 0), (0, layout.padded_out - layout.shape[0])), mode="edge")
         stacked.append(jnp.pad(w_t, ((0, columns - layout.shape[1]), (0, 0))))
-        thresholds.append(jnp.broadcast_to(threshold, layout.padded_out))
-    return jnp.concatenate(stacked, axis=1), jnp.concatenate(thresholds)
+        thresholds.append(threshold)
+    counts = np.array([layout.padded_out for layout in layouts])
+    return jnp.concatenate(stacked, axis=1), RowChoices(
+        jnp.repeat(jnp.stack(thresholds), counts, total_repeat_length=counts.sum()),
+        jnp.repeat(maxqs, counts, total_repeat_length=counts.sum()),
+    )
 
 
-class _Matrix(NamedTuple):
+class _Piece(NamedTuple):
     """One matrix cut out of the stacked result, packed but for its outliers."""
 
     codes: jax.Array
@@ -197,54 +239,67 @@ class _Matrix(NamedTuple):
     output_error: jax.Array  # f32 scalar
 
 
-@partial(jax.jit, static_argnames=("layout", "config"))
-def _cut(
+@partial(jax.jit, static_argnames=("layouts", "bits", "config"))
+def _pack(
     solved: SolvedColumns,
-    first: jax.Array,
-    w: jax.Array,
+    weights: tuple[jax.Array, ...],
     h: jax.Array | None,
     perm: jax.Array | None,
-    layout: ArrayLayout,
+    shift: jax.Array | None,
+    layouts: tuple[ArrayLayout, ...],
+    bits: tuple[int, ...],
     config: SpQRConfig,
-) -> _Matrix:
-    """Cuts the matrix whose rows start at `first` out of the stacked result and packs it."""
-    out, inner = layout.shape
+) -> list[_Piece]:
+    """Packs the stacked result and cuts it into the matrices it is made of."""
+    inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
+    codes = solved.codes[:padded_in].T
+    values = solved.values[:inner]
+    dense = (values if perm is None else values[jnp.argsort(perm)]).T
+    stats = jnp.swapaxes(solved.stats[:groups], 0, 1)  # [rows or tiles, groups, ...]
+    second_level = config.quantized_stats
+    if second_level:
+        scale_codes = pack_codes(solved.scale_codes[:groups], config.stats_bits)
+        zero_codes = pack_codes(solved.zero_codes[:groups], config.stats_bits)
+    pieces, first = [], 0
+    for w, layout, b in zip(weights, layouts, bits, strict=True):
+        last, end = first + layout.shape[0], first + layout.padded_out
 
-    def rows(part: jax.Array, columns: int, count: int) -> jax.Array:
-        return lax.dynamic_slice_in_dim(part[:columns], first, count, axis=1)
+        def words(packed: jax.Array, first: int = first, end: int = end) -> jax.Array:
+            return packed[:, packed_words(first, config.stats_bits) : packed_words(end, config.stats_bits)]
 
-    scale_codes = zero_codes = None
-    if config.quantized_stats:
-        tile = config.stats_group_size
-        tiles = lax.dynamic_slice_in_dim(solved.stats, first // tile, layout.padded_out // tile, axis=1)
-        scale_codes = pack_codes(rows(solved.scale_codes, layout.groups, layout.padded_out), config.stats_bits)
-        zero_codes = pack_codes(rows(solved.zero_codes, layout.groups, layout.padded_out), config.stats_bits)
+        rows, tile = slice(first, last), config.stats_group_size
+        piece = _Piece(
+            codes=pack_codes(codes[rows], b),
+            scale_codes=words(scale_codes) if second_level else None,
+            zero_codes=words(zero_codes) if second_level else None,
+            tile_stats=stats[first // tile : end // tile] if second_level else stats[rows],
+            residual=solved.residual[:inner, rows].T if config.outliers else None,
+            outliers=solved.outliers[:inner, rows].T if config.outliers else None,
+            dense=dense[rows],
+            output_error=_relative_error(w.astype(jnp.float32), dense[rows], h, solved.loss[rows], shift),
+        )
+        pieces.append(piece)
+        first = end
+    return pieces
+
+
+def _relative_error(
+    w: jax.Array, dense: jax.Array, h: jax.Array | None, loss: jax.Array, shift: jax.Array | None
+) -> jax.Array:
+    """‖(W-Ŵ)X‖/‖WX‖, or ‖W-Ŵ‖/‖W‖ without compensation.
+
+    The loop's own loss is that of the damped H; taking out what damping added to
+    it costs no product with H.
+    """
+    miss = jnp.square(w - dense)
+    if h is None or shift is None:
+        error, total = jnp.sum(miss), jnp.sum(w * w)
     else:
-        tiles = lax.dynamic_slice_in_dim(solved.stats, first, out, axis=1)
-    dense = rows(solved.values, inner, out).T
-    if perm is not None:
-        dense = dense[:, jnp.argsort(perm)]
-    return _Matrix(
-        codes=pack_codes(rows(solved.codes, layout.padded_in, out).T, config.bits),
-        scale_codes=scale_codes,
-        zero_codes=zero_codes,
-        tile_stats=jnp.swapaxes(tiles[: layout.groups], 0, 1),
-        residual=rows(solved.residual, inner, out).T if config.outliers else None,
-        outliers=rows(solved.outliers, inner, out).T if config.outliers else None,
-        dense=dense,
-        output_error=_relative_error(w.astype(jnp.float32), dense, h),
-    )
+        error, total = jnp.sum(loss) - jnp.sum(miss * shift), jnp.sum((w @ h) * w)
+    return jnp.sqrt(jnp.maximum(error, 0.0) / jnp.where(total > 0, total, 1.0))
 
 
-def _relative_error(w: jax.Array, dense: jax.Array, h: jax.Array | None) -> jax.Array:
-    def energy(m: jax.Array) -> jax.Array:
-        return jnp.sum(m * m) if h is None else jnp.sum((m @ h) * m)
-
-    total = energy(w)
-    return jnp.sqrt(jnp.maximum(energy(w - dense), 0.0) / jnp.where(total > 0, total, 1.0))
-
-
-def _result(matrix: _Matrix, layout: ArrayLayout, perm: jax.Array | None, damping: float, config: SpQRConfig) -> Solved:
+def _result(matrix: _Piece, layout: ArrayLayout, config: SpQRConfig, perm: jax.Array | None, damping: float) -> Solved:
     no_outliers = np.zeros(layout.shape, bool)
     array = pack_array(
         layout,
