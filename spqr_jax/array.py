@@ -317,6 +317,63 @@ def pack_array(
 # ---- the invariants ---------------------------------------------------------------------
 
 
+def _leaf_specs(
+    shape: tuple[int, int],
+    *,
+    bits: int,
+    group_size: int,
+    stats_group_size: int,
+    stats_bits: tuple[int, int] | None,
+    entries: int,
+    permuted: bool,
+) -> dict[str, tuple[tuple[int, ...], Any] | None]:
+    """Shape and dtype of each leaf; None for one that is absent."""
+    out, inner = shape
+    layout = array_layout(shape, group_size, stats_group_size if stats_bits else None)
+    specs: dict[str, tuple[tuple[int, ...], Any] | None] = {
+        "codes": ((out, packed_words(layout.padded_in, bits)), np.uint16),
+        "scale_codes": None,
+        "zero_codes": None,
+        "tile_stats": ((out, layout.groups, 2), np.float16),
+        "outlier_cols": ((entries,), column_dtype(inner)),
+        "outlier_values": ((entries,), np.float16),
+        "outlier_row_ptr": ((out + 1,), np.int32),
+        "perm": ((inner,), column_dtype(inner)) if permuted else None,
+    }
+    if stats_bits is not None:
+        for name, width in zip(("scale_codes", "zero_codes"), stats_bits, strict=True):
+            specs[name] = ((layout.groups, packed_words(layout.padded_out, width)), np.uint16)
+        specs["tile_stats"] = ((layout.padded_out // stats_group_size, layout.groups, 4), np.float16)
+    return specs
+
+
+def predicted_bytes(
+    shape: tuple[int, int],
+    *,
+    bits: int,
+    group_size: int | None,
+    stats_group_size: int,
+    stats_bits: int | None,
+    nnz: float,
+    permuted: bool,
+) -> float:
+    """`SpQRArray.nbytes` of a matrix before it is quantized, if it will have `nnz` outliers (a fraction will do).
+
+    `stats_bits` None means no second level.
+    """
+    specs = _leaf_specs(
+        shape,
+        bits=bits,
+        group_size=array_layout(shape, group_size, None).group_size,
+        stats_group_size=stats_group_size,
+        stats_bits=(stats_bits, stats_bits) if stats_bits else None,
+        entries=0,
+        permuted=permuted,
+    )
+    fixed = sum(math.prod(spec[0]) * np.dtype(spec[1]).itemsize for spec in specs.values() if spec is not None)
+    return fixed + nnz * (np.dtype(np.float16).itemsize + column_dtype(shape[1]).itemsize)
+
+
 def _layout_problems(array: SpQRArray) -> list[str]:
     out, inner = array.shape
     if out < 1 or inner < 1:
@@ -327,23 +384,15 @@ def _layout_problems(array: SpQRArray) -> list[str]:
             "is no supported format"
         ]
     second_level = array.quantized_stats
-    layout = array_layout(array.shape, array.group_size, array.stats_group_size if second_level else None)
-    entries = max(array.nnz, 1)
-    expected: dict[str, tuple[tuple[int, ...], Any] | None] = {
-        "codes": ((out, packed_words(layout.padded_in, array.bits)), np.uint16),
-        "scale_codes": None,
-        "zero_codes": None,
-        "tile_stats": ((out, layout.groups, 2), np.float16),
-        "outlier_cols": ((entries,), column_dtype(inner)),
-        "outlier_values": ((entries,), np.float16),
-        "outlier_row_ptr": ((out + 1,), np.int32),
-        "perm": None if array.perm is None else ((inner,), column_dtype(inner)),
-    }
-    if second_level:
-        tiles = layout.padded_out // array.stats_group_size
-        for name, bits in (("scale_codes", array.scale_bits), ("zero_codes", array.zero_bits)):
-            expected[name] = ((layout.groups, packed_words(layout.padded_out, bits)), np.uint16)
-        expected["tile_stats"] = ((tiles, layout.groups, 4), np.float16)
+    expected = _leaf_specs(
+        array.shape,
+        bits=array.bits,
+        group_size=array.group_size,
+        stats_group_size=array.stats_group_size,
+        stats_bits=(array.scale_bits, array.zero_bits) if second_level else None,
+        entries=max(array.nnz, 1),
+        permuted=array.perm is not None,
+    )
     problems = []
     for name, want in expected.items():
         leaf = getattr(array, name)

@@ -8,7 +8,7 @@ of the block plus the Hessians.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -121,6 +121,10 @@ class Activations:
         """Takes every chunk through a stage."""
         for index, where in enumerate(self._where):
             self._states[index] = run_stage(self.config, stage, block, self._states[index], where)
+
+    def chunks(self) -> Iterator[tuple[State, Positions]]:
+        """Each chunk's state as it is now, and where its tokens stand."""
+        return zip(self._states, self._where, strict=True)
 
     def head_hessian(self, outer: Outer) -> Hessian:
         """Hessian of what the output head reads, once all blocks are passed."""

@@ -21,6 +21,15 @@ UNQUANTIZED_STATS_BITS = 16
 """`stats_bits` of a model whose scales and zeros are kept as 16-bit floats."""
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "near-lossless": {"target_bits": 4.75},
+    "4bit": {"target_bits": 4.3},
+    "3bit": {"target_bits": 3.75},
+    "smallest": {"target_bits": 3.25},
+}
+"""Points on the line between size and quality: changes to `SpQRConfig`'s defaults."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
     """Changes the configuration of the weights whose path matches.
@@ -71,8 +80,16 @@ class SpQRConfig:
         ``minmax`` takes the range as it is and fits the zero to the rounded
         scale; ``reference`` is the original implementation's min-max, flaws
         included, to reproduce its numbers.
+      leave_one_out: leave weights out of a group's fit that fit better alone (the
+        paper's outlier candidates). False finds outliers by their rounding error only,
+        "simplified outliers" in the original.
       quantize_head: quantize the output head too (path ``lm_head``); a tied one is
         the embedding (path ``embed_tokens``), which then serves quantized on both sides.
+      target_bits: stored bits a weight that the quantized blocks should come to; what
+        widths and outlier thresholds this takes is found by measuring (see
+        `spqr_jax.budget`), and `bits` and `outlier_threshold` play no part. None for
+        one width and one threshold throughout.
+      bit_choices: code bits that a target may be met with; one for that width alone.
       rules: per-layer exceptions, first match wins.
     """
 
@@ -86,17 +103,22 @@ class SpQRConfig:
     compensate: bool = True
     sequential: bool = True
     fit: Fit = "search"
+    leave_one_out: bool = True
     quantize_head: bool = False
+    target_bits: float | None = None
+    bit_choices: tuple[int, ...] = (2, 3, 4)
     rules: tuple[LayerRule, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "bit_choices", tuple(sorted(set(self.bit_choices))))
         for problem in self._problems():
             raise SpQRError(problem)
 
     def _problems(self) -> list[str]:
         problems = []
-        for name, bits in [("bits", self.bits), *((f"rule {r.pattern!r}: bits", r.bits) for r in self.rules)]:
+        choices = [("bit_choices", bits) for bits in self.bit_choices]
+        for name, bits in [("bits", self.bits), *choices, *((f"rule {r.pattern!r}: bits", r.bits) for r in self.rules)]:
             if bits is not None and not 2 <= bits <= 8:
                 problems.append(f"{name} must lie in 2..8, got {bits}")
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
@@ -112,6 +134,12 @@ class SpQRConfig:
         for name, kind in (("order", Order), ("fit", Fit)):
             if getattr(self, name) not in get_args(kind):
                 problems.append(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if not self.bit_choices:
+            problems.append("bit_choices is empty: give at least one width")
+        if self.target_bits is not None and not (self.compensate and 2 <= self.target_bits <= 16):
+            problems.append(
+                f"target_bits must lie in 2..16 and needs compensate=True, got {self.target_bits} and {self.compensate}"
+            )
         if not self.compensate and self.outliers:
             problems.append(
                 "outliers are found through the compensated error: with compensate=False set outlier_threshold=inf"
@@ -169,6 +197,7 @@ class SpQRConfig:
         """A JSON-serializable dictionary; `from_json` reads it back."""
         values = dataclasses.asdict(self)
         values["rules"] = list(values["rules"])
+        values["bit_choices"] = list(values["bit_choices"])
         if not self.outliers:
             values["outlier_threshold"] = None  # JSON has no infinity
         for rule in values["rules"]:

@@ -11,11 +11,12 @@ import jax
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSink, BlockSource, TreeSink, TreeSource
+from spqr_jax.budget import Ledger, Plan, plan_budget
 from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
-from spqr_jax.models.decoder import STAGES, Block, Decoder
-from spqr_jax.solver import Hessian, LayerStats, accumulate_hessian, empty_hessian, quantize_weights
+from spqr_jax.models.decoder import STAGES, WEIGHT_NAMES, Block, Decoder
+from spqr_jax.solver import Hessian, LayerStats, Solved, accumulate_hessian, empty_hessian, quantize_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,7 @@ class LayerReport:
     seconds: float
 
 
-WEIGHT_NAMES = tuple(name for _, names in STAGES for name in names)
-"""A block's matrices, in the order in which they are quantized."""
+_TRIES = 6  # times that weights are solved at most to keep to a budget
 
 OnLayer = Callable[[LayerReport], None]
 Forward = Callable[[Any, Any, Callable[[str, Any, jax.Array], jax.Array]], Any]
@@ -103,28 +103,36 @@ def quantize_blocks(
     config: SpQRConfig,
     *,
     on_layer: OnLayer | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """Takes a model from a source to a sink, block by block, quantizing on the way.
 
     Only one block's dense weights and the activations of the calibration text
-    are held. Arguments and errors as :func:`quantize`.
+    are held. Arguments and errors as :func:`quantize`; `plan` is one made before
+    for `config.target_bits`, or None to make it now.
     """
     outer = source.outer()
     report = _Reporter(on_layer)
-    activations = None
+    activations, ledger = None, None
     if config.needs_calibration:
         if calib_batches is None:
             raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")
+        calib_batches = list(calib_batches)
+        if plan is None and config.target_bits is not None:
+            plan = plan_budget(source, calib_batches, config)
+        if plan is not None:
+            config, ledger = plan.config(config), Ledger(plan)
         activations = Activations(source.config, outer, calib_batches)
+    solver = _BlockSolver(config, report, ledger)
     for index in range(source.config.num_layers):
         block, prefix = source.block(index), f"layers.{index}."
         last = index + 1 == source.config.num_layers and not config.quantize_head
         if activations is None:
-            block = _solve(block, WEIGHT_NAMES, prefix, None, config, report)[0]
+            block = solver.solve(block, WEIGHT_NAMES, prefix, None)[0]
         elif config.sequential:
-            block = _sequential_block(activations, block, prefix, last, config, report)
+            block = solver.sequential(activations, block, prefix, last)
         else:
-            block = _parallel_block(activations, block, prefix, last, config, report)
+            block = solver.parallel(activations, block, prefix, last)
         sink.put_block(index, block)
     head = source.config.head_path
     own = config.for_path(head) if config.quantize_head else None
@@ -149,67 +157,84 @@ class _Reporter:
         self._last = now
 
 
-def _sequential_block(
-    activations: Activations, block: Block, prefix: str, last: bool, config: SpQRConfig, report: _Reporter
-) -> Block:
-    """Each stage sees activations that have passed the block's earlier, quantized stages."""
-    dense = block  # what the activations run through: quantized weights, dequantized
-    for stage in range(len(STAGES)):
-        hessians = activations.hessians(stage, dense)
-        for (names, _), hessian in zip(stage_groups(activations.config, stage), hessians, strict=True):
-            block, dense = _solve(block, names, prefix, hessian, config, report, dense)
-        if not (last and stage + 1 == len(STAGES)):
-            activations.advance(stage, dense)
-    return block
+class _BlockSolver:
+    """Quantizes the weights of a block.
 
-
-def _parallel_block(
-    activations: Activations, block: Block, prefix: str, last: bool, config: SpQRConfig, report: _Reporter
-) -> Block:
-    """All of the block's weights see activations of the block as it was."""
-    ahead, hessians = activations.copy(), []
-    for stage in range(len(STAGES)):
-        hessians.append(ahead.hessians(stage, block))
-        if stage + 1 < len(STAGES):
-            ahead.advance(stage, block)
-    dense = block
-    for stage, stage_hessians in enumerate(hessians):
-        for (names, _), hessian in zip(stage_groups(activations.config, stage), stage_hessians, strict=True):
-            block, dense = _solve(block, names, prefix, hessian, config, report, dense)
-    if not last:
-        for stage in range(len(STAGES)):
-            activations.advance(stage, dense)
-    return block
-
-
-def _solve(
-    block: Block,
-    names: Sequence[str],
-    prefix: str,
-    hessian: Hessian | None,
-    config: SpQRConfig,
-    report: _Reporter,
-    dense: Block | None = None,
-) -> tuple[Block, Block]:
-    """Quantizes weights that read one input, those of one configuration and width together.
-
-    Returns:
-      The block with `SpQRArray`s, and `dense` with what they dequantize to.
+    Args:
+      config: what to do.
+      report: told of each weight.
+      ledger: keeps to a budget, or None where there is none.
     """
-    dense = block if dense is None else dense
-    together: dict[int, list[str]] = {}
-    configs = {name: own for name in names if (own := config.for_path(prefix + name)) is not None}
-    for name in configs:
-        together.setdefault(getattr(block, name).shape[1], []).append(name)
-    for members in together.values():
-        weights = [getattr(block, name) for name in members]
-        solved = quantize_weights(weights, hessian, [configs[name] for name in members])
-        block = dataclasses.replace(block, **{n: one.array for n, one in zip(members, solved, strict=True)})
-        values = {n: one.dense.astype(w.dtype) for n, w, one in zip(members, weights, solved, strict=True)}
-        dense = dataclasses.replace(dense, **values)
-        for name, one in zip(members, solved, strict=True):
-            report(prefix + name, one.array, one.stats)
-    return block, dense
+
+    def __init__(self, config: SpQRConfig, report: _Reporter, ledger: Ledger | None) -> None:
+        self._config, self._report, self._ledger = config, report, ledger
+
+    def sequential(self, activations: Activations, block: Block, prefix: str, last: bool) -> Block:
+        """Each stage sees activations that have passed the block's earlier, quantized stages."""
+        dense = block  # what the activations run through: quantized weights, dequantized
+        for stage in range(len(STAGES)):
+            hessians = activations.hessians(stage, dense)
+            for (names, _), hessian in zip(stage_groups(activations.config, stage), hessians, strict=True):
+                block, dense = self.solve(block, names, prefix, hessian, dense)
+            if not (last and stage + 1 == len(STAGES)):
+                activations.advance(stage, dense)
+        return block
+
+    def parallel(self, activations: Activations, block: Block, prefix: str, last: bool) -> Block:
+        """All of the block's weights see activations of the block as it was."""
+        ahead, hessians = activations.copy(), []
+        for stage in range(len(STAGES)):
+            hessians.append(ahead.hessians(stage, block))
+            if stage + 1 < len(STAGES):
+                ahead.advance(stage, block)
+        dense = block
+        for stage, stage_hessians in enumerate(hessians):
+            for (names, _), hessian in zip(stage_groups(activations.config, stage), stage_hessians, strict=True):
+                block, dense = self.solve(block, names, prefix, hessian, dense)
+        if not last:
+            for stage in range(len(STAGES)):
+                activations.advance(stage, dense)
+        return block
+
+    def solve(
+        self, block: Block, names: Sequence[str], prefix: str, hessian: Hessian | None, dense: Block | None = None
+    ) -> tuple[Block, Block]:
+        """Quantizes weights that read one input, those of one width together.
+
+        Returns:
+          The block with `SpQRArray`s, and `dense` with what they dequantize to.
+        """
+        dense = block if dense is None else dense
+        together: dict[int, list[str]] = {}
+        configs = {name: own for name in names if (own := self._config.for_path(prefix + name)) is not None}
+        for name in configs:
+            together.setdefault(getattr(block, name).shape[1], []).append(name)
+        for members in together.values():
+            weights = [getattr(block, name) for name in members]
+            solved = self._quantize(weights, hessian, {prefix + name: configs[name] for name in members})
+            block = dataclasses.replace(block, **{n: one.array for n, one in zip(members, solved, strict=True)})
+            values = {n: one.dense.astype(w.dtype) for n, w, one in zip(members, weights, solved, strict=True)}
+            dense = dataclasses.replace(dense, **values)
+            for name, one in zip(members, solved, strict=True):
+                self._report(prefix + name, one.array, one.stats)
+        return block, dense
+
+    def _quantize(
+        self, weights: Sequence[jax.Array], hessian: Hessian | None, configs: dict[str, SpQRConfig]
+    ) -> list[Solved]:
+        ledger = self._ledger
+        if ledger is None:
+            return quantize_weights(weights, hessian, list(configs.values()))
+        factor: float | None = ledger.factor()
+        tried: list[tuple[float, dict[str, SpQRArray]]] = []
+        while factor is not None and len(tried) < _TRIES:
+            own = [dataclasses.replace(c, outlier_threshold=factor * c.outlier_threshold) for c in configs.values()]
+            solved = quantize_weights(weights, hessian, own)
+            tried.append((factor, {path: one.array for path, one in zip(configs, solved, strict=True)}))
+            factor = ledger.next_factor(tried)
+        for path, one in zip(configs, solved, strict=True):
+            ledger.spend(path, one.array)
+        return solved
 
 
 # ---- models of one's own ----------------------------------------------------------------

@@ -22,6 +22,8 @@ LAYERS = [
     ["blocks"],
     ["calibrate"],
     ["evaluate"],
+    ["sensitivity"],
+    ["budget", "tune"],
     ["quantize", "generate"],
     ["checkpoint"],
     ["resolve", "inspection"],

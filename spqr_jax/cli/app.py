@@ -9,14 +9,26 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from spqr_jax.blocks import collect
+from spqr_jax.blocks import TreeSink, collect
+from spqr_jax.budget import plan_budget
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
-from spqr_jax.cli.display import QuantizeProgress, console, errors, number, progress_bar, say, size, table, write_json
+from spqr_jax.cli.display import (
+    QuantizeProgress,
+    console,
+    errors,
+    number,
+    progress_bar,
+    say,
+    show_plan,
+    size,
+    table,
+    write_json,
+)
 from spqr_jax.cli.options import (
     Data,
     Dtype,
@@ -29,6 +41,7 @@ from spqr_jax.cli.options import (
     read_tokens,
 )
 from spqr_jax.cli.stream import TextStream, converse, encode_prompts
+from spqr_jax.config import PRESETS
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
@@ -37,6 +50,8 @@ from spqr_jax.inspection import summarize
 from spqr_jax.quantize import quantizable_paths, quantize_blocks
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.sampling import Sampling
+from spqr_jax.tune import Tune, TuneConfig
+from spqr_jax.tune import tune as tune_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +70,20 @@ def quantize(
     nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     seqlen: SeqLen = 2048,
     seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
-    bits: Annotated[int | None, typer.Option(help="Bits a weight code, 2..8.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"A documented point between size and quality: {', '.join(PRESETS)}.")
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Stored bits a weight to come to, widths and thresholds chosen to lose least.")
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Bits a weight code, 2..8; auto: 2, 3 or 4 for each weight, the default with a target."),
+    ] = None,
+    tune: Annotated[
+        str, typer.Option(help="Train statistics and outlier values afterwards: none, blocks or logits.")
+    ] = "none",
+    tune_epochs: Annotated[int | None, typer.Option(help="Times that tuning goes through the text.", min=1)] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0: one group a row.")] = None,
     stats_bits: Annotated[int | None, typer.Option(help="Bits of a scale or zero; 16: 16-bit floats.")] = None,
     stats_group_size: Annotated[int | None, typer.Option(help="Rows that share second-level statistics.")] = None,
@@ -77,8 +105,12 @@ def quantize(
     json: Json = None,
 ) -> None:
     """Quantize MODEL and write it to OUT."""
+    if tune not in get_args(Tune):
+        raise SpQRError(f"--tune must be one of {', '.join(get_args(Tune))}, got {tune!r}")
     config = build_config(
         method,
+        preset,
+        target_bits=target_bits,
         bits=bits,
         group_size=group_size,
         stats_bits=stats_bits,
@@ -94,34 +126,46 @@ def quantize(
     opened = open_model(model, dtype, say)
     if opened.quantized:
         raise ModelError(f"{model} is a checkpoint of ours already: quantize the original model")
-    batches, calibration = None, None
-    if config.needs_calibration:
+    batches, calibration, windows = None, None, None
+    if config.needs_calibration or tune != "none":
         calib = calib or default_corpus()
         windows = calibration_windows(read_tokens(calib, "calibration", opened), seqlen, nsamples, seed, calib)
         batches = batched(windows)
         calibration = {"data": calib, "windows": len(windows), "seqlen": seqlen, "seed": seed}
     begun = time.perf_counter()
+    plan = None
+    if config.target_bits is not None:
+        assert batches is not None
+        with progress_bar("measuring", 2 * opened.source.config.num_layers) as advance:
+            plan = plan_budget(opened.source, batches, config, advance)
+        show_plan(plan)
+        config = plan.config(config)
     paths = quantizable_paths(opened.source, config)
-    provenance = {"model": model, "method": method, "calibration": calibration}
-    with (
-        CheckpointSink(
-            out,
-            opened.source.config,
-            config,
-            tokenizer=_tokenizer_or_none(opened),
-            provenance=provenance,
-            overwrite=overwrite,
-        ) as sink,
-        progress_bar("quantizing", len(paths)) as advance,
-    ):
-        view = QuantizeProgress(advance)
+    provenance: dict[str, Any] = {"model": model, "method": method, "calibration": calibration, "tuned": None}
+    if plan is not None:
+        provenance["target_bits"] = plan.target_bits
+    memory = TreeSink(opened.source.config)
+    with CheckpointSink(
+        out,
+        opened.source.config,
+        config,
+        tokenizer=_tokenizer_or_none(opened),
+        provenance=provenance,
+        overwrite=overwrite,
+    ) as sink:
+        with progress_bar("quantizing", len(paths)) as advance:
+            view = QuantizeProgress(advance)
 
-        def on_layer(report: Any) -> None:
-            sink.record(report.path, dataclasses.asdict(report.stats))
-            view(report)
+            def on_layer(report: Any) -> None:
+                sink.record(report.path, dataclasses.asdict(report.stats))
+                view(report)
 
-        quantize_blocks(opened.source, sink, batches, config, on_layer=on_layer)
-        view.finish()
+            target = sink if tune == "none" else memory
+            quantize_blocks(opened.source, target, batches, config, on_layer=on_layer, plan=plan)
+            view.finish()
+        if tune != "none":
+            assert windows is not None
+            provenance["tuned"] = _tune_into(sink, memory, opened, windows, tune, tune_epochs)
     seconds = time.perf_counter() - begun
     summary = summarize(CheckpointSource(out))
     console.print(
@@ -132,6 +176,29 @@ def quantize(
     write_json(
         json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
     )
+
+
+def _tune_into(
+    sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, objective: Any, epochs: int | None
+) -> dict[str, Any]:
+    """Trains a model in memory and writes it; says how it was trained."""
+    settings = TuneConfig(objective)
+    if epochs is not None:
+        settings = dataclasses.replace(settings, epochs=epochs)
+    batches = batched(windows, settings.batch_tokens)
+    layers = opened.source.config.num_layers
+    with progress_bar("tuning", settings.epochs * len(batches) if objective == "logits" else layers) as advance:
+        params = tune_model(
+            memory.params(),
+            opened.source,
+            batches,
+            settings,
+            lambda done, loss: advance(f"{done}  loss {loss:.4f}"),
+        )
+    for index, block in enumerate(params.layers):
+        sink.put_block(index, block)
+    sink.put_outer(params.outer)
+    return dataclasses.asdict(settings)
 
 
 def _tokenizer_or_none(opened: OpenedModel) -> Any:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
+from spqr_jax.budget import Plan
 from spqr_jax.errors import SpQRError
 from spqr_jax.quantize import LayerReport
 
@@ -100,6 +101,15 @@ class QuantizeProgress:
             f"{name:>11} {worst.stats.output_error:6.3f}  {mean(lambda r: 100 * r.stats.outlier_share):7.2f}%  "
             f"{mean(lambda r: r.stats.ideal_bits):6.3f}  {mean(lambda r: r.stats.stored_bits):6.3f}"
         )
+
+
+def show_plan(plan: Plan) -> None:
+    """One line on how a budget is spent."""
+    shares = ", ".join(f"{bits} bits for {100 * share:.0f}%" for bits, share in plan.share_of_bits().items())
+    errors.print(
+        f"plan for {plan.target_bits:g} stored bits a weight: {shares} of the weights; "
+        f"loss expected to rise by {plan.loss:.3f} nats a token"
+    )
 
 
 def _block_of(path: str) -> str:

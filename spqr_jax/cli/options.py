@@ -12,7 +12,7 @@ import numpy as np
 import typer  # the command line from type annotations; it brings rich, which draws the rest
 
 from spqr_jax.cli.display import say
-from spqr_jax.config import LayerRule, SpQRConfig
+from spqr_jax.config import PRESETS, LayerRule, SpQRConfig
 from spqr_jax.data import DATA_HELP, Split, load_tokens
 from spqr_jax.errors import SpQRError
 from spqr_jax.models.tokenizer import encode_stream
@@ -57,19 +57,31 @@ def parse_rule(text: str) -> LayerRule:
     raise SpQRError(f"rule {text!r}: expected PATTERN=skip or PATTERN=BITS, such as 'down_proj=4'")
 
 
-def build_config(method: str, **given: Any) -> SpQRConfig:
-    """The preset of a method, changed by the options that were given (those not None)."""
-    presets: dict[str, Callable[..., SpQRConfig]] = {
+def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRConfig:
+    """The preset or method, changed by the options that were given (those not None)."""
+    methods: dict[str, Callable[..., SpQRConfig]] = {
         "spqr": SpQRConfig,
         "gptq": SpQRConfig.gptq,
         "rtn": SpQRConfig.rtn,
         "reference": SpQRConfig.reference,
     }
-    if method not in presets:
-        raise SpQRError(f"method must be one of {', '.join(presets)}, got {method!r}")
+    if method not in methods:
+        raise SpQRError(f"method must be one of {', '.join(methods)}, got {method!r}")
+    if preset is not None and preset not in PRESETS:
+        raise SpQRError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset is not None and method != "spqr":
+        raise SpQRError(f"presets are settings of SpQR: they do not go with --method {method}")
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("group_size") == 0:
         changes["group_size"] = None
-    if method == "rtn" and (unused := {"damping", "order", "sequential"} & set(changes)):
+    if method == "rtn" and (unused := {"damping", "order", "sequential", "target_bits"} & set(changes)):
         raise SpQRError(f"round to nearest has no use for {', '.join(sorted(unused))}")
-    return presets[method](**changes)
+    changes = (PRESETS[preset] if preset else {}) | changes
+    bits = changes.pop("bits", None)
+    if bits == "auto" and changes.get("target_bits") is None:
+        raise SpQRError("--bits auto chooses widths to meet a size: give --target-bits or a --preset")
+    if bits not in (None, "auto"):
+        if not str(bits).isdigit():
+            raise SpQRError(f"--bits: expected a number or 'auto', got {bits!r}")
+        changes |= {"bits": int(bits), "bit_choices": (int(bits),)}
+    return methods[method](**changes)

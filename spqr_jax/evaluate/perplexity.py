@@ -14,9 +14,9 @@ from jax import lax
 
 from spqr_jax.errors import DataError
 from spqr_jax.linear import prepare
-from spqr_jax.models.attention import Positions, positions
+from spqr_jax.models.attention import positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Decoder, Outer, State, embed, logits, run_block
+from spqr_jax.models.decoder import Decoder, Outer, embed, logits, pass_block
 
 _HEAD_CHUNK = 512  # positions whose logits are held at once
 
@@ -44,13 +44,11 @@ class Perplexity:
 
 
 @partial(jax.jit, static_argnums=0)
-def _block(config: DecoderConfig, block: Block, residual: jax.Array, where: Positions) -> jax.Array:
-    return run_block(config, block, State(residual), where).residual
+def sequence_losses(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean next-token loss in nats of each sequence: [batch, tokens, hidden], int32 [batch, tokens] -> f32 [batch].
 
-
-@partial(jax.jit, static_argnums=0)
-def _losses(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean loss in nats of each sequence, f32 [batch]; the logits are never held whole."""
+    The logits are never held whole, nor in a gradient.
+    """
     length = tokens.shape[1] - 1
     chunk = min(_HEAD_CHUNK, length)
     padded = -(-length // chunk) * chunk
@@ -58,6 +56,7 @@ def _losses(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: ja
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, padded - length)))
     counted = jnp.arange(padded) < length
 
+    @jax.checkpoint
     def body(first: jax.Array) -> jax.Array:
         scores = logits(config, outer, lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1))
         target = lax.dynamic_slice_in_dim(targets, first, chunk, axis=1)
@@ -100,8 +99,8 @@ def perplexity(
         where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
         residual = embed(params.outer, tokens)
         for block in params.layers:
-            residual = _block(config, block, residual, where)
-        losses.append(np.asarray(_losses(config, params.outer, residual, tokens), np.float64))
+            residual = pass_block(config, block, residual, where)
+        losses.append(np.asarray(sequence_losses(config, params.outer, residual, tokens), np.float64))
         if progress is not None:
             progress(min(first + batch_size, len(windows)), len(windows))
     each = np.concatenate(losses)

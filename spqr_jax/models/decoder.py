@@ -127,6 +127,9 @@ STAGES: tuple[tuple[Stage, tuple[str, ...]], ...] = (
 )
 """A block's stages in order, each with the matrices that it applies."""
 
+WEIGHT_NAMES = tuple(name for _, names in STAGES for name in names)
+"""A block's matrices, in the order in which they are quantized."""
+
 
 def plain_linear(name: str, w: Weight, x: jax.Array) -> jax.Array:
     """The `linear` of inference: names play no part."""
@@ -145,6 +148,12 @@ def run_block(
     for stage, _ in STAGES:
         state = stage(config, block, state, where, linear)
     return state
+
+
+@partial(jax.jit, static_argnums=0)
+def pass_block(config: DecoderConfig, block: Block, residual: jax.Array, where: Positions) -> jax.Array:
+    """The residual stream [batch, tokens, hidden] after a block, compiled once for all blocks."""
+    return run_block(config, block, State(residual), where).residual
 
 
 def logits(config: DecoderConfig, outer: Outer, residual: jax.Array, linear: Linear = plain_linear) -> jax.Array:

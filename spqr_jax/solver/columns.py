@@ -39,12 +39,14 @@ class ColumnSpec:
       grid: how a group is fitted.
       group_size: columns a group; the padded `in` is a multiple of it.
       outliers: whether weights may be kept apart.
+      leave_one_out: whether a fit leaves outlier candidates out.
       compensate: whether errors are pushed on (False: round to nearest).
     """
 
     grid: GridSpec
     group_size: int
     outliers: bool
+    leave_one_out: bool
     compensate: bool
 
     def step(self) -> int:
@@ -128,7 +130,7 @@ def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, rows: RowChoices, sp
     w = jnp.where(valid[:, None], w, w[:1])  # padding must not widen the range
     importance = jnp.where(valid, 1.0 / jnp.square(u_diag), 0.0)
     keep = jnp.broadcast_to(valid[:, None], w.shape)
-    if spec.outliers:
+    if spec.outliers and spec.leave_one_out:
         keep &= leave_one_out_gain(w, importance[:, None], rows.maxq) <= rows.threshold
     return fit_group(w, keep, Objective(importance[:, None], *rows), spec.grid)
 

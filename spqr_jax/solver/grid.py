@@ -147,8 +147,11 @@ class Objective(NamedTuple):
 
 
 def value_range(w: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Smallest and largest kept weight of each row; of all weights where none is kept."""
-    keep = keep | ~jnp.any(keep, axis=0)
+    """Smallest and largest kept weight of each row; of all weights where less than half are kept.
+
+    The range of a few might be so narrow that its zero point is beyond float16.
+    """
+    keep = keep | (2 * jnp.sum(keep, axis=0) < keep.shape[0])
     return jnp.min(jnp.where(keep, w, jnp.inf), axis=0), jnp.max(jnp.where(keep, w, -jnp.inf), axis=0)
 
 

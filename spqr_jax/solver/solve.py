@@ -38,6 +38,7 @@ class LayerStats:
       ideal_bits, stored_bits: of the array, see `SpQRArray`.
       damping: what was really added to the Hessian, as a share of its mean
         diagonal; more than asked for if the factorization needed it.
+      outlier_threshold: relative threshold; None for no outliers.
     """
 
     output_error: float
@@ -45,6 +46,7 @@ class LayerStats:
     ideal_bits: float
     stored_bits: float
     damping: float
+    outlier_threshold: float | None
 
 
 class Solved(NamedTuple):
@@ -81,7 +83,7 @@ def quantize_weights(
     are stacked along their rows and solved as one.
     """
     h = _checked_hessian(weights, hessian, configs)
-    factors: dict[tuple[str, float], _Factor] = {}
+    factors: dict[tuple[str, float], Factor] = {}
     stacks: dict[SpQRConfig, list[int]] = {}
     for index, config in enumerate(configs):
         stacks.setdefault(_program(config), []).append(index)
@@ -92,7 +94,7 @@ def quantize_weights(
             assert h is not None
             key = (config.order, config.damping)
             if key not in factors:
-                factors[key] = _factor(h, config)
+                factors[key] = factor_hessian(h, config)
             factor = factors[key]
         own = [configs[index] for index in members]
         results.update(zip(members, _solve_stack([weights[i] for i in members], h, factor, own), strict=True))
@@ -104,7 +106,13 @@ def _program(config: SpQRConfig) -> SpQRConfig:
     return dataclasses.replace(config, rules=(), bits=8, outlier_threshold=1.0 if config.outliers else math.inf)
 
 
-class _Factor(NamedTuple):
+def column_spec(config: SpQRConfig, group_size: int, outliers: bool) -> ColumnSpec:
+    """The static choices of the loop over columns."""
+    grid = GridSpec(config.stats_bits, config.stats_group_size, config.fit)
+    return ColumnSpec(grid, group_size, outliers, config.leave_one_out, config.compensate)
+
+
+class Factor(NamedTuple):
     """What matrices that read one input share: H in the order of visit, factored."""
 
     perm: jax.Array | None  # int [in]; None for the identity
@@ -113,40 +121,36 @@ class _Factor(NamedTuple):
     shift: jax.Array  # f32 [in], what damping added to the diagonal of H, own order
 
 
-def _factor(h: jax.Array, config: SpQRConfig) -> _Factor:
+def factor_hessian(h: jax.Array, config: SpQRConfig) -> Factor:
+    """Orders, damps and factors H [in, in]."""
     perm = jnp.argsort(-jnp.diagonal(h), stable=True) if config.order == "activation" else None
     u, damping = factorize(h if perm is None else h[perm][:, perm], config.damping)
-    return _Factor(perm, u, damping, damping_shift(jnp.diagonal(h), damping))
+    return Factor(perm, u, damping, damping_shift(jnp.diagonal(h), damping))
 
 
 def _solve_stack(
-    weights: Sequence[jax.Array], h: jax.Array | None, factor: _Factor | None, configs: Sequence[SpQRConfig]
+    weights: Sequence[jax.Array], h: jax.Array | None, factor: Factor | None, configs: Sequence[SpQRConfig]
 ) -> list[Solved]:
     """Solves matrices whose configurations differ in bits and thresholds only."""
     config = dataclasses.replace(
         configs[0], rules=(), bits=8, outlier_threshold=1.0 if configs[0].outliers else math.inf
     )
-    layouts = tuple(_layout(w, config) for w in weights)
-    spec = ColumnSpec(
-        GridSpec(config.stats_bits, config.stats_group_size, config.fit),
-        layouts[0].group_size,
-        outliers=config.outliers,
-        compensate=config.compensate,
-    )
+    layouts = tuple(weight_layout(w, config) for w in weights)
+    spec = column_spec(config, layouts[0].group_size, config.outliers)
     padded = layouts[0].padded_in
     columns = round_up(padded, spec.panel(padded))
     perm, u = (None, None) if factor is None else (factor.perm, factor.u)
     taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
     w_stack, choices = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, columns)
     valid = jnp.arange(columns) < weights[0].shape[1]
-    solved = solve_columns(w_stack, None if u is None else _pad_factor(u, columns), valid, choices, spec)
+    solved = solve_columns(w_stack, None if u is None else pad_factor(u, columns), valid, choices, spec)
     if not _finite((solved.stats,))[0]:
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
             f"(largest {float(jnp.max(jnp.abs(w_stack))):g}) or too far from zero; rescale the layer or leave it dense"
         )
     shift = None if factor is None else factor.shift
-    pieces = _pack(solved, tuple(weights), h, perm, shift, layouts, tuple(c.bits for c in configs), config)
+    pieces = _cut(solved, tuple(weights), h, perm, shift, layouts, config)
     damping = 0.0 if factor is None else factor.damping
     return [_result(*each, perm, damping) for each in zip(pieces, layouts, configs, strict=True)]
 
@@ -179,13 +183,14 @@ def _checked_hessian(
     return jnp.asarray(h, jnp.float32)
 
 
-def _layout(w: jax.Array, config: SpQRConfig) -> ArrayLayout:
+def weight_layout(w: jax.Array, config: SpQRConfig) -> ArrayLayout:
+    """Padded sizes of a weight [out, in]."""
     shape = (int(w.shape[0]), int(w.shape[1]))
     return array_layout(shape, config.group_size, config.stats_group_size if config.quantized_stats else None)
 
 
 @partial(jax.jit, static_argnums=1)
-def _pad_factor(u: jax.Array, columns: int) -> jax.Array:
+def pad_factor(u: jax.Array, columns: int) -> jax.Array:
     """Padding columns are inputs of their own, unrelated to the others."""
     extra = columns - u.shape[0]
     padded = jnp.pad(u, ((0, extra), (0, extra)))
@@ -227,9 +232,9 @@ def _stack(
 
 
 class _Piece(NamedTuple):
-    """One matrix cut out of the stacked result, packed but for its outliers."""
+    """One matrix cut out of the stacked result, its statistics packed."""
 
-    codes: jax.Array
+    codes: jax.Array  # u8 [out, padded in], one a weight
     scale_codes: jax.Array | None
     zero_codes: jax.Array | None
     tile_stats: jax.Array
@@ -239,18 +244,17 @@ class _Piece(NamedTuple):
     output_error: jax.Array  # f32 scalar
 
 
-@partial(jax.jit, static_argnames=("layouts", "bits", "config"))
-def _pack(
+@partial(jax.jit, static_argnames=("layouts", "config"))
+def _cut(
     solved: SolvedColumns,
     weights: tuple[jax.Array, ...],
     h: jax.Array | None,
     perm: jax.Array | None,
     shift: jax.Array | None,
     layouts: tuple[ArrayLayout, ...],
-    bits: tuple[int, ...],
     config: SpQRConfig,
 ) -> list[_Piece]:
-    """Packs the stacked result and cuts it into the matrices it is made of."""
+    """Cuts the stacked result into the matrices it is made of."""
     inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
     codes = solved.codes[:padded_in].T
     values = solved.values[:inner]
@@ -261,7 +265,7 @@ def _pack(
         scale_codes = pack_codes(solved.scale_codes[:groups], config.stats_bits)
         zero_codes = pack_codes(solved.zero_codes[:groups], config.stats_bits)
     pieces, first = [], 0
-    for w, layout, b in zip(weights, layouts, bits, strict=True):
+    for w, layout in zip(weights, layouts, strict=True):
         last, end = first + layout.shape[0], first + layout.padded_out
 
         def words(packed: jax.Array, first: int = first, end: int = end) -> jax.Array:
@@ -269,7 +273,7 @@ def _pack(
 
         rows, tile = slice(first, last), config.stats_group_size
         piece = _Piece(
-            codes=pack_codes(codes[rows], b),
+            codes=codes[rows],
             scale_codes=words(scale_codes) if second_level else None,
             zero_codes=words(zero_codes) if second_level else None,
             tile_stats=stats[first // tile : end // tile] if second_level else stats[rows],
@@ -281,6 +285,9 @@ def _pack(
         pieces.append(piece)
         first = end
     return pieces
+
+
+_pack_codes = jax.jit(pack_codes, static_argnums=1)  # apart from the rest: bits differ from matrix to matrix
 
 
 def _relative_error(
@@ -303,7 +310,7 @@ def _result(matrix: _Piece, layout: ArrayLayout, config: SpQRConfig, perm: jax.A
     no_outliers = np.zeros(layout.shape, bool)
     array = pack_array(
         layout,
-        codes=matrix.codes,
+        codes=_pack_codes(matrix.codes, config.bits),
         scale_codes=matrix.scale_codes,
         zero_codes=matrix.zero_codes,
         tile_stats=matrix.tile_stats,
@@ -320,5 +327,6 @@ def _result(matrix: _Piece, layout: ArrayLayout, config: SpQRConfig, perm: jax.A
         ideal_bits=array.ideal_bits,
         stored_bits=array.stored_bits,
         damping=damping,
+        outlier_threshold=config.outlier_threshold if config.outliers else None,
     )
     return Solved(array, matrix.dense, stats)

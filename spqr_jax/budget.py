@@ -1,0 +1,343 @@
+"""Spending a budget of stored bits where they save the most loss.
+
+For every weight, candidate widths b and outlier thresholds T are tried on some
+of its rows (`solver.try_choices`), and the loss each would cost the model is
+predicted from the block's `BlockSensitivity`. With λ the price of a bit in loss,
+
+    minimize  Σ_weights loss(b, T) + λ · bits(b, T)
+
+splits into one small choice a weight: an outlier of 32 bits is worth having if it
+saves more than 32 λ, which sets T for every weight at once, and b is the cheapest
+of its candidates. λ is what makes the total meet the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from spqr_jax.array import SpQRArray, predicted_bytes
+from spqr_jax.blocks import BlockSource
+from spqr_jax.config import LayerRule, SpQRConfig
+from spqr_jax.errors import SpQRError
+from spqr_jax.models.decoder import WEIGHT_NAMES, abstract_decoder
+from spqr_jax.sensitivity import BlockSensitivity, block_sensitivities
+from spqr_jax.solver.trial import try_choices
+
+_OUTLIER_BITS = 32
+_MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
+# Prices tried, in nats a token for one bit more on every weight of the model.
+_PRICES = np.geomspace(0.01, 2.0, 5)
+_TOKENS = 4096  # of calibration text that a plan looks at, at least one batch
+_TOLERANCE = 0.005  # bits a weight by which a finished model may miss its target
+_GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
+_STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One width of one weight, at each of `_PRICES`: what it costs and what it takes.
+
+    Attributes:
+      bits: code bits.
+      loss: f64 [prices], predicted loss in nats a token.
+      outliers: f64 [prices], share kept apart.
+    """
+
+    bits: int
+    loss: np.ndarray
+    outliers: np.ndarray
+
+    def at(self, price: float) -> tuple[float, float, float]:
+        """Loss, outlier share and the price they belong to, between the prices tried.
+
+        A price so low that the outliers are too many counts as the lowest at which they are not.
+        """
+        usable = (self.outliers <= _MOST_OUTLIERS) & np.isfinite(self.loss)
+        if not usable.any():
+            return math.inf, 1.0, price
+        x, known = math.log(price), np.log(_PRICES[usable])
+        loss = float(np.interp(x, known, self.loss[usable]))
+        share = math.exp(np.interp(x, known, np.log(np.maximum(self.outliers[usable], 1e-9))))
+        return loss, share, max(price, float(_PRICES[usable][0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightCurve:
+    """What is known of one weight.
+
+    Attributes:
+      path: of the weight.
+      shape: (out, in).
+      tau_per_price: outlier threshold τ at a price of 1.
+      candidates: one for each width it may have.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    tau_per_price: float
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a plan decided for one weight; `nbytes` and `loss` (nats a token) are predictions."""
+
+    curve: WeightCurve
+    bits: int
+    outlier_threshold: float
+    nbytes: float
+    outlier_bytes: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A choice for every weight.
+
+    Attributes:
+      choices: by path.
+      target_bits: stored bits a weight that the choices were made for.
+      price: λ, the rise in loss (nats a token) that one bit more on every weight should save.
+    """
+
+    choices: dict[str, Choice]
+    target_bits: float
+    price: float
+
+    @property
+    def size(self) -> int:
+        """Number of weights in all."""
+        return sum(choice.curve.size for choice in self.choices.values())
+
+    @property
+    def stored_bits(self) -> float:
+        """Predicted stored bits a weight."""
+        return 8 * sum(choice.nbytes for choice in self.choices.values()) / self.size
+
+    @property
+    def loss(self) -> float:
+        """Predicted rise of the model's loss, nats a token."""
+        return sum(choice.loss for choice in self.choices.values())
+
+    def share_of_bits(self) -> dict[int, float]:
+        """Share of weights that have each width."""
+        sizes: dict[int, int] = {}
+        for choice in self.choices.values():
+            sizes[choice.bits] = sizes.get(choice.bits, 0) + choice.curve.size
+        return {bits: size / self.size for bits, size in sorted(sizes.items())}
+
+    def config(self, config: SpQRConfig) -> SpQRConfig:
+        """`config` with the plan's choices as rules, so that they can be read, kept and repeated."""
+        rules = tuple(
+            LayerRule(f"^{re.escape(path)}$", bits=choice.bits, outlier_threshold=choice.outlier_threshold)
+            for path, choice in self.choices.items()
+        )
+        skips = tuple(rule for rule in config.rules if rule.skip)
+        return dataclasses.replace(config, target_bits=None, rules=skips + rules)
+
+
+def measure_curves(
+    source: BlockSource,
+    batches: Iterable[Any],
+    config: SpQRConfig,
+    progress: Callable[[str], None] | None = None,
+) -> list[WeightCurve]:
+    """Tries every width and price on every weight of a dense model, from its last block to its first."""
+    shapes = abstract_decoder(source.config).layers[0]
+    total = source.config.num_layers * sum(math.prod(getattr(shapes, name).shape) for name in WEIGHT_NAMES)
+    curves: list[WeightCurve] = []
+    for block in block_sensitivities(source, batches, progress):
+        for names, hessian in block.hessians:
+            wanted = [name for name in names if config.for_path(f"layers.{block.index}.{name}") is not None]
+            for width in dict.fromkeys(getattr(block.block, name).shape[1] for name in wanted):
+                same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
+                curves += _block_curves(block, same, hessian, config, total)
+    return curves
+
+
+def _block_curves(
+    block: BlockSensitivity, names: Sequence[str], hessian: Any, config: SpQRConfig, total: int
+) -> list[WeightCurve]:
+    weights = [getattr(block.block, name) for name in names]
+    fisher = [np.asarray(block.fisher[name], np.float64) / 4 for name in names]
+    # An outlier is worth 32 bits at price λ: λ·32/total nats; T counts (w-ŵ)H(w-ŵ)ᵀ of a mean row.
+    per_price = [_OUTLIER_BITS / total / max(own.mean(), 1e-300) for own in fisher]
+    widths = {name: _widths(config, f"layers.{block.index}.{name}") for name in names}
+    most = max(len(own) for own in widths.values())
+    choices = []
+    for name, unit in zip(names, per_price, strict=True):
+        padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
+        choices.append([(bits, unit * price) for bits in padded for price in _PRICES])
+    trials = try_choices(weights, hessian, fisher, choices, config)
+    curves = []
+    for name, w, unit, trial in zip(names, weights, per_price, trials, strict=True):
+        loss, outliers = (part.reshape(-1, len(_PRICES)) for part in (trial.loss, trial.outliers))
+        own = tuple(Candidate(bits, loss[i], outliers[i]) for i, bits in enumerate(widths[name]))
+        path = f"layers.{block.index}.{name}"
+        curves.append(WeightCurve(path, tuple(w.shape), unit / max(trial.threshold_scale, 1e-300), own))
+    return curves
+
+
+def _widths(config: SpQRConfig, path: str) -> tuple[int, ...]:
+    """What a rule asks for, else all that the plan may choose from."""
+    for rule in config.rules:
+        if rule.bits is not None and re.search(rule.pattern, path):
+            return (rule.bits,)
+    return config.bit_choices
+
+
+def _bytes(curve: WeightCurve, bits: int, share: float, config: SpQRConfig) -> float:
+    return predicted_bytes(
+        curve.shape,
+        bits=bits,
+        group_size=config.group_size,
+        stats_group_size=config.stats_group_size,
+        stats_bits=config.stats_bits if config.quantized_stats else None,
+        nnz=share * curve.size,
+        permuted=config.order == "activation",
+    )
+
+
+def make_plan(curves: Sequence[WeightCurve], target_bits: float, config: SpQRConfig) -> Plan:
+    """The choices of least predicted loss whose stored bits meet the target.
+
+    Raises:
+      SpQRError: the target is out of reach.
+    """
+    total = sum(curve.size for curve in curves)
+
+    def choose(curve: WeightCurve, price: float, bits: int | None = None) -> Choice:
+        best: tuple[float, Choice] | None = None
+        for candidate in curve.candidates:
+            if bits is not None and candidate.bits != bits:
+                continue
+            loss, share, own_price = candidate.at(price)
+            nbytes = _bytes(curve, candidate.bits, share, config)
+            cost = loss + price * 8 * nbytes / total
+            fixed = _bytes(curve, candidate.bits, 0.0, config)
+            if best is None or cost < best[0]:
+                tau = curve.tau_per_price * own_price
+                best = (cost, Choice(curve, candidate.bits, tau, nbytes, nbytes - fixed, loss))
+        assert best is not None
+        return best[1]
+
+    def at(price: float, widths: dict[str, int] | None = None) -> Plan:
+        return Plan({c.path: choose(c, price, widths[c.path] if widths else None) for c in curves}, target_bits, price)
+
+    low, high = float(_PRICES[0]), float(_PRICES[-1])  # the higher the price, the fewer bits
+    most, least = at(low).stored_bits, at(high).stored_bits
+    if not least <= target_bits <= most:
+        raise SpQRError(
+            f"a target of {target_bits:g} stored bits a weight is out of reach: with these settings this model takes "
+            f"{least:.2f} to {most:.2f}. Change --bits, --group-size or the target"
+        )
+    price = _bisect(lambda price: at(price).stored_bits, target_bits, low, high)
+    # Widths come in whole matrices; what they leave of the budget goes to outliers.
+    widths = {path: choice.bits for path, choice in at(price).choices.items()}
+    price = _bisect(lambda price: at(price, widths).stored_bits, target_bits, low, high)
+    return at(price, widths)
+
+
+def _bisect(falling: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Where a falling function meets a target, on a logarithmic scale; an end if it does not."""
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if falling(middle) > target else (low, middle)
+    return high
+
+
+class Ledger:
+    """Keeps a model that is being quantized on its plan's budget.
+
+    Predictions of outlier counts are off, mostly by some percent. What was over-
+    or underspent is shared out over the outliers of the weights to come; a miss
+    that they could not make up for with small changes is not accepted.
+
+    Args:
+      plan: to be kept.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._left = dict(plan.choices)
+        self._budget = plan.target_bits * plan.size / 8
+        self._size, self._spent = plan.size, 0.0
+        self._planned, self._found = 0.0, 0.0  # bytes of outliers so far
+
+    def factor(self) -> float:
+        """What the next weights' thresholds should be multiplied by, before anything is known of them."""
+        total = self._planned + sum(choice.outlier_bytes for choice in self._left.values())
+        wanted = self._ratio()
+        if self._found and self._planned > 0.02 * total:
+            wanted *= self._planned / self._found
+        return _for_counts(wanted, _STEEPNESS)
+
+    def _ratio(self) -> float:
+        """Outliers that the weights to come may have, as a multiple of what was planned for them."""
+        fixed = sum(choice.nbytes - choice.outlier_bytes for choice in self._left.values())
+        planned = sum(choice.outlier_bytes for choice in self._left.values())
+        return max(self._budget - self._spent - fixed, 0.0) / max(planned, 1e-9)
+
+    def next_factor(self, tried: Sequence[tuple[float, dict[str, SpQRArray]]]) -> float | None:
+        """Another factor to solve the same weights with, or None to accept them as they are.
+
+        Args:
+          tried: factors and what they led to, by path, the last one last.
+        """
+        factor, arrays = tried[-1]
+        counts = [sum(_outlier_bytes(array) for array in own.values()) for _, own in tried]
+        later = sum(choice.outlier_bytes for path, choice in self._left.items() if path not in arrays)
+        ratio = self._ratio()
+        wanted = ratio * sum(self._left[path].outlier_bytes for path in arrays)
+        if abs(counts[-1] - wanted) <= max(_GIVE * ratio * later, _TOLERANCE * self._size / 8):
+            return None
+        steepness = _STEEPNESS
+        if len(tried) > 1 and tried[-2][0] != factor:
+            measured = math.log(max(counts[-2], 1) / max(counts[-1], 1)) / math.log(factor / tried[-2][0])
+            steepness = float(np.clip(measured, 0.3, 6.0))
+        return factor * _for_counts(max(wanted, 1.0) / max(counts[-1], 1), steepness)
+
+    def spend(self, path: str, array: SpQRArray) -> None:
+        """Books a finished weight."""
+        self._spent += array.nbytes
+        self._planned += self._left.pop(path).outlier_bytes
+        self._found += _outlier_bytes(array)
+
+
+def _for_counts(ratio: float, steepness: float) -> float:
+    """Factor on a threshold that changes outlier counts by `ratio`."""
+    return float(np.clip(ratio, 1e-3, 1e3) ** (-1 / steepness))
+
+
+def _outlier_bytes(array: SpQRArray) -> int:
+    return array.nnz * (np.dtype(np.float16).itemsize + np.dtype(array.outlier_cols.dtype).itemsize)
+
+
+def plan_budget(
+    source: BlockSource,
+    batches: Sequence[Any],
+    config: SpQRConfig,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Plans how to meet `config.target_bits`; looks at the first 4096 or so tokens only.
+
+    Raises:
+      SpQRError: the target is out of reach.
+    """
+    assert config.target_bits is not None
+    some: list[Any] = []
+    for batch in batches:
+        if sum(np.size(taken) for taken in some) >= _TOKENS:
+            break
+        some.append(np.asarray(batch))
+    return make_plan(measure_curves(source, some, config, progress), config.target_bits, config)

@@ -1,0 +1,139 @@
+"""How much the model's loss minds an error in the output of each weight.
+
+One backward pass through the dense model. Letters: L, the summed next-token
+loss of the text; y = W x, a weight's output for one token; g = ∂L/∂y. To second
+order an output error δ costs ½ (g·δ)² a token (the Fisher information in place of
+the curvature), and on average over tokens, with the outputs taken as
+independent, rounding W to Ŵ costs
+
+    ½ Σ_r mean(g_r²) · mean((δ_r)²) = ¼ Σ_r mean(g_r²) · (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ
+
+nats a token, H = (2/n) X Xᵀ as in `spqr_jax.solver`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spqr_jax.blocks import BlockSource
+from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
+from spqr_jax.evaluate.perplexity import sequence_losses
+from spqr_jax.models.attention import Positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import STAGES, WEIGHT_NAMES, Block, Outer, State, pass_block, plain_linear, run_block
+from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSensitivity:
+    """What a plan needs to know of one block.
+
+    Attributes:
+      index: of the block.
+      block: its dense weights.
+      hessians: for each group of weights that read one input, their names and the
+        input's Hessian.
+      fisher: for each weight mean(g_r²) over tokens, f32 [out].
+    """
+
+    index: int
+    block: Block
+    hessians: list[tuple[tuple[str, ...], Hessian]]
+    fisher: dict[str, jax.Array]
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_gradient(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
+    def total(residual: jax.Array) -> jax.Array:
+        return jnp.sum(sequence_losses(config, outer, residual, tokens)) * (tokens.shape[1] - 1)
+
+    return jax.grad(total)(residual)
+
+
+class _Watching(InputRecorder):
+    """A `linear` that applies the weights, notes their inputs and adds to their outputs."""
+
+    def __init__(self, added: dict[str, jax.Array]) -> None:
+        super().__init__()
+        self._added = added
+
+    def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
+        super().__call__(name, w, x)
+        return plain_linear(name, w, x) + self._added[name]
+
+
+_Sums = tuple[dict[str, jax.Array], list[Hessian]]
+"""Σ g² of each weight's outputs, and the Hessian of each input that weights share."""
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _backward(
+    config: DecoderConfig, block: Block, residual: jax.Array, where: Positions, gradient: jax.Array, sums: _Sums
+) -> tuple[jax.Array, _Sums]:
+    """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`."""
+    # Adding a zero to each output and asking for its gradient gives g.
+    zeros = {name: jnp.zeros((*residual.shape[:-1], getattr(block, name).shape[0]), residual.dtype) for name in sums[0]}
+
+    def run(residual: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        watching = _Watching(added)
+        return run_block(config, block, State(residual), where, watching).residual, watching.inputs
+
+    _, back, inputs = jax.vjp(run, residual, zeros, has_aux=True)
+    before, by_output = back(gradient)
+    squares = {n: sums[0][n] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=(0, 1)) for n, g in by_output.items()}
+    return before, (squares, [accumulate_hessian(h, x) for h, x in zip(sums[1], inputs, strict=True)])
+
+
+def block_sensitivities(
+    source: BlockSource, batches: Iterable[Any], progress: Callable[[str], None] | None = None
+) -> Iterator[BlockSensitivity]:
+    """Goes through a dense model forwards, then backwards, one block at a time.
+
+    Held at once: one block and the text's activations before every block.
+
+    Args:
+      source: the dense model.
+      batches: int32 [batch, seq] of token ids, few will do.
+      progress: told after each block, twice.
+
+    Yields:
+      One :class:`BlockSensitivity` a block, the last block first.
+    """
+    config, outer, batches = source.config, source.outer(), list(batches)
+    chunks = list(Activations(config, outer, batches).chunks())
+    places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
+    before: list[list[jax.Array]] = []
+    for index in range(config.num_layers):
+        before.append(residuals)
+        block = source.block(index)
+        residuals = [pass_block(config, block, x, where) for x, where in zip(residuals, places, strict=True)]
+        if progress is not None:
+            progress(f"forward through block {index}")
+    gradients = [
+        _loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
+    ]
+    groups = [group for stage in range(len(STAGES)) for group in stage_groups(config, stage)]
+    tokens_seen = sum(tokens.size for tokens in batches)
+    for index in reversed(range(config.num_layers)):
+        block = source.block(index)
+        sums: _Sums = (
+            {name: jnp.zeros(getattr(block, name).shape[0]) for name in WEIGHT_NAMES},
+            [empty_hessian(width) for _, width in groups],
+        )
+        for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
+            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums)
+        squares, hessians = sums
+        yield BlockSensitivity(
+            index,
+            block,
+            [(names, hessian) for (names, _), hessian in zip(groups, hessians, strict=True)],
+            {name: total / tokens_seen for name, total in squares.items()},
+        )
+        if progress is not None:
+            progress(f"back through block {index}")

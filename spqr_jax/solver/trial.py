@@ -1,0 +1,115 @@
+"""What several choices of bits and outlier threshold would cost a matrix, without making any of them.
+
+Only some tiles of rows are solved, and all choices at once: rows are independent
+of each other outside their tile, and bits and thresholds are data of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spqr_jax.array import round_up
+from spqr_jax.config import SpQRConfig
+from spqr_jax.solver.columns import RowChoices, SolvedColumns, solve_columns
+from spqr_jax.solver.hessian import Hessian
+from spqr_jax.solver.outliers import outlier_threshold
+from spqr_jax.solver.solve import column_spec, factor_hessian, pad_factor, weight_layout
+
+
+class Trial(NamedTuple):
+    """The result for one matrix.
+
+    Attributes:
+      loss: f64 [choices], Σ_r weight_r (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ, scaled up to all rows.
+      outliers: f64 [choices], share of weights kept apart.
+      threshold_scale: T / τ of this matrix.
+    """
+
+    loss: np.ndarray
+    outliers: np.ndarray
+    threshold_scale: float
+
+
+def try_choices(
+    weights: Sequence[jax.Array],
+    hessian: Hessian,
+    row_weights: Sequence[Any],
+    choices: Sequence[Sequence[tuple[int, float]]],
+    config: SpQRConfig,
+) -> list[Trial]:
+    """Tries choices on matrices that read one input.
+
+    Args:
+      weights: [out_k, in] each.
+      hessian: of their input.
+      row_weights: f32 [out_k] each, what a row's loss counts.
+      choices: for each matrix (bits, T), equally many; T in units of the loss.
+      config: everything else; it must compensate errors.
+    """
+    factor = factor_hessian(hessian.matrix(), config)
+    layouts = [weight_layout(w, config) for w in weights]
+    tile = config.stats_group_size if config.quantized_stats else 16
+    spec = column_spec(config, layouts[0].group_size, outliers=True)
+    columns = round_up(layouts[0].padded_in, spec.panel(layouts[0].padded_in))
+    u = pad_factor(factor.u, columns)
+    times = len(choices[0])
+    rows = [_some_rows(w.shape[0], tile, times) for w in weights]
+    subsets = tuple(w[chosen] for w, chosen in zip(weights, rows, strict=True))
+    flat = [(len(chosen), each) for chosen, own in zip(rows, choices, strict=True) for each in own]
+    # As many rows as the matrices have, so that trying and solving are one program.
+    padding = max(sum(layout.padded_out for layout in layouts) - sum(count for count, _ in flat), 0)
+    thresholds = np.concatenate([np.full(count, t) for count, (_, t) in flat] + [np.full(padding, np.inf)])
+    maxq = np.concatenate([np.full(count, 2.0**bits - 1) for count, (bits, _) in flat] + [np.ones(padding)])
+    stacked = _stack(subsets, factor.perm, times, columns, padding)
+    valid = jnp.arange(columns) < weights[0].shape[1]
+    rows_of = RowChoices(jnp.asarray(thresholds, jnp.float32), jnp.asarray(maxq, jnp.float32))
+    solved = solve_columns(stacked, u, valid, rows_of, spec)
+    loss, outliers = (np.asarray(a, np.float64) for a in _by_row(solved, stacked, factor.shift, factor.perm, valid))
+    trials, first = [], 0
+    for w, chosen, row_weight in zip(weights, rows, row_weights, strict=True):
+        part = slice(first, first + times * len(chosen))
+        first = part.stop
+        # As a share of the chosen rows' weight: rows differ in weight more than in loss.
+        row_weight = np.asarray(row_weight, np.float64)
+        own = loss[part].reshape(times, -1) @ row_weight[chosen] * row_weight.sum() / row_weight[chosen].sum()
+        share = outliers[part].reshape(times, -1).mean(axis=1) / w.shape[1]
+        scale = float(outlier_threshold(_permuted(w, factor.perm), jnp.diagonal(factor.u), jnp.float32(1)))
+        trials.append(Trial(own, share, scale))
+    return trials
+
+
+def _some_rows(out: int, tile: int, times: int) -> np.ndarray:
+    """Rows of evenly spread whole tiles, one in `times`; a last row is repeated to fill its tile."""
+    tiles = -(-out // tile)
+    picked = np.linspace(0, tiles - 1, max(tiles // times, 1)).round().astype(int)
+    return np.minimum((picked[:, None] * tile + np.arange(tile)).reshape(-1), out - 1)
+
+
+def _permuted(w: jax.Array, perm: jax.Array | None) -> jax.Array:
+    w_t = w.astype(jnp.float32).T
+    return w_t if perm is None else w_t[perm]
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _stack(weights: tuple[jax.Array, ...], perm: jax.Array | None, times: int, columns: int, padding: int) -> jax.Array:
+    """Wᵀ of all matrices, each repeated for its choices: [columns, rows]."""
+    w_t = [jnp.tile(_permuted(w, perm), (1, times)) for w in weights]
+    together = jnp.concatenate(w_t, axis=1)
+    return jnp.pad(together, ((0, columns - together.shape[0]), (0, padding)))
+
+
+@jax.jit
+def _by_row(
+    solved: SolvedColumns, w: jax.Array, shift: jax.Array, perm: jax.Array | None, valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Loss with the undamped H, and number of outliers, of each row."""
+    shift = shift if perm is None else shift[perm]
+    shift = jnp.pad(shift, (0, w.shape[0] - shift.shape[0]))
+    loss = solved.loss - jnp.sum(jnp.square(w - solved.values) * shift[:, None], axis=0)
+    return jnp.maximum(loss, 0.0), jnp.sum(solved.outliers & valid[:, None], axis=0)

@@ -1,0 +1,374 @@
+"""Training what is continuous in a quantized model against the dense one. Codes stay as they are.
+
+Trained are the statistics of each tile, the outlier values and the norm gains;
+they cost nothing more to store or to run. Two objectives:
+
+- ``blocks``: each block in turn, to give the dense block's output although its
+  input comes from the quantized blocks before it (squared error).
+- ``logits``: all blocks together, to give the dense model's next-token
+  distributions (Kullback-Leibler divergence), by backpropagation one block at a time.
+
+Each trained array p is p₀ + size · θ with θ starting at 0 and `size` the root mean
+square of p₀, so that one learning rate, in shares of a parameter's size, fits all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax  # Adam
+from jax import lax
+
+from spqr_jax.array import SpQRArray, round_up
+from spqr_jax.blocks import BlockSource
+from spqr_jax.calibrate import Activations
+from spqr_jax.errors import DataError
+from spqr_jax.models.attention import Positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
+from spqr_jax.packing import unpack_codes
+
+Tune = Literal["none", "blocks", "logits"]
+Progress = Callable[[str, float], None]
+"""Told after each step: what was done, and its loss."""
+
+_HEAD_CHUNK = 256  # positions whose logits are held at once
+_OUTLIER_STEP = 1024  # outlier lists are padded to multiples of this, so that blocks share programs
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """How to train.
+
+    Attributes:
+      objective: ``blocks`` or ``logits``.
+      epochs: times the text is gone through (``blocks``: by each block).
+      learning_rate: of the first step, in shares of a parameter's size; falls to
+        0 along a cosine.
+      batch_tokens: about how many tokens a step should see; `tune` itself takes
+        batches as they come.
+      seed: of the order of the batches.
+    """
+
+    objective: Literal["blocks", "logits"] = "logits"
+    epochs: int = 3
+    learning_rate: float = 2e-3
+    batch_tokens: int = 1024
+    seed: int = 0
+
+
+# ---- a block in the form in which it is trained ------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """What training leaves alone of one weight, unpacked: codes u8 [out, padded in], statistics codes [out, groups]."""
+
+    codes: jax.Array
+    scale_codes: jax.Array | None
+    zero_codes: jax.Array | None
+    perm: jax.Array | None
+    rows: jax.Array  # int32 [entries], of the outliers
+    cols: jax.Array
+    start: dict[str, jax.Array]  # p₀
+    size: dict[str, jax.Array]
+    inner: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    tile: int = dataclasses.field(metadata={"static": True})
+
+
+def _fixed(array: SpQRArray, entries: int) -> _Fixed:
+    extra = (0, entries - array.outlier_cols.shape[0])
+    stats = jnp.asarray(array.tile_stats, jnp.float32)
+    values = jnp.pad(jnp.asarray(array.outlier_values, jnp.float32), extra)
+    out = array.shape[0]
+
+    def statistics_codes(words: Any, bits: int) -> jax.Array | None:
+        return None if words is None else unpack_codes(jnp.asarray(words), bits).T[:out]
+
+    return _Fixed(
+        codes=unpack_codes(jnp.asarray(array.codes), array.bits),
+        scale_codes=statistics_codes(array.scale_codes, array.scale_bits),
+        zero_codes=statistics_codes(array.zero_codes, array.zero_bits),
+        perm=None if array.perm is None else jnp.asarray(array.perm, jnp.int32),
+        rows=jnp.pad(array.rows, extra),
+        cols=jnp.pad(jnp.asarray(array.outlier_cols, jnp.int32), extra),
+        start={"stats": stats, "outliers": values},
+        size={"stats": _rms(stats, axis=(0, 1)), "outliers": _rms(values[: max(array.nnz, 1)], axis=None)},
+        inner=array.shape[1],
+        group_size=array.group_size,
+        tile=array.stats_group_size,
+    )
+
+
+def _rms(x: jax.Array, axis: Any) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=axis))
+
+
+@jax.custom_vjp
+def _undo_permutation(w: jax.Array, perm: jax.Array) -> jax.Array:
+    return jnp.take(w, jnp.argsort(perm), axis=1)
+
+
+# The transpose of a permutation is a gather too; JAX would scatter, one column at a time.
+_undo_permutation.defvjp(
+    lambda w, perm: (_undo_permutation(w, perm), perm), lambda perm, g: (jnp.take(g, perm, axis=1), None)
+)
+
+
+def _values(fixed: _Fixed, theta: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: fixed.start[name] + fixed.size[name] * theta[name] for name in theta}
+
+
+def _dense(fixed: _Fixed, theta: dict[str, jax.Array]) -> jax.Array:
+    """The weight [out, in], as `SpQRArray.to_dense`, differentiable in θ."""
+    values = _values(fixed, theta)
+    stats, out = values["stats"], fixed.codes.shape[0]
+    if fixed.scale_codes is None or fixed.zero_codes is None:
+        scale, zero = stats[..., 0], stats[..., 1]
+    else:
+        ss, sz, zs, zz = jnp.moveaxis(jnp.repeat(stats, fixed.tile, axis=0)[:out], -1, 0)
+        scale = ss * (fixed.scale_codes.astype(jnp.float32) - sz)
+        zero = zs * (fixed.zero_codes.astype(jnp.float32) - zz)
+    groups = scale.shape[1]
+    codes = fixed.codes[:, : groups * fixed.group_size].astype(jnp.float32).reshape(out, groups, fixed.group_size)
+    dense = (scale[..., None] * (codes - zero[..., None])).reshape(out, -1)[:, : fixed.inner]
+    dense = dense.at[fixed.rows, fixed.cols].add(values["outliers"], mode="promise_in_bounds")
+    return dense if fixed.perm is None else _undo_permutation(dense, fixed.perm)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _BlockForm:
+    """A block in training: what is fixed, θ, and the optimizer's state.
+
+    Attributes:
+      fixed: name -> `_Fixed`.
+      dense: the block's other leaves by name, norm gains among them.
+      theta: name -> {"stats", "outliers"}, or for a norm gain its θ [hidden].
+      state: of the optimizer.
+    """
+
+    fixed: dict[str, _Fixed]
+    dense: dict[str, jax.Array]
+    theta: dict[str, Any]
+    state: Any
+
+
+_ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
+
+
+def _block_form(block: Block, entries: dict[str, int]) -> _BlockForm:
+    leaves = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
+    fixed = {n: _fixed(leaf, entries[n]) for n, leaf in leaves.items() if isinstance(leaf, SpQRArray)}
+    dense = {n: jnp.asarray(leaf, jnp.float32) for n, leaf in leaves.items() if n not in fixed and leaf is not None}
+    theta: dict[str, Any] = {n: jax.tree.map(jnp.zeros_like, one.start) for n, one in fixed.items()}
+    theta |= {n: jnp.zeros_like(leaf) for n, leaf in dense.items() if leaf.ndim == 1}
+    return _BlockForm(fixed, dense, theta, _ADAM.init(theta))
+
+
+def _entries(blocks: Sequence[Block]) -> dict[str, int]:
+    """Length to which each weight's outlier list is padded, so that all blocks are of one form."""
+    longest: dict[str, int] = {}
+    for block in blocks:
+        for field in dataclasses.fields(block):
+            leaf = getattr(block, field.name)
+            if isinstance(leaf, SpQRArray):
+                longest[field.name] = max(longest.get(field.name, 1), leaf.outlier_cols.shape[0])
+    return {name: round_up(length, _OUTLIER_STEP) for name, length in longest.items()}
+
+
+def _gain(dense: jax.Array, theta: jax.Array) -> jax.Array:
+    return dense + _rms(dense, axis=None) * theta
+
+
+def _to_block(form: _BlockForm, theta: dict[str, Any], like: type[Block]) -> Block:
+    """The block with dense weights, differentiable in θ."""
+    leaves = dict(form.dense)
+    for name, own in theta.items():
+        leaves[name] = _dense(form.fixed[name], own) if name in form.fixed else _gain(form.dense[name], own)
+    return like(**leaves)
+
+
+def _finished(form: _BlockForm, block: Block) -> Block:
+    """The quantized block with what was trained put back, in its own types."""
+    changes: dict[str, Any] = {}
+    for name, theta in form.theta.items():
+        leaf = getattr(block, name)
+        if isinstance(leaf, SpQRArray):
+            values = _values(form.fixed[name], theta)
+            entries = leaf.outlier_cols.shape[0]
+            outliers = jnp.where(jnp.arange(entries) < leaf.nnz, values["outliers"][:entries], 0.0)
+            changes[name] = dataclasses.replace(
+                leaf, tile_stats=values["stats"].astype(jnp.float16), outlier_values=outliers.astype(jnp.float16)
+            )
+        else:
+            changes[name] = _gain(form.dense[name], theta).astype(leaf.dtype)
+    return dataclasses.replace(block, **changes)
+
+
+def _updated(form: _BlockForm, gradient: dict[str, Any], rate: jax.Array) -> _BlockForm:
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+        updates, state = _ADAM.update(gradient, form.state)
+    theta = jax.tree.map(lambda p, step: p - rate * step, form.theta, updates)
+    return dataclasses.replace(form, theta=theta, state=state)
+
+
+# ---- steps ------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(config: DecoderConfig, form: _BlockForm, x: jax.Array, where: Positions) -> jax.Array:
+    return run_block(config, _to_block(form, form.theta, Block), State(x), where).residual
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _backward_step(
+    config: DecoderConfig, form: _BlockForm, x: jax.Array, where: Positions, gradient: jax.Array, rate: jax.Array
+) -> tuple[_BlockForm, jax.Array]:
+    """Takes ∂L/∂output to ∂L/∂input, and the block one step on."""
+
+    def run(x: jax.Array, theta: dict[str, Any]) -> jax.Array:
+        return run_block(config, _to_block(form, theta, Block), State(x), where).residual
+
+    _, back = jax.vjp(run, x, form.theta)
+    before, by_theta = back(gradient)
+    return _updated(form, by_theta, rate), before
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _match_step(
+    config: DecoderConfig, form: _BlockForm, x: jax.Array, where: Positions, wanted: jax.Array, rate: jax.Array
+) -> tuple[_BlockForm, jax.Array]:
+    """One step towards the dense block's output; also the loss, relative to what the block adds."""
+
+    def loss(theta: dict[str, Any]) -> jax.Array:
+        got = run_block(config, _to_block(form, theta, Block), State(x), where).residual
+        # By token: a few tokens' residuals are hundreds of times larger than the others'.
+        size = jnp.mean(jnp.square(wanted), axis=-1)
+        return jnp.mean(jnp.mean(jnp.square(got - wanted), axis=-1) / size)
+
+    value, gradient = jax.value_and_grad(loss)(form.theta)
+    return _updated(form, gradient, rate), value
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergence(
+    config: DecoderConfig, outer: Outer, student: jax.Array, teacher: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean KL(teacher ‖ student) in nats a token from [batch, tokens, hidden] each, and its gradient by the student."""
+    tokens = student.shape[1]
+    chunk = min(_HEAD_CHUNK, tokens)
+    padded = round_up(tokens, chunk)
+    teacher = jnp.pad(teacher, ((0, 0), (0, padded - tokens), (0, 0)))
+    counted = jnp.arange(padded) < tokens
+
+    def mean(student: jax.Array) -> jax.Array:
+        student = jnp.pad(student, ((0, 0), (0, padded - tokens), (0, 0)))
+
+        @jax.checkpoint
+        def part(first: jax.Array) -> jax.Array:
+            def log_probabilities(hidden: jax.Array) -> jax.Array:
+                return jax.nn.log_softmax(logits(config, outer, lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1)))
+
+            wanted, got = lax.stop_gradient(log_probabilities(teacher)), log_probabilities(student)
+            each = jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1)
+            return jnp.sum(jnp.where(lax.dynamic_slice_in_dim(counted, first, chunk), each, 0.0))
+
+        return jnp.sum(lax.map(part, jnp.arange(0, padded, chunk))) / (student.shape[0] * tokens)
+
+    return jax.value_and_grad(mean)(student)
+
+
+# ---- the two objectives -----------------------------------------------------------------
+
+
+def tune(
+    params: Decoder,
+    dense: BlockSource,
+    batches: Sequence[Any],
+    config: TuneConfig | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Trains a quantized model's statistics, outlier values and norm gains; its codes and size stay.
+
+    Args:
+      params: the quantized model.
+      dense: the model it was made from, read one block at a time.
+      batches: int32 [batch, seq] of token ids, the calibration text; one step each.
+      config: how.
+      progress: told after each step.
+
+    Raises:
+      DataError: no batches.
+    """
+    config = config or TuneConfig()
+    batches = [np.asarray(batch) for batch in batches]
+    if not batches:
+        raise DataError("tuning needs calibration batches: give at least one int32 [batch, seq] of token ids")
+    return (_tune_logits if config.objective == "logits" else _tune_blocks)(
+        params, dense, batches, config, progress or (lambda done, loss: None)
+    )
+
+
+def _orders(config: TuneConfig, batches: int) -> list[tuple[float, int]]:
+    """(learning rate, batch) of each step."""
+    rng = np.random.default_rng(config.seed)
+    order = np.concatenate([rng.permutation(batches) for _ in range(config.epochs)])
+    rates = 0.5 * config.learning_rate * (1 + np.cos(np.pi * np.arange(len(order)) / len(order)))
+    return [(float(rate), int(batch)) for rate, batch in zip(rates, order, strict=True)]
+
+
+def _tune_logits(
+    params: Decoder, dense: BlockSource, batches: list[np.ndarray], config: TuneConfig, progress: Progress
+) -> Decoder:
+    model = params.config
+    places = [where for _, where in Activations(model, params.outer, batches).chunks()]
+    begin = [state.residual for state, _ in Activations(model, params.outer, batches).chunks()]
+    teacher = [state.residual for state, _ in Activations(model, dense.outer(), batches).chunks()]
+    for index in range(model.num_layers):
+        block = dense.block(index)
+        teacher = [pass_block(model, block, x, where) for x, where in zip(teacher, places, strict=True)]
+    entries = _entries(params.layers)
+    forms = [_block_form(block, entries) for block in params.layers]
+    for step, (rate, batch) in enumerate(orders := _orders(config, len(batches))):
+        x, where = begin[batch], places[batch]
+        inputs = []
+        for form in forms:
+            inputs.append(x)
+            x = _run(model, form, x, where)
+        loss, gradient = _divergence(model, dense.outer(), x, teacher[batch])
+        for index in reversed(range(len(forms))):
+            forms[index], gradient = _backward_step(
+                model, forms[index], inputs.pop(), where, gradient, jnp.float32(rate)
+            )
+        progress(f"step {step + 1} of {len(orders)}", float(loss))
+    layers = tuple(_finished(form, block) for form, block in zip(forms, params.layers, strict=True))
+    return dataclasses.replace(params, layers=layers)
+
+
+def _tune_blocks(
+    params: Decoder, dense: BlockSource, batches: list[np.ndarray], config: TuneConfig, progress: Progress
+) -> Decoder:
+    model, entries, layers = params.config, _entries(params.layers), []
+    places = [where for _, where in Activations(model, params.outer, batches).chunks()]
+    wanted = [state.residual for state, _ in Activations(model, dense.outer(), batches).chunks()]
+    inputs = [state.residual for state, _ in Activations(model, params.outer, batches).chunks()]
+    for index, quantized in enumerate(params.layers):
+        original = dense.block(index)
+        wanted = [pass_block(model, original, x, where) for x, where in zip(wanted, places, strict=True)]
+        form, losses = _block_form(quantized, entries), []
+        for rate, batch in _orders(config, len(batches)):
+            form, loss = _match_step(model, form, inputs[batch], places[batch], wanted[batch], jnp.float32(rate))
+            losses.append(float(loss))
+        layers.append(_finished(form, quantized))
+        inputs = [_run(model, form, x, where) for x, where in zip(inputs, places, strict=True)]
+        progress(f"block {index}", float(np.mean(losses[-len(batches) :])))
+    return dataclasses.replace(params, layers=tuple(layers))

@@ -1,0 +1,102 @@
+"""Training what is continuous: it must help, and must touch nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import correlated_problem
+
+from spqr_jax import (
+    DataError,
+    SpQRArray,
+    SpQRConfig,
+    accumulate_hessian,
+    empty_hessian,
+    forward,
+    quantize,
+    quantize_weight,
+)
+from spqr_jax.blocks import TreeSource
+from spqr_jax.tune import TuneConfig, _dense, _fixed, tune
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model, tiny_batches):
+    return quantize(tiny_model, tiny_batches, SpQRConfig(bits=2))
+
+
+def divergence(model, other, tokens):
+    p, q = (jax.nn.log_softmax(forward(m, tokens)) for m in (model, other))
+    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SpQRConfig(), SpQRConfig.gptq(3, 24), SpQRConfig.gptq(4, None), SpQRConfig(order="identity", stats_group_size=24)],
+    ids=["spqr", "no second level", "per row", "odd tiles"],
+)
+def test_the_trained_form_is_the_array(config):
+    """With θ = 0 it dequantizes to the same matrix, whatever the padding."""
+    w, x = correlated_problem(50, 100)
+    array = quantize_weight(w, accumulate_hessian(empty_hessian(100), x), config)
+    form = _fixed(array, entries=2048)
+    np.testing.assert_allclose(_dense(form, jax.tree.map(jnp.zeros_like, form.start)), array.to_dense(), atol=1e-6)
+
+
+def test_its_gradient_is_that_of_the_formula():
+    w, x = correlated_problem(32, 64)
+    form = _fixed(quantize_weight(w, accumulate_hessian(empty_hessian(64), x)), entries=1024)
+    zero = jax.tree.map(jnp.zeros_like, form.start)
+    probe = jnp.asarray(np.random.default_rng(0).standard_normal((32, 64)), jnp.float32)
+
+    def value(theta):
+        return jnp.sum(probe * _dense(form, theta))
+
+    gradient = jax.grad(value)(zero)
+    rng = np.random.default_rng(1)
+    step = jax.tree.map(lambda g: jnp.asarray(1e-2 * rng.standard_normal(g.shape), jnp.float32), gradient)
+    ahead, behind = (value(jax.tree.map(lambda s, sign=sign: sign * s, step)) for sign in (1, -1))
+    expected = sum(float(jnp.vdot(g, s)) for g, s in zip(jax.tree.leaves(gradient), jax.tree.leaves(step), strict=True))
+    assert float(ahead - behind) / 2 == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("objective", ["logits", "blocks"])
+def test_tuning_brings_the_model_closer_and_changes_no_code(tiny_model, tiny_batches, quantized, objective):
+    seen = []
+    tuned = tune(
+        quantized,
+        TreeSource(tiny_model),
+        tiny_batches,
+        TuneConfig(objective, epochs=4, learning_rate=5e-3),
+        lambda done, loss: seen.append(loss),
+    )
+    fresh = jax.random.randint(jax.random.key(11), (4, 32), 0, tiny_model.config.vocab_size)
+    assert divergence(tiny_model, tuned, fresh) < 0.95 * divergence(tiny_model, quantized, fresh)
+    assert len(seen) == (12 if objective == "logits" else 2)
+    for before, after in zip(quantized.layers, tuned.layers, strict=True):
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if not isinstance(old, SpQRArray):
+                assert new.dtype == old.dtype
+                continue
+            new.validate()
+            for leaf in ("codes", "scale_codes", "zero_codes", "outlier_cols", "outlier_row_ptr", "perm"):
+                np.testing.assert_array_equal(getattr(old, leaf), getattr(new, leaf))
+            assert new.nbytes == old.nbytes
+            assert np.any(np.asarray(old.tile_stats) != np.asarray(new.tile_stats))
+
+
+def test_models_without_outliers_or_second_level_are_tuned(tiny_model, tiny_batches):
+    quantized = quantize(tiny_model, tiny_batches, SpQRConfig.gptq(3, 16))
+    tuned = tune(quantized, TreeSource(tiny_model), tiny_batches, TuneConfig("logits", epochs=2))
+    tokens = jnp.asarray(tiny_batches[0])
+    assert divergence(tiny_model, tuned, tokens) < divergence(tiny_model, quantized, tokens)
+
+
+def test_no_text_is_refused(tiny_model, quantized):
+    with pytest.raises(DataError, match="needs calibration batches"):
+        tune(quantized, TreeSource(tiny_model), [])
