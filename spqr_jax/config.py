@@ -99,7 +99,7 @@ class SpQRConfig:
     stats_group_size: int = 16
     outlier_threshold: float = 0.2
     order: Order = "activation"
-    damping: float = 1.0
+    damping: float = 0.1
     compensate: bool = True
     sequential: bool = True
     fit: Fit = "search"

@@ -229,7 +229,7 @@ def _run(config: DecoderConfig, form: _BlockForm, x: jax.Array, where: Positions
     return run_block(config, _to_block(form, form.theta, Block), State(x), where).residual
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
+@partial(jax.jit, static_argnums=0)
 def _backward_step(
     config: DecoderConfig, form: _BlockForm, x: jax.Array, where: Positions, gradient: jax.Array, rate: jax.Array
 ) -> tuple[_BlockForm, jax.Array]:
@@ -243,7 +243,7 @@ def _backward_step(
     return _updated(form, by_theta, rate), before
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
+@partial(jax.jit, static_argnums=0)
 def _match_step(
     config: DecoderConfig, form: _BlockForm, x: jax.Array, where: Positions, wanted: jax.Array, rate: jax.Array
 ) -> tuple[_BlockForm, jax.Array]:

@@ -1,0 +1,175 @@
+"""How long quantizing takes, and where the time goes.
+
+    python benchmarks/quantize_time.py                     the demo model, two layers, growth (some minutes)
+    python benchmarks/quantize_time.py --layer 4096x4096   one layer only
+
+Wall-clock and CPU seconds (all threads). Everything is run twice: the first run
+minus the second is what compilation costs, the second is split into parts. The
+parts wait for each other, which the real run does not, so they add up to a little
+more than the total. Peak memory is the process's largest resident size so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import spqr_jax.calibrate
+import spqr_jax.quantize
+import spqr_jax.solver.solve
+from spqr_jax import SpQRConfig, accumulate_hessian, empty_hessian
+from spqr_jax.blocks import TreeSink, TreeSource, collect
+from spqr_jax.calibrate import batched
+from spqr_jax.cli.display import console, say, table
+from spqr_jax.quantize import quantize_blocks
+from spqr_jax.resolve import open_model
+from spqr_jax.solver import quantize_weight
+
+PARTS: dict[str, list[tuple[Any, str]]] = {
+    "forward": [(spqr_jax.calibrate, "run_stage")],
+    "Hessians": [(spqr_jax.calibrate, "_accumulate_stage")],
+    "factorization": [(spqr_jax.solver.solve, "factor_hessian")],
+    "columns": [(spqr_jax.solver.solve, "solve_columns")],
+    "stacking, packing, statistics": [(spqr_jax.solver.solve, name) for name in ("_stack", "_cut", "_result")],
+}
+
+
+class Clock:
+    """Wall-clock and CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> np.ndarray:
+        return np.array([time.perf_counter() - self._wall, time.process_time() - self._cpu])
+
+
+@contextmanager
+def timed_parts(times: dict[str, np.ndarray]) -> Iterator[None]:
+    """Adds to `times` what each of `PARTS` takes, results waited for."""
+    originals = []
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            clock = Clock()
+            result = jax.block_until_ready(function(*arguments, **keywords))
+            times[part] = times.get(part, np.zeros(2)) + clock.read()
+            return result
+
+        return call
+
+    for part, functions in PARTS.items():
+        for module, name in functions:
+            originals.append((module, name, getattr(module, name)))
+            setattr(module, name, timed(part, getattr(module, name)))
+    try:
+        yield
+    finally:
+        for module, name, function in originals:
+            setattr(module, name, function)
+
+
+def twice(run: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Seconds of the first and the second run, and the second's parts."""
+    clock = Clock()
+    jax.block_until_ready(run())
+    cold, times = clock.read(), {}
+    clock = Clock()
+    with timed_parts(times):
+        jax.block_until_ready(run())
+    return cold, clock.read(), times
+
+
+def show(title: str, cold: np.ndarray, warm: np.ndarray, parts: dict[str, np.ndarray]) -> None:
+    lines = [("in all, with compilation", cold), ("compilation", cold - warm), ("without compilation", warm)]
+    lines += [(f"  {part}", parts[part]) for part in PARTS if part in parts]
+    lines += [("  rest", warm - sum(parts.values()))]
+    rows = [[name, f"{wall:.2f}", f"{cpu:.2f}"] for name, (wall, cpu) in lines]
+    table(title, ["", "wall s", "CPU s"], rows, notes=f"peak memory so far {peak_gib():.2f} GiB")
+
+
+def peak_gib() -> float:
+    """Largest resident size of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def model_time(model: str, windows: np.ndarray) -> None:
+    params = collect(open_model(model, "float32", say).source)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**30
+
+    def run() -> Any:
+        sink = TreeSink(params.config)
+        quantize_blocks(TreeSource(params), sink, batched(windows), SpQRConfig())
+        return sink.params()
+
+    title = f"{model}: {windows.shape[0]} x {windows.shape[1]} tokens, model in memory {size:.2f} GiB"
+    show(title, *twice(run))
+
+
+def problem(out: int, inner: int, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """A weight with heavy tails and the Hessian of correlated inputs."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = 0.05 * jax.random.t(keys[0], 4.0, (out, inner))
+    low = jax.random.normal(keys[1], (tokens, max(inner // 8, 1))) @ jax.random.normal(
+        keys[2], (max(inner // 8, 1), inner)
+    )
+    x = low / np.sqrt(inner // 8) + jax.random.normal(keys[2], (tokens, inner))
+    hessian = accumulate_hessian(empty_hessian(inner), x * jnp.exp(0.5 * jax.random.normal(keys[1], (inner,))))
+    return w, hessian.matrix()
+
+
+def layer_time(out: int, inner: int) -> None:
+    w, h = problem(out, inner, 2 * inner)
+    show(f"one layer, {out} x {inner}, its Hessian given", *twice(lambda: quantize_weight(w, h)))
+
+
+def growth() -> None:
+    """How the parts grow with tokens, rows and columns."""
+    lines = []
+    for tokens in (1024, 4096, 16384):
+        x = jnp.ones((tokens, 1024))
+        lines.append(
+            ("Hessian", f"{tokens} tokens x 1024", twice(lambda x=x: accumulate_hessian(empty_hessian(1024), x)))
+        )
+    for out, inner in ((512, 1024), (1024, 1024), (4096, 1024), (1024, 512), (1024, 2048), (1024, 4096)):
+        w, h = problem(out, inner, 2 * inner)
+        lines.append(("solver", f"{out} x {inner}", twice(lambda w=w, h=h: quantize_weight(w, h))))
+    rows = [[what, size, f"{cold[1]:.2f}", f"{warm[1]:.3f}"] for what, size, (cold, warm, _) in lines]
+    table("Growth, CPU seconds", ["", "size", "with compilation", "without"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calib", help=".npy file of token ids [windows, length]; default: random ids")
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--layer", action="append", help="OUTxIN; repeatable. Only these layers")
+    arguments = parser.parse_args()
+    console.print(f"{platform.processor() or platform.machine()}, {jax.devices()}, jax {jax.__version__}")
+    if arguments.layer is None:
+        if arguments.calib:
+            windows = np.load(arguments.calib, allow_pickle=False)[: arguments.nsamples, : arguments.seqlen]
+        else:
+            shape = (arguments.nsamples, arguments.seqlen)
+            windows = np.random.default_rng(0).integers(0, 32000, shape).astype(np.int32)
+        model_time(arguments.model, windows)
+    for layer in arguments.layer or ["4096x4096", "11008x4096"]:
+        layer_time(*(int(side) for side in layer.split("x")))
+    if arguments.layer is None:
+        growth()
+
+
+if __name__ == "__main__":
+    main()
