@@ -64,7 +64,7 @@ def spqr(w, h, *, bits, group, stats_bits, tile, tau, damping, order="activation
         low, high = np.empty(out), np.empty(out)
         for i in range(out):
             keep = loo_gain(w[i, cols], weight, maxq) <= threshold
-            kept = w[i, cols][keep if keep.any() else slice(None)]
+            kept = w[i, cols][keep if 2 * keep.sum() >= len(keep) else slice(None)]
             low[i], high[i] = kept.min(), kept.max()
         scale, zero = np.array([affine(a, b, maxq) for a, b in zip(low, high, strict=True)]).T
         for t in range(0, out, tile):
