@@ -33,6 +33,7 @@ _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
 # Prices tried, in nats a token for one bit more on every weight of the model.
 _PRICES = np.geomspace(0.01, 2.0, 5)
+_LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `_STEEPNESS`
 _TOKENS = 4096  # of calibration text that a plan looks at, at least one batch
 _TOLERANCE = 0.005  # bits a weight by which a finished model may miss its target
 _GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
@@ -56,15 +57,18 @@ class Candidate:
     def at(self, price: float) -> tuple[float, float, float]:
         """Loss, outlier share and the price they belong to, between the prices tried.
 
-        A price so low that the outliers are too many counts as the lowest at which they are not.
+        Below them the share goes on growing, up to `_MOST_OUTLIERS`, and the loss is
+        that at the lowest price tried, which is no less than it will be.
         """
         usable = (self.outliers <= _MOST_OUTLIERS) & np.isfinite(self.loss)
         if not usable.any():
             return math.inf, 1.0, price
-        x, known = math.log(price), np.log(_PRICES[usable])
+        known, shares = np.log(_PRICES[usable]), np.log(np.maximum(self.outliers[usable], 1e-9))
+        # As low as the price may go until there are too many outliers.
+        x = max(math.log(price), known[0] - (math.log(_MOST_OUTLIERS) - shares[0]) / _STEEPNESS)
+        more = _STEEPNESS * max(known[0] - x, 0.0)
         loss = float(np.interp(x, known, self.loss[usable]))
-        share = math.exp(np.interp(x, known, np.log(np.maximum(self.outliers[usable], 1e-9))))
-        return loss, share, max(price, float(_PRICES[usable][0]))
+        return loss, math.exp(np.interp(x, known, shares) + more), math.exp(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +239,7 @@ def make_plan(curves: Sequence[WeightCurve], target_bits: float, config: SpQRCon
     def at(price: float, widths: dict[str, int] | None = None) -> Plan:
         return Plan({c.path: choose(c, price, widths[c.path] if widths else None) for c in curves}, target_bits, price)
 
-    low, high = float(_PRICES[0]), float(_PRICES[-1])  # the higher the price, the fewer bits
+    low, high = float(_LOWEST_PRICE), float(_PRICES[-1])  # the higher the price, the fewer bits
     most, least = at(low).stored_bits, at(high).stored_bits
     if not least <= target_bits <= most:
         raise SpQRError(

@@ -8,8 +8,9 @@ they cost nothing more to store or to run. Two objectives:
 - ``logits``: all blocks together, to give the dense model's next-token
   distributions (Kullback-Leibler divergence), by backpropagation one block at a time.
 
-Each trained array p is p₀ + size · θ with θ starting at 0 and `size` the root mean
-square of p₀, so that one learning rate, in shares of a parameter's size, fits all.
+Each trained parameter p is p₀ + size · θ with θ starting at 0 and `size` such that
+θ = 1 doubles a scale, moves a zero point by one code, an outlier by their root mean
+square, or doubles a gain: one learning rate then fits all.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ Tune = Literal["none", "blocks", "logits"]
 Progress = Callable[[str, float], None]
 """Told after each step: what was done, and its loss."""
 
+_WARM_UP = 0.15  # share of steps over which the learning rate rises
 _HEAD_CHUNK = 256  # positions whose logits are held at once
 _OUTLIER_STEP = 1024  # outlier lists are padded to multiples of this, so that blocks share programs
 
@@ -78,38 +80,62 @@ class _Fixed:
     rows: jax.Array  # int32 [entries], of the outliers
     cols: jax.Array
     start: dict[str, jax.Array]  # p₀
-    size: dict[str, jax.Array]
+    size: dict[str, jax.Array]  # what θ = 1 adds to it
     inner: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
     tile: int = dataclasses.field(metadata={"static": True})
 
 
 def _fixed(array: SpQRArray, entries: int) -> _Fixed:
+    # Outlier lists differ in length from weight to weight; on the host that costs no compilation.
     extra = (0, entries - array.outlier_cols.shape[0])
-    stats = jnp.asarray(array.tile_stats, jnp.float32)
-    values = jnp.pad(jnp.asarray(array.outlier_values, jnp.float32), extra)
-    out = array.shape[0]
-
-    def statistics_codes(words: Any, bits: int) -> jax.Array | None:
-        return None if words is None else unpack_codes(jnp.asarray(words), bits).T[:out]
-
+    values = np.asarray(array.outlier_values, np.float32)
+    rows = np.repeat(np.arange(array.shape[0], dtype=np.int32), np.diff(np.asarray(array.outlier_row_ptr)))
+    stats, out = jnp.asarray(array.tile_stats, jnp.float32), array.shape[0]
+    scale_codes, zero_codes = array.scale_codes, array.zero_codes
+    if scale_codes is not None and zero_codes is not None:
+        scale_codes = _unpack(jnp.asarray(scale_codes), array.scale_bits).T[:out]
+        zero_codes = _unpack(jnp.asarray(zero_codes), array.zero_bits).T[:out]
     return _Fixed(
-        codes=unpack_codes(jnp.asarray(array.codes), array.bits),
-        scale_codes=statistics_codes(array.scale_codes, array.scale_bits),
-        zero_codes=statistics_codes(array.zero_codes, array.zero_bits),
+        codes=_unpack(jnp.asarray(array.codes), array.bits),
+        scale_codes=scale_codes,
+        zero_codes=zero_codes,
         perm=None if array.perm is None else jnp.asarray(array.perm, jnp.int32),
-        rows=jnp.pad(array.rows, extra),
-        cols=jnp.pad(jnp.asarray(array.outlier_cols, jnp.int32), extra),
-        start={"stats": stats, "outliers": values},
-        size={"stats": _rms(stats, axis=(0, 1)), "outliers": _rms(values[: max(array.nnz, 1)], axis=None)},
+        rows=jnp.asarray(np.pad(rows, (0, entries - len(rows)))),
+        cols=jnp.asarray(np.pad(np.asarray(array.outlier_cols, np.int32), extra)),
+        start={"stats": stats, "outliers": jnp.asarray(np.pad(values, extra))},
+        size={
+            "stats": _stats_size(stats, scale_codes, zero_codes, array.stats_group_size),
+            # 0 where a list is padded: those entries are not there.
+            "outliers": jnp.asarray(np.sqrt(np.mean(np.square(values))) * (np.arange(entries) < array.nnz)),
+        },
         inner=array.shape[1],
         group_size=array.group_size,
         tile=array.stats_group_size,
     )
 
 
-def _rms(x: jax.Array, axis: Any) -> jax.Array:
-    return jnp.sqrt(jnp.mean(jnp.square(x), axis=axis))
+_unpack = jax.jit(unpack_codes, static_argnums=1)
+
+
+@partial(jax.jit, static_argnums=3)
+def _stats_size(
+    stats: jax.Array, scale_codes: jax.Array | None, zero_codes: jax.Array | None, tile: int
+) -> jax.Array:
+    """What θ = 1 adds to `stats`: to the statistics [rows, groups, 2] themselves, or to those of tiles [.., .., 4]."""
+    if scale_codes is None or zero_codes is None:
+        return jnp.stack([jnp.abs(stats[..., 0]), jnp.ones_like(stats[..., 1])], axis=-1)
+    ss, sz, zs, zz = jnp.moveaxis(stats, -1, 0)
+
+    def distance(codes: jax.Array, offset: jax.Array) -> jax.Array:
+        """Mean |code - offset| in each tile: what a unit of the tile's factor adds to its members."""
+        offsets = jnp.repeat(offset, tile, axis=0)[: codes.shape[0]]
+        away = jnp.pad(jnp.abs(codes.astype(jnp.float32) - offsets), ((0, -codes.shape[0] % tile), (0, 0)))
+        rows = jnp.minimum(tile, codes.shape[0] - tile * jnp.arange(len(offset)))
+        return jnp.maximum(away.reshape(-1, tile, codes.shape[1]).sum(axis=1) / rows[:, None], 1.0)
+
+    far = distance(scale_codes, sz)
+    return jnp.stack([jnp.abs(ss), far, 1 / distance(zero_codes, zz), 1 / jnp.maximum(jnp.abs(zs), 1e-2)], axis=-1)
 
 
 @jax.custom_vjp
@@ -171,7 +197,10 @@ def _block_form(block: Block, entries: dict[str, int]) -> _BlockForm:
     dense = {n: jnp.asarray(leaf, jnp.float32) for n, leaf in leaves.items() if n not in fixed and leaf is not None}
     theta: dict[str, Any] = {n: jax.tree.map(jnp.zeros_like, one.start) for n, one in fixed.items()}
     theta |= {n: jnp.zeros_like(leaf) for n, leaf in dense.items() if leaf.ndim == 1}
-    return _BlockForm(fixed, dense, theta, _ADAM.init(theta))
+    return _BlockForm(fixed, dense, theta, _start_optimizer(theta))
+
+
+_start_optimizer = jax.jit(_ADAM.init)
 
 
 def _entries(blocks: Sequence[Block]) -> dict[str, int]:
@@ -186,7 +215,7 @@ def _entries(blocks: Sequence[Block]) -> dict[str, int]:
 
 
 def _gain(dense: jax.Array, theta: jax.Array) -> jax.Array:
-    return dense + _rms(dense, axis=None) * theta
+    return dense * (1 + theta)
 
 
 def _to_block(form: _BlockForm, theta: dict[str, Any], like: type[Block]) -> Block:
@@ -264,27 +293,26 @@ def _divergence(
     config: DecoderConfig, outer: Outer, student: jax.Array, teacher: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean KL(teacher ‖ student) in nats a token from [batch, tokens, hidden] each, and its gradient by the student."""
-    tokens = student.shape[1]
+    batch, tokens, hidden = student.shape
     chunk = min(_HEAD_CHUNK, tokens)
-    padded = round_up(tokens, chunk)
-    teacher = jnp.pad(teacher, ((0, 0), (0, padded - tokens), (0, 0)))
-    counted = jnp.arange(padded) < tokens
+    chunks = round_up(tokens, chunk) // chunk
 
-    def mean(student: jax.Array) -> jax.Array:
-        student = jnp.pad(student, ((0, 0), (0, padded - tokens), (0, 0)))
+    def by_chunk(x: jax.Array) -> jax.Array:
+        """[batch, tokens, ...] -> [chunks, batch, chunk, ...]"""
+        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - tokens), (0, 0)))
+        return jnp.moveaxis(x.reshape(batch, chunks, chunk, -1), 1, 0)
 
-        @jax.checkpoint
-        def part(first: jax.Array) -> jax.Array:
-            def log_probabilities(hidden: jax.Array) -> jax.Array:
-                return jax.nn.log_softmax(logits(config, outer, lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1)))
+    def divergence(student: jax.Array, teacher: jax.Array, counted: jax.Array) -> jax.Array:
+        wanted, got = (jax.nn.log_softmax(logits(config, outer, x)) for x in (teacher, student))
+        each = jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1)
+        return jnp.sum(jnp.where(counted, each, 0.0)) / (batch * tokens)
 
-            wanted, got = lax.stop_gradient(log_probabilities(teacher)), log_probabilities(student)
-            each = jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1)
-            return jnp.sum(jnp.where(lax.dynamic_slice_in_dim(counted, first, chunk), each, 0.0))
-
-        return jnp.sum(lax.map(part, jnp.arange(0, padded, chunk))) / (student.shape[0] * tokens)
-
-    return jax.value_and_grad(mean)(student)
+    # Value and gradient of one chunk before the next: no logits are kept or computed twice.
+    counted = (jnp.arange(chunks * chunk) < tokens).reshape(chunks, chunk)
+    chunked = by_chunk(student), by_chunk(teacher), counted
+    values, gradients = lax.map(lambda part: jax.value_and_grad(divergence)(*part), chunked)
+    gradient = jnp.moveaxis(gradients, 0, 1).reshape(batch, chunks * chunk, hidden)
+    return jnp.sum(values), gradient[:, :tokens]
 
 
 # ---- the two objectives -----------------------------------------------------------------
@@ -322,8 +350,9 @@ def _orders(config: TuneConfig, batches: int) -> list[tuple[float, int]]:
     """(learning rate, batch) of each step."""
     rng = np.random.default_rng(config.seed)
     order = np.concatenate([rng.permutation(batches) for _ in range(config.epochs)])
-    rates = 0.5 * config.learning_rate * (1 + np.cos(np.pi * np.arange(len(order)) / len(order)))
-    return [(float(rate), int(batch)) for rate, batch in zip(rates, order, strict=True)]
+    steps = len(order)
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, round(_WARM_UP * steps)), steps)
+    return [(float(rate(step + 1)), int(batch)) for step, batch in enumerate(order)]
 
 
 def _tune_logits(

@@ -102,7 +102,7 @@ def test_predicted_bytes_are_the_bytes(config):
     assert predicted == array.nbytes
 
 
-@pytest.mark.parametrize("target", [3.9, 4.6])
+@pytest.mark.parametrize("target", [3.9, 4.6, 5.2])
 def test_the_target_is_met(wide_model, tiny_batches, target):
     quantized = quantize(wide_model, tiny_batches, SpQRConfig(target_bits=target))
     assert abs(stored_bits(quantized) - target) <= 0.02
