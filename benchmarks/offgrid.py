@@ -16,22 +16,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from spqr_jax import Decoder, SpQRError, forward, load_model
+from spqr_jax import Decoder, forward, load_model
 from spqr_jax.models.decoder import Block
-
-HF_NAMES = {
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    **{f"{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"},
-    **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-}
+from spqr_jax.models.hf import write_hf
 
 
 def off_grid(params: Decoder, seed: int) -> Decoder:
@@ -63,40 +55,6 @@ def off_grid(params: Decoder, seed: int) -> Decoder:
     return dataclasses.replace(params, layers=tuple(rewrite(block) for block in params.layers))
 
 
-def write_hf(params: Decoder, directory: Path) -> None:
-    """config.json and model.safetensors, as transformers' Llama has them."""
-    config = params.config
-    if config.rope_factors is not None:
-        raise SpQRError("models with scaled rotary frequencies are not written by this script")
-    tensors = {"model.embed_tokens.weight": params.outer.embed_tokens, "model.norm.weight": params.outer.final_norm}
-    if params.outer.lm_head is not None:
-        tensors["lm_head.weight"] = params.outer.lm_head
-    for index, block in enumerate(params.layers):
-        for ours, theirs in HF_NAMES.items():
-            tensors[f"model.layers.{index}.{theirs}.weight"] = getattr(block, ours)
-    directory.mkdir(parents=True)
-    save_file({name: np.asarray(value, np.float32) for name, value in tensors.items()}, directory / "model.safetensors")
-    values = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied_head,
-        "hidden_act": "silu",
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
-    }
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="demo, a GGUF file, a Hugging Face directory or hub id of the Llama family")
@@ -109,7 +67,7 @@ def main() -> None:
     rewritten = off_grid(params, arguments.seed)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, params.config.vocab_size, (1, 128)), jnp.int32)
     before, after = forward(params, tokens), forward(rewritten, tokens)
-    write_hf(rewritten, arguments.out)
+    write_hf(arguments.out, rewritten)
     if tokenizer is not None:
         tokenizer.save_pretrained(arguments.out)
     moved = float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))

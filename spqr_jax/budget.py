@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax.array import SpQRArray, predicted_bytes
+from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.layout import predicted_bytes
 from spqr_jax.models.decoder import WEIGHT_NAMES, abstract_decoder
 from spqr_jax.sensitivity import BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices

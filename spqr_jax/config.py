@@ -22,12 +22,15 @@ UNQUANTIZED_STATS_BITS = 16
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "near-lossless": {"target_bits": 4.75},
+    "near-lossless": {"target_bits": 4.75, "bit_choices": (4,)},
     "4bit": {"target_bits": 4.3},
     "3bit": {"target_bits": 3.75},
     "smallest": {"target_bits": 3.25},
 }
 """Points on the line between size and quality: changes to `SpQRConfig`'s defaults."""
+
+DEFAULT_PRESET = "4bit"
+"""What a model is quantized with if nothing is said."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class LayerRule:
 
 @dataclasses.dataclass(frozen=True)
 class SpQRConfig:
-    """How a model is quantized. Defaults are SpQR at 3 bits.
+    """How a model is quantized. Defaults are SpQR at 3 bits with one outlier threshold; see also `preset`.
 
     Attributes:
       bits: bits a weight code, 2..8.
@@ -160,6 +163,17 @@ class SpQRConfig:
     def needs_calibration(self) -> bool:
         """Whether quantizing needs Hessians, and so calibration text."""
         return self.compensate
+
+    @classmethod
+    def preset(cls, name: str = DEFAULT_PRESET, **changes: Any) -> SpQRConfig:
+        """One of `PRESETS`, with changes.
+
+        Raises:
+          SpQRError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise SpQRError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**(PRESETS[name] | changes))
 
     @classmethod
     def gptq(cls, bits: int = 3, group_size: int | None = 64, **changes: Any) -> SpQRConfig:

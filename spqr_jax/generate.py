@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.array import round_up
 from spqr_jax.errors import DataError
+from spqr_jax.layout import round_up
 from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, positions
 from spqr_jax.models.config import DecoderConfig

@@ -58,7 +58,7 @@ def quantize(
       params: a `Decoder`, or any pytree together with `forward`.
       calib_batches: any iterable of int32 [batch, seq] token ids (with `forward`:
         of whatever it takes). Not needed by round to nearest.
-      config: what to do; None for SpQR at 3 bits.
+      config: what to do; None for `SpQRConfig.preset()`, with `forward` for `SpQRConfig()`.
       forward: for models of your own, ``forward(params, batch, linear)``. It must
         apply each matrix to be quantized, a leaf [out, in] of `params`, as
         ``linear(path, w, x)``; paths are yours to name. All Hessians then come
@@ -75,16 +75,15 @@ def quantize(
       DataError: no calibration text where the method needs it, or unusable text.
       SpQRError: the model or the configuration cannot be used as given.
     """
-    config = config or SpQRConfig()
     if forward is not None:
-        return _quantize_forward(params, calib_batches, config, forward, on_layer)
+        return _quantize_forward(params, calib_batches, config or SpQRConfig(), forward, on_layer)
     if not isinstance(params, Decoder):
         raise SpQRError(
             f"params is a {type(params).__name__}: expected a Decoder (see spqr_jax.load_model); "
             "for a model of your own give its forward function, forward=fn"
         )
     sink = TreeSink(params.config)
-    quantize_blocks(TreeSource(params), sink, calib_batches, config, on_layer=on_layer)
+    quantize_blocks(TreeSource(params), sink, calib_batches, config or SpQRConfig.preset(), on_layer=on_layer)
     return sink.params()
 
 
@@ -243,6 +242,11 @@ class _BlockSolver:
 def _quantize_forward(
     params: Any, batches: Iterable[Any] | None, config: SpQRConfig, forward: Forward, on_layer: OnLayer | None
 ) -> Any:
+    if config.target_bits is not None:
+        raise SpQRError(
+            "target_bits is planned from a backward pass through a Decoder's blocks, which forward=fn does not have: "
+            "give bits and outlier_threshold, or rules for single weights"
+        )
     leaves, tree = jax.tree.flatten(params)
     batches = iter(batches if batches is not None else ())
     first = next(batches, None)

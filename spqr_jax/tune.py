@@ -26,10 +26,11 @@ import numpy as np
 import optax  # Adam
 from jax import lax
 
-from spqr_jax.array import SpQRArray, round_up
+from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource
 from spqr_jax.calibrate import Activations
 from spqr_jax.errors import DataError
+from spqr_jax.layout import round_up
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
@@ -119,9 +120,7 @@ _unpack = jax.jit(unpack_codes, static_argnums=1)
 
 
 @partial(jax.jit, static_argnums=3)
-def _stats_size(
-    stats: jax.Array, scale_codes: jax.Array | None, zero_codes: jax.Array | None, tile: int
-) -> jax.Array:
+def _stats_size(stats: jax.Array, scale_codes: jax.Array | None, zero_codes: jax.Array | None, tile: int) -> jax.Array:
     """What θ = 1 adds to `stats`: to the statistics [rows, groups, 2] themselves, or to those of tiles [.., .., 4]."""
     if scale_codes is None or zero_codes is None:
         return jnp.stack([jnp.abs(stats[..., 0]), jnp.ones_like(stats[..., 1])], axis=-1)

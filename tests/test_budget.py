@@ -11,9 +11,9 @@ import pytest
 from conftest import correlated_problem
 
 from spqr_jax import LayerRule, SpQRArray, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, forward, quantize
-from spqr_jax.array import predicted_bytes
 from spqr_jax.blocks import TreeSource
 from spqr_jax.budget import Candidate, Ledger, WeightCurve, make_plan, plan_budget
+from spqr_jax.layout import predicted_bytes
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.sensitivity import block_sensitivities
 from spqr_jax.solver.solve import quantize_weights

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spqr_jax import Generation
 from spqr_jax.cli.stream import TextStream, converse
+from spqr_jax.config import DEFAULT_PRESET, PRESETS
 
 QUICK = ["--nsamples", "4", "--seqlen", "32"]
 
@@ -51,7 +52,9 @@ def folder(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized(folder):
-    result = spqr("quantize", "model", "--out", "small", "--calib", "ids.npy", *QUICK, "--json", "q.json", cwd=folder)
+    result = spqr(
+        "quantize", "model", "--out", "small", "--bits", 3, "--calib", "ids.npy", *QUICK, "--json", "q.json", cwd=folder
+    )
     assert result.returncode == 0, result.stderr
     return result
 
@@ -66,6 +69,22 @@ def test_quantize_shows_each_block_and_writes_what_it_says(folder, quantized):
     assert values["seconds"] > 0
     assert (folder / "small" / "tokenizer.json").is_file()
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_without_flags_the_default_preset_is_met_and_tuning_keeps_the_size(folder):
+    result = spqr(
+        "quantize", "model", "--out", "tuned", "--calib", "ids.npy", *QUICK,
+        "--tune", "logits", "--tune-epochs", 2, "--json", "t.json", cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "plan" in result.stderr + result.stdout
+    values = json.loads((folder / "t.json").read_text())
+    assert abs(values["stored_bits"] - PRESETS[DEFAULT_PRESET]["target_bits"]) < 0.02
+    result = spqr("inspect", "tuned", "--json", "t.json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    provenance = json.loads((folder / "t.json").read_text())["provenance"]
+    assert provenance["target_bits"] == PRESETS[DEFAULT_PRESET]["target_bits"]
+    assert (provenance["tuned"]["objective"], provenance["tuned"]["epochs"]) == ("logits", 2)
 
 
 def test_inspect_reads_everything_back(folder, quantized):
@@ -173,7 +192,20 @@ def test_bad_input_exits_with_two_and_one_clear_message(folder, arguments, says)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_quantize_leaves_nothing(folder, how):
     process = subprocess.Popen(
-        [sys.executable, "-m", "spqr_jax", "quantize", "model", "--out", "stopped", "--calib", "ids.npy", *QUICK],
+        [
+            sys.executable,
+            "-m",
+            "spqr_jax",
+            "quantize",
+            "model",
+            "--out",
+            "stopped",
+            "--bits",
+            "3",
+            "--calib",
+            "ids.npy",
+            *QUICK,
+        ],
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,6 +221,24 @@ def test_an_interrupted_quantize_leaves_nothing(folder, how):
     assert "nothing is left" in errors
     assert not (folder / "stopped").exists()
     assert not list(folder.glob(".stopped*"))
+
+
+def test_a_swallowed_interrupt_is_raised_again():
+    """As when it arrives in a destructor; in a process of its own, since it changes how signals are handled."""
+    program = """
+import os, signal
+from spqr_jax.cli import interrupt
+interrupt.install()
+interrupt.check()
+for _ in range(2):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM) if _ == 0 else interrupt.check()
+        print("went on")
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout.split() == ["stopped", "stopped"]
 
 
 def test_help_lists_the_commands(folder):

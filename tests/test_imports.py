@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 LAYERS = [
     ["errors", "_compat"],
     ["packing"],
+    ["layout"],
     ["config", "sampling", "data"],
     ["array"],
     ["linear"],

@@ -12,46 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from spqr_jax import Decoder, ModelError, forward, generate
+from spqr_jax import ModelError, forward, generate
 from spqr_jax.blocks import collect
 from spqr_jax.models.config import config_from_hf
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.models.gguf import GGUFFile, open_gguf
-from spqr_jax.models.hf import open_hf
-
-
-def hf_config(config, **changes):
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied_head,
-        "eos_token_id": list(config.eos_token_ids),
-    } | changes
-
-
-def hf_tensors(model: Decoder):
-    tensors = {"model.embed_tokens.weight": model.outer.embed_tokens, "model.norm.weight": model.outer.final_norm}
-    if model.outer.lm_head is not None:
-        tensors["lm_head.weight"] = model.outer.lm_head
-    for i, block in enumerate(model.layers):
-        prefix = f"model.layers.{i}."
-        tensors |= {
-            prefix + "input_layernorm.weight": block.attention_norm,
-            prefix + "post_attention_layernorm.weight": block.mlp_norm,
-            **{prefix + f"self_attn.{n}_proj.weight": getattr(block, f"{n}_proj") for n in "qkvo"},
-            **{prefix + f"mlp.{n}_proj.weight": getattr(block, f"{n}_proj") for n in ("gate", "up", "down")},
-        }
-    return {name: np.asarray(value) for name, value in tensors.items()}
+from spqr_jax.models.hf import hf_config, hf_tensors, open_hf
 
 
 def write_hf(directory, model, shards=1, config=None, tensors=None):
@@ -147,7 +113,7 @@ def test_logits_match_transformers(tmp_path, tiny_config, changes):
     import transformers
 
     torch.manual_seed(0)
-    config = hf_config(tiny_config, **changes)
+    config = hf_config(tiny_config) | changes
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -286,4 +252,4 @@ def test_a_broken_gguf_is_refused(tmp_path):
 )
 def test_what_we_do_not_run_is_refused(tiny_config, changes, says):
     with pytest.raises(ModelError, match=says):
-        config_from_hf(hf_config(tiny_config, **changes))
+        config_from_hf(hf_config(tiny_config) | changes)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, get_args
 
 import typer
@@ -17,6 +15,7 @@ from spqr_jax.blocks import TreeSink, collect
 from spqr_jax.budget import plan_budget
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
+from spqr_jax.cli import interrupt
 from spqr_jax.cli.display import (
     QuantizeProgress,
     console,
@@ -41,7 +40,7 @@ from spqr_jax.cli.options import (
     read_tokens,
 )
 from spqr_jax.cli.stream import TextStream, converse, encode_prompts
-from spqr_jax.config import PRESETS
+from spqr_jax.config import DEFAULT_PRESET, PRESETS
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
@@ -71,7 +70,11 @@ def quantize(
     seqlen: SeqLen = 2048,
     seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
     preset: Annotated[
-        str | None, typer.Option(help=f"A documented point between size and quality: {', '.join(PRESETS)}.")
+        str | None,
+        typer.Option(
+            help=f"A documented point between size and quality: {', '.join(PRESETS)}. {DEFAULT_PRESET} if neither "
+            "--bits, --outlier-threshold nor --target-bits is given."
+        ),
     ] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Stored bits a weight to come to, widths and thresholds chosen to lose least.")
@@ -157,12 +160,14 @@ def quantize(
             view = QuantizeProgress(advance)
 
             def on_layer(report: Any) -> None:
+                interrupt.check()
                 sink.record(report.path, dataclasses.asdict(report.stats))
                 view(report)
 
             target = sink if tune == "none" else memory
             quantize_blocks(opened.source, target, batches, config, on_layer=on_layer, plan=plan)
             view.finish()
+            interrupt.check()
         if tune != "none":
             assert windows is not None
             provenance["tuned"] = _tune_into(sink, memory, opened, windows, tune, tune_epochs)
@@ -341,14 +346,10 @@ def inspect(
 _INTERRUPTED = 130
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Runs the command line: bad input exits with 2 and one message, Ctrl-C with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
-    signal.signal(signal.SIGTERM, _stop)  # so that a terminated run cleans up as Ctrl-C does
+    interrupt.install()
     try:
         app()
     except SpQRError as error:

@@ -12,7 +12,7 @@ import numpy as np
 import typer  # the command line from type annotations; it brings rich, which draws the rest
 
 from spqr_jax.cli.display import say
-from spqr_jax.config import PRESETS, LayerRule, SpQRConfig
+from spqr_jax.config import DEFAULT_PRESET, LayerRule, SpQRConfig
 from spqr_jax.data import DATA_HELP, Split, load_tokens
 from spqr_jax.errors import SpQRError
 from spqr_jax.models.tokenizer import encode_stream
@@ -58,7 +58,10 @@ def parse_rule(text: str) -> LayerRule:
 
 
 def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRConfig:
-    """The preset or method, changed by the options that were given (those not None)."""
+    """The preset or method, changed by the options that were given (those not None).
+
+    SpQR without bits, threshold or target is the default preset.
+    """
     methods: dict[str, Callable[..., SpQRConfig]] = {
         "spqr": SpQRConfig,
         "gptq": SpQRConfig.gptq,
@@ -67,8 +70,6 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
     }
     if method not in methods:
         raise SpQRError(f"method must be one of {', '.join(methods)}, got {method!r}")
-    if preset is not None and preset not in PRESETS:
-        raise SpQRError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if preset is not None and method != "spqr":
         raise SpQRError(f"presets are settings of SpQR: they do not go with --method {method}")
     changes = {name: value for name, value in given.items() if value is not None}
@@ -76,12 +77,13 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
         changes["group_size"] = None
     if method == "rtn" and (unused := {"damping", "order", "sequential", "target_bits"} & set(changes)):
         raise SpQRError(f"round to nearest has no use for {', '.join(sorted(unused))}")
-    changes = (PRESETS[preset] if preset else {}) | changes
     bits = changes.pop("bits", None)
-    if bits == "auto" and changes.get("target_bits") is None:
-        raise SpQRError("--bits auto chooses widths to meet a size: give --target-bits or a --preset")
     if bits not in (None, "auto"):
         if not str(bits).isdigit():
             raise SpQRError(f"--bits: expected a number or 'auto', got {bits!r}")
         changes |= {"bits": int(bits), "bit_choices": (int(bits),)}
-    return methods[method](**changes)
+    if method == "spqr" and not {"target_bits", "bits", "outlier_threshold"} & set(changes):
+        preset = preset or DEFAULT_PRESET
+    if bits == "auto" and preset is None and "target_bits" not in changes:
+        raise SpQRError("--bits auto chooses widths to meet a size: give --target-bits or a --preset")
+    return SpQRConfig.preset(preset, **changes) if preset else methods[method](**changes)

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: config.json and safetensors, sharded or not."""
+"""Hugging Face model directories: config.json and safetensors, sharded or not; dense models read and written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError
-from spqr_jax.models.config import config_from_hf
+from spqr_jax.models.config import DecoderConfig, config_from_hf
+from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.names import Name, TensorSource
 
 _LAYER = r"(?:model\.)?layers\.(\d+)\."
@@ -83,3 +84,60 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
         values |= {"eos_token_id": read_json(generation).get("eos_token_id", values.get("eos_token_id"))}
     config = config_from_hf(values)
     return TensorSource(SafetensorsReader(directory), HF_TABLE, config, dtype)
+
+
+# ---- writing ----------------------------------------------------------------------------
+
+
+def hf_config(config: DecoderConfig) -> dict[str, Any]:
+    """The entries of a Llama's config.json.
+
+    Raises:
+      ModelError: the model scales its rotary frequencies, which a config.json says in ways of its own.
+    """
+    if config.rope_factors is not None:
+        raise ModelError("a model with scaled rotary frequencies cannot be written as a Hugging Face directory")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tied_head,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+    }
+
+
+def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:
+    """A dense model's weights under the names that transformers' Llama gives them."""
+    tensors = {"model.embed_tokens.weight": model.outer.embed_tokens, "model.norm.weight": model.outer.final_norm}
+    if model.outer.lm_head is not None:
+        tensors["lm_head.weight"] = model.outer.lm_head
+    for index, block in enumerate(model.layers):
+        prefix = f"model.layers.{index}."
+        tensors |= {
+            prefix + "input_layernorm.weight": block.attention_norm,
+            prefix + "post_attention_layernorm.weight": block.mlp_norm,
+            **{prefix + f"self_attn.{name}_proj.weight": getattr(block, f"{name}_proj") for name in "qkvo"},
+            **{prefix + f"mlp.{name}_proj.weight": getattr(block, f"{name}_proj") for name in ("gate", "up", "down")},
+        }
+    return {name: np.asarray(value) for name, value in tensors.items()}
+
+
+def write_hf(directory: Path, model: Decoder) -> None:
+    """Writes config.json and model.safetensors of a dense model into a new directory."""
+    from safetensors.numpy import save_file
+
+    config = hf_config(model.config)
+    directory.mkdir(parents=True)
+    save_file(hf_tensors(model), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spqr_jax.array import round_up
+from spqr_jax.layout import round_up
 from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_group, over_columns, round_to_grid
 from spqr_jax.solver.outliers import leave_one_out_gain
 

@@ -18,6 +18,7 @@ from spqr_jax.errors import DataError, SpQRError
 
 _DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfold
 _LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
+_GRAM_PANEL = 1024  # about how many columns of X Xᵀ are found at a time
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +53,20 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
       x: activations [..., in], any float type; summed in float32.
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    gram = lax.dot_general(x, x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
-    return Hessian(hessian.gram + gram, hessian.tokens + x.shape[0])
+    return Hessian(hessian.gram + _gram(x), hessian.tokens + x.shape[0])
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """xᵀ x of [tokens, in]: panels from the diagonal on, the rest by symmetry."""
+    width = x.shape[1]
+    step = -(-width // max(1, round(width / _GRAM_PANEL)))
+    rows: list[jax.Array] = []
+    for first in range(0, width, step):
+        panel, rest = x[:, first : first + step], x[:, first:]
+        found = lax.dot_general(panel, rest, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        left = [row[:, first : first + panel.shape[1]].T for row in rows]  # by symmetry, what is before the diagonal
+        rows.append(jnp.concatenate([*left, found], axis=1))
+    return jnp.concatenate(rows, axis=0)
 
 
 def damping_shift(diagonal: jax.Array, damping: jax.Array | float) -> jax.Array:

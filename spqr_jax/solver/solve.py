@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.array import ArrayLayout, SpQRArray, array_layout, pack_array, round_up
+from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.layout import ArrayLayout, array_layout, round_up
 from spqr_jax.packing import pack_codes, packed_words
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, solve_columns
 from spqr_jax.solver.grid import GridSpec

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.array import round_up
 from spqr_jax.config import SpQRConfig
+from spqr_jax.layout import round_up
 from spqr_jax.solver.columns import RowChoices, SolvedColumns, solve_columns
 from spqr_jax.solver.hessian import Hessian
 from spqr_jax.solver.outliers import outlier_threshold
