@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -83,7 +84,8 @@ def twice(run: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray, dict[str, np.
     """Seconds of the first and the second run, and the second's parts."""
     clock = Clock()
     jax.block_until_ready(run())
-    cold, times = clock.read(), {}
+    cold = clock.read()
+    times: dict[str, np.ndarray] = {}
     clock = Clock()
     with timed_parts(times):
         jax.block_until_ready(run())
@@ -139,12 +141,11 @@ def growth() -> None:
     lines = []
     for tokens in (1024, 4096, 16384):
         x = jnp.ones((tokens, 1024))
-        lines.append(
-            ("Hessian", f"{tokens} tokens x 1024", twice(lambda x=x: accumulate_hessian(empty_hessian(1024), x)))
-        )
+        taken = twice(partial(accumulate_hessian, empty_hessian(1024), x))
+        lines.append(("Hessian", f"{tokens} tokens x 1024", taken))
     for out, inner in ((512, 1024), (1024, 1024), (4096, 1024), (1024, 512), (1024, 2048), (1024, 4096)):
         w, h = problem(out, inner, 2 * inner)
-        lines.append(("solver", f"{out} x {inner}", twice(lambda w=w, h=h: quantize_weight(w, h))))
+        lines.append(("solver", f"{out} x {inner}", twice(partial(quantize_weight, w, h))))
     rows = [[what, size, f"{cold[1]:.2f}", f"{warm[1]:.3f}"] for what, size, (cold, warm, _) in lines]
     table("Growth, CPU seconds", ["", "size", "with compilation", "without"], rows)
 

@@ -70,6 +70,10 @@ def rows() -> list[Row]:
         Row("fit", "min-max fit", spqr(fit="minmax"), True),
         Row("fit", "the original's choices", SpQRConfig.reference()),
         *(Row("bits", f"{bits} bits", spqr(bits=bits), True) for bits in (2, 4)),
+        *(
+            Row("budget", f"{name}, a threshold for each weight", spqr(target_bits=4.15, bit_choices=widths), quick)
+            for name, widths, quick in (("2 to 4 bits", (2, 3, 4), True), ("3 bits", (3,), False))
+        ),
         Row("other methods", "GPTQ 3-bit g16", SpQRConfig.gptq(3, 16), True),
         Row("other methods", "GPTQ 3-bit g64", SpQRConfig.gptq(3, 64)),
         Row("other methods", "GPTQ 4-bit g64", SpQRConfig.gptq(4, 64)),
@@ -198,7 +202,8 @@ def plot(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]) -> Non
     for index, question in enumerate(questions):
         own = [(v["stored_bits"], v["perplexity"], row.name) for row, v in shown if row.question == question]
         marker = "*" if question == "" else "os^Dvph"[index % 7]
-        axes.scatter(*zip(*[point[:2] for point in own], strict=True), label=question or "SpQR's defaults",
+        bits, perplexities = zip(*[point[:2] for point in own], strict=True)
+        axes.scatter(bits, perplexities, label=question or "SpQR's defaults",
                      marker=marker, s=220 if question == "" else 45, zorder=3 if question == "" else 2)  # fmt: skip
         for x, y, name in own:
             axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=7)
