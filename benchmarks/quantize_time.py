@@ -132,7 +132,7 @@ def problem(out: int, inner: int, tokens: int) -> tuple[jax.Array, jax.Array]:
 
 
 def layer_time(out: int, inner: int) -> None:
-    w, h = problem(out, inner, 2 * inner)
+    w, h = jax.block_until_ready(problem(out, inner, 2 * inner))
     show(f"one layer, {out} x {inner}, its Hessian given", *twice(lambda: quantize_weight(w, h)))
 
 
@@ -140,11 +140,11 @@ def growth() -> None:
     """How the parts grow with tokens, rows and columns."""
     lines = []
     for tokens in (1024, 4096, 16384):
-        x = jnp.ones((tokens, 1024))
+        x = jax.block_until_ready(jnp.ones((tokens, 1024)))
         taken = twice(partial(accumulate_hessian, empty_hessian(1024), x))
         lines.append(("Hessian", f"{tokens} tokens x 1024", taken))
     for out, inner in ((512, 1024), (1024, 1024), (4096, 1024), (1024, 512), (1024, 2048), (1024, 4096)):
-        w, h = problem(out, inner, 2 * inner)
+        w, h = jax.block_until_ready(problem(out, inner, 2 * inner))
         lines.append(("solver", f"{out} x {inner}", twice(partial(quantize_weight, w, h))))
     rows = [[what, size, f"{cold[1]:.2f}", f"{warm[1]:.3f}"] for what, size, (cold, warm, _) in lines]
     table("Growth, CPU seconds", ["", "size", "with compilation", "without"], rows)

@@ -16,6 +16,7 @@ square, or doubles a gain: one learning rate then fits all.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from jax import lax
 from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource
 from spqr_jax.calibrate import Activations
-from spqr_jax.errors import DataError
+from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
@@ -57,6 +58,9 @@ class TuneConfig:
       batch_tokens: about how many tokens a step should see; `tune` itself takes
         batches as they come.
       seed: of the order of the batches.
+
+    Raises:
+      SpQRError: a value outside its range.
     """
 
     objective: Literal["blocks", "logits"] = "logits"
@@ -64,6 +68,14 @@ class TuneConfig:
     learning_rate: float = 2e-3
     batch_tokens: int = 1024
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("blocks", "logits"):
+            raise SpQRError(f"objective must be blocks or logits, got {self.objective!r}")
+        if self.epochs < 1 or self.batch_tokens < 1:
+            raise SpQRError(f"epochs and batch_tokens must be at least 1, got {self.epochs} and {self.batch_tokens}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise SpQRError(f"learning_rate must be positive, got {self.learning_rate}")
 
 
 # ---- a block in the form in which it is trained ------------------------------------------

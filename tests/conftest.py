@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import os
+import shutil
+import tempfile
 from pathlib import Path
+
+# Many tests run the command line in processes of their own: they share what they compile.
+_COMPILED = tempfile.mkdtemp(prefix="spqr-tests-compiled-")
+atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ from reference_spqr import spqr as reference_spqr
 
 from spqr_jax import DataError, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize_weight
 from spqr_jax.packing import unpack_codes
-from spqr_jax.solver.hessian import factorize
+from spqr_jax.solver.hessian import factorize, quadratic_form
 from spqr_jax.solver.solve import quantize_weights
 
 INF = math.inf
@@ -210,6 +210,16 @@ def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
     assert used == 0.1
     np.testing.assert_allclose(np.asarray(u).T @ np.asarray(u), np.linalg.inv(damped), rtol=1e-3, atol=1e-5)
     assert np.all(np.tril(np.asarray(u), -1) == 0)
+
+
+@pytest.mark.parametrize("width", [100, 1100, 2500])
+def test_wide_inputs_are_summed_in_panels(width):
+    rng = np.random.default_rng(width)
+    x, w = (rng.standard_normal((rows, width)).astype(np.float32) for rows in (40, 7))
+    gram = hessian_of(jnp.asarray(x)).gram
+    np.testing.assert_allclose(gram, x.T.astype(np.float64) @ x, atol=1e-4)
+    np.testing.assert_array_equal(gram, gram.T)
+    np.testing.assert_allclose(quadratic_form(jnp.asarray(w), gram), np.sum((w @ gram) * w), rtol=1e-5)
 
 
 def test_hessian_is_streamed():

@@ -14,6 +14,7 @@ from spqr_jax import (
     DataError,
     SpQRArray,
     SpQRConfig,
+    SpQRError,
     accumulate_hessian,
     empty_hessian,
     forward,
@@ -96,6 +97,25 @@ def test_models_without_outliers_or_second_level_are_tuned(tiny_model, tiny_batc
     tuned = tune(quantized, TreeSource(tiny_model), tiny_batches, TuneConfig("logits", epochs=2))
     tokens = jnp.asarray(tiny_batches[0])
     assert divergence(tiny_model, tuned, tokens) < divergence(tiny_model, quantized, tokens)
+
+
+def test_padding_is_not_trained():
+    """What is trained is what is kept: outlier entries that only pad a list have no say in the weight."""
+    w, x = correlated_problem(50, 100)
+    array = quantize_weight(w, accumulate_hessian(empty_hessian(100), x))
+    form = _fixed(array, entries=2048)
+    theta = jax.tree.map(lambda start: jnp.full_like(start, 0.05), form.start)
+    values = {name: form.start[name] + form.size[name] * theta[name] for name in theta}
+    kept = dataclasses.replace(
+        array, tile_stats=values["stats"], outlier_values=values["outliers"][: array.outlier_values.shape[0]]
+    )
+    np.testing.assert_allclose(_dense(form, theta), kept.to_dense(), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"objective": "magic"}, {"epochs": 0}, {"learning_rate": 0.0}])
+def test_bad_settings_are_refused(change):
+    with pytest.raises(SpQRError, match=next(iter(change))):
+        TuneConfig(**change)
 
 
 def test_no_text_is_refused(tiny_model, quantized):

@@ -51,8 +51,7 @@ class CheckpointSink:
         overwrite: bool = False,
     ) -> None:
         self._path = Path(path).absolute()
-        if self._path.exists() and not overwrite:
-            raise CheckpointError(f"{path} exists already: choose another directory, or ask to overwrite it")
+        refuse_existing(self._path, overwrite)
         self._config, self._quantization = config, quantization
         self._tokenizer, self._provenance = tokenizer, provenance or {}
         self._layer_stats: dict[str, dict[str, float]] = {}
@@ -107,6 +106,16 @@ class CheckpointSink:
             shutil.rmtree(old)
         else:
             os.replace(self._partial, self._path)
+
+
+def refuse_existing(path: Path | str, overwrite: bool) -> None:
+    """Says at once what a `CheckpointSink` would say, before work is done for it.
+
+    Raises:
+      CheckpointError: `path` exists and `overwrite` is not set.
+    """
+    if Path(path).exists() and not overwrite:
+        raise CheckpointError(f"{path} exists already: choose another directory, or ask to overwrite it")
 
 
 def _write(directory: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:

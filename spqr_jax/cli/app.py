@@ -14,7 +14,7 @@ import typer
 from spqr_jax.blocks import TreeSink, collect
 from spqr_jax.budget import plan_budget
 from spqr_jax.calibrate import batched
-from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
+from spqr_jax.checkpoint import CheckpointSink, CheckpointSource, refuse_existing
 from spqr_jax.cli import interrupt
 from spqr_jax.cli.display import (
     QuantizeProgress,
@@ -126,6 +126,7 @@ def quantize(
         rules=tuple(parse_rule(text) for text in rule or ()),
         quantize_head=quantize_head or None,
     )
+    refuse_existing(out, overwrite)
     opened = open_model(model, dtype, say)
     if opened.quantized:
         raise ModelError(f"{model} is a checkpoint of ours already: quantize the original model")
@@ -170,7 +171,10 @@ def quantize(
             interrupt.check()
         if tune != "none":
             assert windows is not None
-            provenance["tuned"] = _tune_into(sink, memory, opened, windows, tune, tune_epochs)
+            wanted: dict[str, Any] = {"objective": tune} | ({"epochs": tune_epochs} if tune_epochs else {})
+            settings = TuneConfig(**wanted)
+            provenance["tuned"] = dataclasses.asdict(settings)
+            _tune_into(sink, memory, opened, windows, settings)
     seconds = time.perf_counter() - begun
     summary = summarize(CheckpointSource(out))
     console.print(
@@ -183,27 +187,20 @@ def quantize(
     )
 
 
-def _tune_into(
-    sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, objective: Any, epochs: int | None
-) -> dict[str, Any]:
-    """Trains a model in memory and writes it; says how it was trained."""
-    settings = TuneConfig(objective)
-    if epochs is not None:
-        settings = dataclasses.replace(settings, epochs=epochs)
+def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, settings: TuneConfig) -> None:
+    """Trains a model in memory and writes it."""
     batches = batched(windows, settings.batch_tokens)
-    layers = opened.source.config.num_layers
-    with progress_bar("tuning", settings.epochs * len(batches) if objective == "logits" else layers) as advance:
-        params = tune_model(
-            memory.params(),
-            opened.source,
-            batches,
-            settings,
-            lambda done, loss: advance(f"{done}  loss {loss:.4f}"),
-        )
+    steps = settings.epochs * len(batches) if settings.objective == "logits" else opened.source.config.num_layers
+    with progress_bar("tuning", steps) as advance:
+
+        def on_step(done: str, loss: float) -> None:
+            interrupt.check()
+            advance(f"{done}  loss {loss:.4f}")
+
+        params = tune_model(memory.params(), opened.source, batches, settings, on_step)
     for index, block in enumerate(params.layers):
         sink.put_block(index, block)
     sink.put_outer(params.outer)
-    return dataclasses.asdict(settings)
 
 
 def _tokenizer_or_none(opened: OpenedModel) -> Any:

@@ -18,7 +18,7 @@ from spqr_jax.errors import DataError, SpQRError
 
 _DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfold
 _LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
-_GRAM_PANEL = 1024  # about how many columns of X Xᵀ are found at a time
+_PANEL = 1024  # about how many columns of a symmetric matrix are looked at together
 
 
 @jax.tree_util.register_dataclass
@@ -56,17 +56,33 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
     return Hessian(hessian.gram + _gram(x), hessian.tokens + x.shape[0])
 
 
+def _panels(width: int) -> list[tuple[int, int]]:
+    """Cuts 0..width into equal parts: (first, end) of each."""
+    step = -(-width // max(1, round(width / _PANEL)))
+    return [(first, min(first + step, width)) for first in range(0, width, step)]
+
+
 def _gram(x: jax.Array) -> jax.Array:
     """xᵀ x of [tokens, in]: panels from the diagonal on, the rest by symmetry."""
-    width = x.shape[1]
-    step = -(-width // max(1, round(width / _GRAM_PANEL)))
     rows: list[jax.Array] = []
-    for first in range(0, width, step):
-        panel, rest = x[:, first : first + step], x[:, first:]
-        found = lax.dot_general(panel, rest, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
-        left = [row[:, first : first + panel.shape[1]].T for row in rows]  # by symmetry, what is before the diagonal
+    for first, end in _panels(x.shape[1]):
+        found = lax.dot_general(
+            x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
+        )
+        left = [row[:, first:end].T for row in rows]  # by symmetry, what is before the diagonal
         rows.append(jnp.concatenate([*left, found], axis=1))
     return jnp.concatenate(rows, axis=0)
+
+
+def quadratic_form(w: jax.Array, h: jax.Array) -> jax.Array:
+    """Σ_r w_r H w_rᵀ of f32 [out, in] and a symmetric f32 [in, in]; what is below the diagonal is not read."""
+    total = jnp.zeros((), w.dtype)
+    for first, end in _panels(w.shape[1]):
+        panel, rest = w[:, first:end], w[:, end:]
+        total += jnp.vdot(panel @ h[first:end, first:end], panel)
+        if rest.shape[1]:
+            total += 2 * jnp.vdot(panel @ h[first:end, end:], rest)
+    return total
 
 
 def damping_shift(diagonal: jax.Array, damping: jax.Array | float) -> jax.Array:

@@ -24,7 +24,7 @@ from spqr_jax.layout import ArrayLayout, array_layout, round_up
 from spqr_jax.packing import pack_codes, packed_words
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, solve_columns
 from spqr_jax.solver.grid import GridSpec
-from spqr_jax.solver.hessian import Hessian, damping_shift, factorize
+from spqr_jax.solver.hessian import Hessian, damping_shift, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
 
 
@@ -303,7 +303,7 @@ def _relative_error(
     if h is None or shift is None:
         error, total = jnp.sum(miss), jnp.sum(w * w)
     else:
-        error, total = jnp.sum(loss) - jnp.sum(miss * shift), jnp.sum((w @ h) * w)
+        error, total = jnp.sum(loss) - jnp.sum(miss * shift), quadratic_form(w, h)
     return jnp.sqrt(jnp.maximum(error, 0.0) / jnp.where(total > 0, total, 1.0))
 
 
