@@ -9,11 +9,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Many tests run the command line in processes of their own: they share what they compile.
-_COMPILED = tempfile.mkdtemp(prefix="spqr-tests-compiled-")
-atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +17,15 @@ from hypothesis import settings
 
 from spqr_jax import Decoder, DecoderConfig
 from spqr_jax.models.decoder import random_decoder
+
+# Many tests run the command line in processes of their own: they share what they compile.
+COMPILED = {
+    "jax_compilation_cache_dir": tempfile.mkdtemp(prefix="spqr-tests-compiled-"),
+    "jax_persistent_cache_min_compile_time_secs": "0.2",
+}
+atexit.register(shutil.rmtree, COMPILED["jax_compilation_cache_dir"], ignore_errors=True)
+os.environ |= {name.upper(): value for name, value in COMPILED.items()}
+jax.config.update("jax_compilation_cache_dir", COMPILED["jax_compilation_cache_dir"])
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("default", deadline=None, max_examples=30)  # the first example compiles
