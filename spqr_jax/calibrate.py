@@ -20,7 +20,7 @@ from spqr_jax.errors import DataError
 from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, Outer, State, abstract_decoder, embed, logits, plain_linear
-from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
+from spqr_jax.solver import Hessian, accumulate_hessian, cross_gram, empty_hessian
 
 
 class InputRecorder:
@@ -70,6 +70,23 @@ def _accumulate_stage(
     return tuple(accumulate_hessian(h, x) for h, x in zip(hessians, recorder.inputs, strict=True))
 
 
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+def _accumulate_drift(
+    config: DecoderConfig,
+    stage: int,
+    block: Block,
+    original: Block,
+    state: State,
+    dense_state: State,
+    where: Positions,
+    sums: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+    drifted, dense = InputRecorder(), InputRecorder()
+    STAGES[stage][0](config, block, state, where, drifted)
+    STAGES[stage][0](config, original, dense_state, where, dense)
+    return tuple(total + cross_gram(aim, x) for total, x, aim in zip(sums, drifted.inputs, dense.inputs, strict=True))
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def run_stage(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> State:
     """One stage of a block on one chunk."""
@@ -116,6 +133,26 @@ class Activations:
         for state, where in zip(self._states, self._where, strict=True):
             sums = _accumulate_stage(self.config, stage, block, state, where, sums)
         return sums
+
+    def drifts(
+        self, stage: int, block: Block, dense: Activations, original: Block, hessians: Sequence[Hessian]
+    ) -> tuple[jax.Array, ...]:
+        """How far what the weights read has drifted from what they read in the dense model.
+
+        Args:
+          stage: of the block.
+          block: with which these activations run.
+          dense: the same text's activations in the dense model, at the same stage.
+          original: the dense model's block.
+          hessians: as `hessians` gave them for this stage.
+
+        Returns:
+          (2/n) Σ (x_dense - x) xᵀ, f32 [in, in], for each of `stage_groups`.
+        """
+        sums = tuple(jnp.zeros_like(hessian.gram) for hessian in hessians)
+        for (state, where), (aim, _) in zip(self.chunks(), dense.chunks(), strict=True):
+            sums = _accumulate_drift(self.config, stage, block, original, state, aim, where, sums)
+        return tuple(2.0 / hessian.tokens * total for hessian, total in zip(hessians, sums, strict=True))
 
     def advance(self, stage: int, block: Block) -> None:
         """Takes every chunk through a stage."""

@@ -78,6 +78,10 @@ class SpQRConfig:
         remain. False is round-to-nearest, which needs no calibration text.
       sequential: a block's later weights see activations that have passed its
         earlier, already quantized ones.
+      drift_correction: share of the way, 0..1, that weights are moved before they are
+        quantized to make up for what quantizing the layers before them did to their
+        inputs (`spqr_jax.solver.drift`). Takes part in sequential calibration only,
+        and a second, dense forward pass; 0 for none.
       fit: how a group's scale and zero are found. ``search`` looks for the range
         with the least error in the weights as they will be dequantized;
         ``minmax`` takes the range as it is and fits the zero to the rounded
@@ -105,6 +109,7 @@ class SpQRConfig:
     damping: float = 0.1
     compensate: bool = True
     sequential: bool = True
+    drift_correction: float = 0.5
     fit: Fit = "search"
     leave_one_out: bool = True
     quantize_head: bool = False
@@ -134,6 +139,8 @@ class SpQRConfig:
             problems.append(f"outlier_threshold must be positive, or inf for none, got {self.outlier_threshold}")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             problems.append(f"damping must be a finite number >= 0, got {self.damping}")
+        if not 0 <= self.drift_correction <= 1:
+            problems.append(f"drift_correction must lie in 0..1, got {self.drift_correction}")
         for name, kind in (("order", Order), ("fit", Fit)):
             if getattr(self, name) not in get_args(kind):
                 problems.append(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
@@ -160,6 +167,11 @@ class SpQRConfig:
         return self.stats_bits != UNQUANTIZED_STATS_BITS
 
     @property
+    def corrects_drift(self) -> bool:
+        """Whether weights are moved to make up for drifted inputs."""
+        return self.sequential and self.needs_calibration and self.drift_correction > 0
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether quantizing needs Hessians, and so calibration text."""
         return self.compensate
@@ -178,7 +190,8 @@ class SpQRConfig:
     @classmethod
     def gptq(cls, bits: int = 3, group_size: int | None = 64, **changes: Any) -> SpQRConfig:
         """GPTQ (arXiv 2210.17323): no outliers, no second level, plain min-max groups."""
-        base: dict[str, Any] = {"stats_bits": 16, "outlier_threshold": math.inf, "damping": 0.01, "fit": "minmax"}
+        base: dict[str, Any] = {"stats_bits": 16, "outlier_threshold": math.inf, "fit": "minmax"}
+        base |= {"damping": 0.01, "drift_correction": 0.0}
         return cls(bits=bits, group_size=group_size, **(base | changes))
 
     @classmethod
@@ -190,7 +203,7 @@ class SpQRConfig:
     @classmethod
     def reference(cls, **changes: Any) -> SpQRConfig:
         """The public PyTorch SpQR's own choices, to reproduce its numbers."""
-        base: dict[str, Any] = {"fit": "reference", "sequential": False, "damping": 1.0}
+        base: dict[str, Any] = {"fit": "reference", "sequential": False, "drift_correction": 0.0, "damping": 1.0}
         return cls(**(base | changes))
 
     def for_path(self, path: str) -> SpQRConfig | None:

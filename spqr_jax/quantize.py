@@ -16,7 +16,15 @@ from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.models.decoder import STAGES, WEIGHT_NAMES, Block, Decoder
-from spqr_jax.solver import Hessian, LayerStats, Solved, accumulate_hessian, empty_hessian, quantize_weights
+from spqr_jax.solver import (
+    Hessian,
+    LayerStats,
+    Solved,
+    accumulate_hessian,
+    correct_drift,
+    empty_hessian,
+    quantize_weights,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +130,7 @@ def quantize_blocks(
         if plan is not None:
             config, ledger = plan.config(config), Ledger(plan)
         activations = Activations(source.config, outer, calib_batches)
-    solver = _BlockSolver(config, report, ledger)
+    solver = _BlockSolver(config, report, ledger, activations)
     for index in range(source.config.num_layers):
         block, prefix = source.block(index), f"layers.{index}."
         last = index + 1 == source.config.num_layers and not config.quantize_head
@@ -163,20 +171,31 @@ class _BlockSolver:
       config: what to do.
       report: told of each weight.
       ledger: keeps to a budget, or None where there is none.
+      activations: the calibration text before the first block, or None.
     """
 
-    def __init__(self, config: SpQRConfig, report: _Reporter, ledger: Ledger | None) -> None:
+    def __init__(
+        self, config: SpQRConfig, report: _Reporter, ledger: Ledger | None, activations: Activations | None
+    ) -> None:
         self._config, self._report, self._ledger = config, report, ledger
+        # The same text on its way through the dense model.
+        self._dense = activations.copy() if activations is not None and config.corrects_drift else None
 
     def sequential(self, activations: Activations, block: Block, prefix: str, last: bool) -> Block:
         """Each stage sees activations that have passed the block's earlier, quantized stages."""
-        dense = block  # what the activations run through: quantized weights, dequantized
+        original = dense = block  # dense: what the activations run through, quantized weights dequantized
         for stage in range(len(STAGES)):
             hessians = activations.hessians(stage, dense)
-            for (names, _), hessian in zip(stage_groups(activations.config, stage), hessians, strict=True):
-                block, dense = self.solve(block, names, prefix, hessian, dense)
+            drifts: Sequence[jax.Array | None] = [None] * len(hessians)
+            if self._dense is not None:
+                drifts = activations.drifts(stage, dense, self._dense, original, hessians)
+            groups = stage_groups(activations.config, stage)
+            for (names, _), hessian, drift in zip(groups, hessians, drifts, strict=True):
+                block, dense = self.solve(block, names, prefix, hessian, dense, drift)
             if not (last and stage + 1 == len(STAGES)):
                 activations.advance(stage, dense)
+                if self._dense is not None:
+                    self._dense.advance(stage, original)
         return block
 
     def parallel(self, activations: Activations, block: Block, prefix: str, last: bool) -> Block:
@@ -196,9 +215,15 @@ class _BlockSolver:
         return block
 
     def solve(
-        self, block: Block, names: Sequence[str], prefix: str, hessian: Hessian | None, dense: Block | None = None
+        self,
+        block: Block,
+        names: Sequence[str],
+        prefix: str,
+        hessian: Hessian | None,
+        dense: Block | None = None,
+        drift: jax.Array | None = None,
     ) -> tuple[Block, Block]:
-        """Quantizes weights that read one input, those of one width together.
+        """Quantizes weights that read one input, those of one width together, once they are moved to make up for drift.
 
         Returns:
           The block with `SpQRArray`s, and `dense` with what they dequantize to.
@@ -210,9 +235,12 @@ class _BlockSolver:
             together.setdefault(getattr(block, name).shape[1], []).append(name)
         for members in together.values():
             weights = [getattr(block, name) for name in members]
+            if drift is not None:
+                assert hessian is not None
+                weights = correct_drift(weights, hessian.matrix(), drift, self._config.drift_correction)
             solved = self._quantize(weights, hessian, {prefix + name: configs[name] for name in members})
             block = dataclasses.replace(block, **{n: one.array for n, one in zip(members, solved, strict=True)})
-            values = {n: one.dense.astype(w.dtype) for n, w, one in zip(members, weights, solved, strict=True)}
+            values = {n: one.dense.astype(getattr(dense, n).dtype) for n, one in zip(members, solved, strict=True)}
             dense = dataclasses.replace(dense, **values)
             for name, one in zip(members, solved, strict=True):
                 self._report(prefix + name, one.array, one.stats)

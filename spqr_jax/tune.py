@@ -19,12 +19,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # Adam
+import optax  # schedules, and the form of an optimizer
 from jax import lax
 
 from spqr_jax.array import SpQRArray
@@ -42,6 +42,7 @@ Progress = Callable[[str, float], None]
 """Told after each step: what was done, and its loss."""
 
 _WARM_UP = 0.15  # share of steps over which the learning rate rises
+_TINY = 1e-20  # gradients of a mean loss may be small; only 0/0 is to be kept out
 _HEAD_CHUNK = 256  # positions whose logits are held at once
 _OUTLIER_STEP = 1024  # outlier lists are padded to multiples of this, so that blocks share programs
 
@@ -199,7 +200,41 @@ class _BlockForm:
     state: Any
 
 
-_ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
+class _Moments(NamedTuple):
+    """Of the optimizer: steps so far, running means of the gradient and of its mean square, an array each."""
+
+    steps: jax.Array
+    first: Any
+    second: Any
+
+
+def _scale_by_array_moment(b1: float = 0.9, b2: float = 0.95) -> optax.GradientTransformation:
+    """Adam with one second moment for each array, as Adam-mini (arXiv 2406.16793), or for each kind in `stats`.
+
+    A few steps on little text say little about any single parameter: Adam moves those
+    that hardly matter as far as the others, and most of that is noise.
+    """
+
+    def mean_square(g: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(g), axis=(0, 1) if g.ndim == 3 else None)
+
+    def init(params: Any) -> _Moments:
+        zero = jnp.zeros((), jnp.int32)
+        return _Moments(zero, jax.tree.map(jnp.zeros_like, params), jax.tree.map(mean_square, params))
+
+    def update(gradient: Any, state: _Moments, params: Any = None) -> tuple[Any, _Moments]:
+        steps = state.steps + 1
+        first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.first, gradient)
+        second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * mean_square(g), state.second, gradient)
+        taken = steps.astype(jnp.float32)
+        seen1, seen2 = 1 - b1**taken, 1 - b2**taken  # the means start at 0
+        step = jax.tree.map(lambda m, v: m / seen1 / (jnp.sqrt(v / seen2) + _TINY), first, second)
+        return step, _Moments(steps, first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+_OPTIMIZER = _scale_by_array_moment()
 
 
 def _block_form(block: Block, entries: dict[str, int]) -> _BlockForm:
@@ -211,7 +246,7 @@ def _block_form(block: Block, entries: dict[str, int]) -> _BlockForm:
     return _BlockForm(fixed, dense, theta, _start_optimizer(theta))
 
 
-_start_optimizer = jax.jit(_ADAM.init)
+_start_optimizer = jax.jit(_OPTIMIZER.init)
 
 
 def _entries(blocks: Sequence[Block]) -> dict[str, int]:
@@ -255,8 +290,7 @@ def _finished(form: _BlockForm, block: Block) -> Block:
 
 
 def _updated(form: _BlockForm, gradient: dict[str, Any], rate: jax.Array) -> _BlockForm:
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes types
-        updates, state = _ADAM.update(gradient, form.state)
+    updates, state = _OPTIMIZER.update(gradient, form.state)
     theta = jax.tree.map(lambda p, step: p - rate * step, form.theta, updates)
     return dataclasses.replace(form, theta=theta, state=state)
 

@@ -92,6 +92,9 @@ def quantize(
     stats_group_size: Annotated[int | None, typer.Option(help="Rows that share second-level statistics.")] = None,
     outlier_threshold: Annotated[float | None, typer.Option(help="Relative threshold tau; inf: no outliers.")] = None,
     damping: Annotated[float | None, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = None,
+    drift_correction: Annotated[
+        float | None, typer.Option(help="Share, 0..1, to which weights make up for their inputs' drift; see the docs.")
+    ] = None,
     order: Annotated[str | None, typer.Option(help="Order of the inputs: activation or identity.")] = None,
     fit: Annotated[str | None, typer.Option(help="How scales are fitted: search, minmax or reference.")] = None,
     sequential: Annotated[
@@ -120,6 +123,7 @@ def quantize(
         stats_group_size=stats_group_size,
         outlier_threshold=outlier_threshold,
         damping=damping,
+        drift_correction=drift_correction,
         order=order,
         fit=fit,
         sequential=sequential,

@@ -3,9 +3,11 @@
 Nothing here knows a model, a file or a progress bar. Read `solve.py` first; the
 parts are in the order of the paper: `hessian.py` (what the inputs look like),
 `grid.py` (fitting scales and zeros, both levels), `outliers.py` (which weights
-to leave out of a fit) and `columns.py` (the loop over the columns).
+to leave out of a fit) and `columns.py` (the loop over the columns). `drift.py`
+moves a weight beforehand, if what it reads has changed since it was trained.
 """
 
+from spqr_jax.solver.drift import correct_drift, cross_gram
 from spqr_jax.solver.hessian import Hessian, accumulate_hessian, empty_hessian
 from spqr_jax.solver.solve import LayerStats, Solved, quantize_weight, quantize_weights
 
@@ -14,6 +16,8 @@ __all__ = [
     "LayerStats",
     "Solved",
     "accumulate_hessian",
+    "correct_drift",
+    "cross_gram",
     "empty_hessian",
     "quantize_weight",
     "quantize_weights",

@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""Quantizes one model in several ways and measures each on several texts: the rows of docs/quality.md.
+
+    scripts/quality.py demo --calib IDS.npy --nsamples 16 --seqlen 1024 \\
+        --data "WikiText-2" wikitext2 2048 10 --data "PTB" ptb 2048 3 \\
+        --row "--target-bits 4.3" --row "--target-bits 4.3 --tune logits" --out quality
+
+A row is what you would say to `spqr quantize`, which is run for it in a process of
+its own: CPU seconds and peak memory are that process's, compilation included. The
+first row is the dense model. Rows that are done are kept in OUT and not run again.
+Writes table.md and, with every window's loss, one JSON file a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spqr_jax import SpQRError
+from spqr_jax.blocks import collect
+from spqr_jax.cli.display import console, number, say, table
+from spqr_jax.cli.options import read_tokens
+from spqr_jax.data import evaluation_windows
+from spqr_jax.evaluate.perplexity import perplexity
+from spqr_jax.resolve import open_model
+
+DENSE = "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What perplexity is measured on; `spec` as for `spqr perplexity --data`."""
+
+    label: str
+    spec: str
+    seqlen: int
+    windows: int
+
+
+def quantize(model: str, options: list[str], out: Path) -> dict[str, Any]:
+    """Runs `spqr quantize`; returns its summary, CPU and wall seconds and peak GiB."""
+    report = out.with_suffix(".json")
+    command = [sys.executable, "-m", "spqr_jax", "quantize", model, "--out", str(out), "--json", str(report), *options]
+    begun = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"quality: failed: {shlex.join(command)}")
+    summary = json.loads(report.read_text())
+    taken = ("ideal_bits", "stored_bits", "outlier_percent")
+    return {name: summary[name] for name in taken} | {
+        "wall_seconds": time.perf_counter() - begun,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_gib": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30,
+    }
+
+
+def measure(model: str, texts: list[Text]) -> dict[str, Any]:
+    """Perplexity on each text, with every window's loss."""
+    opened = open_model(model, "float32", say)
+    params = collect(opened.source)
+    results = {}
+    for text in texts:
+        windows = evaluation_windows(
+            read_tokens(text.spec, "evaluation", opened), text.seqlen, text.windows, text.label
+        )
+        result = perplexity(params, windows)
+        results[text.label] = {
+            "perplexity": result.perplexity,
+            "stderr": result.stderr,
+            "window_losses": result.window_losses.tolist(),
+        }
+    return results
+
+
+def run(model: str, row: str, calibration: list[str], texts: list[Text]) -> dict[str, Any]:
+    """One row; the quantized model is not kept."""
+    if row == DENSE:
+        nothing = math.nan
+        values = {"ideal_bits": 32.0, "stored_bits": 32.0, "outlier_percent": nothing}
+        values |= {"wall_seconds": nothing, "cpu_seconds": nothing, "peak_gib": nothing}
+        return values | {"texts": measure(model, texts)}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "model"
+        values = quantize(model, calibration + shlex.split(row), out)
+        return values | {"texts": measure(str(out), texts)}
+
+
+def rise(values: dict[str, Any], dense: dict[str, Any], label: str) -> str:
+    """Loss above the dense model's on one text, window by window: mean and standard error in nats."""
+    ours, theirs = (np.array(each["texts"][label]["window_losses"]) for each in (values, dense))
+    difference = ours - theirs
+    if values is dense or len(difference) < 2:
+        return "–"
+    return f"{difference.mean():+.4f} ± {difference.std(ddof=1) / math.sqrt(len(difference)):.4f}"
+
+
+def cells(row: str, values: dict[str, Any], dense: dict[str, Any], texts: list[Text]) -> list[str]:
+    """One line of the table."""
+    measured = [number(values["texts"][text.label]["perplexity"]) for text in texts]
+    sizes = [number(values["ideal_bits"], 3), number(values["stored_bits"], 3)]
+    spent = [number(values["cpu_seconds"], 0), number(values["wall_seconds"], 0), number(values["peak_gib"])]
+    outliers = [number(values["outlier_percent"])]
+    return [row, *sizes, *outliers, *measured, rise(values, dense, texts[0].label), *spent]
+
+
+def write_table(path: Path, title: str, columns: list[str], lines: list[list[str]]) -> None:
+    """As Markdown."""
+    ruler = "|---|" + "---:|" * (len(columns) - 1)
+    body = ["| " + " | ".join(line) + " |" for line in [columns, *lines]]
+    path.write_text("\n".join([title, "", body[0], ruler, *body[1:]]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="demo, a GGUF file, a Hugging Face directory or hub id")
+    parser.add_argument("--row", action="append", required=True, help="options of spqr quantize; repeatable")
+    parser.add_argument("--data", action="append", required=True, nargs=4, metavar=("LABEL", "SPEC", "SEQLEN", "N"))
+    parser.add_argument("--out", type=Path, default=Path("quality"), help="where results are kept")
+    for option in ("calib", "nsamples", "seqlen", "seed"):
+        parser.add_argument(f"--{option}", help="as for spqr quantize")
+    given = parser.parse_args()
+    texts = [Text(label, spec, int(seqlen), int(count)) for label, spec, seqlen, count in given.data]
+    calibration: list[str] = []
+    for option in ("calib", "nsamples", "seqlen", "seed"):
+        if (value := getattr(given, option)) is not None:
+            calibration += [f"--{option}", value]
+    given.out.mkdir(parents=True, exist_ok=True)
+    done = []
+    for row in [DENSE, *given.row]:
+        shared = [] if row == DENSE else calibration
+        what = json.dumps([given.model, row, shared, [dataclasses.asdict(text) for text in texts]])
+        path = given.out / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+        if path.is_file():
+            values = json.loads(path.read_text())
+        else:
+            values = {"model": given.model, "row": row, "calibration": shared} | run(given.model, row, shared, texts)
+            path.with_suffix(".partial").write_text(json.dumps(values, indent=1) + "\n")
+            os.replace(path.with_suffix(".partial"), path)
+        done.append((row, values))
+        found = "   ".join(f"{t.label} {values['texts'][t.label]['perplexity']:.2f}" for t in texts)
+        console.print(f"{row}:  {values['stored_bits']:.3f} stored bits   {found}", markup=False)
+    columns = ["options", "ideal bits", "stored bits", "outliers %", *(text.label for text in texts)]
+    columns += [f"loss above dense, {texts[0].label}", "CPU s", "wall s", "peak GiB"]
+    lines = [cells(row, values, done[0][1], texts) for row, values in done]
+    title = f"{given.model}, calibrated with `{shlex.join(calibration)}`"
+    table(title, columns, lines)
+    write_table(given.out / "table.md", title, columns, lines)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpQRError as error:
+        sys.exit(f"quality: {error}")
