@@ -15,11 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spqr_jax.errors import DataError
 from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, Outer, State, abstract_decoder, embed, logits, plain_linear
+from spqr_jax.models.decoder import (
+    STAGES,
+    Block,
+    Linear,
+    Outer,
+    State,
+    abstract_decoder,
+    embed,
+    logits,
+    plain_linear,
+)
 from spqr_jax.solver import Hessian, accumulate_hessian, cross_gram, empty_hessian
 
 
@@ -70,6 +81,36 @@ def _accumulate_stage(
     return tuple(accumulate_hessian(h, x) for h, x in zip(hessians, recorder.inputs, strict=True))
 
 
+def rounded_linear(name: str, w: Any, x: jax.Array) -> jax.Array:
+    """A `linear` that rounds its factors to bfloat16 and sums in float32.
+
+    A processor with instructions for it is twice as fast. What a weight reads is then off by
+    less than 1%, at random; quantized weights before it change it by more.
+    """
+    return _rounded_product(jnp.asarray(w), x)
+
+
+def _rounded(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Sum of products of bfloat16 factors over one axis each, in float32."""
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _rounded_product(w: jax.Array, x: jax.Array) -> jax.Array:
+    return _rounded(x, w, x.ndim - 1, 1).astype(x.dtype)
+
+
+def _rounded_product_back(given: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradient by x is rounded alike; that by w, whose sum over tokens is no faster rounded, is not."""
+    w, x = given
+    by_w = jnp.matmul(g.reshape(-1, g.shape[-1]).T, x.reshape(-1, x.shape[-1]))
+    return by_w.astype(w.dtype), _rounded(g, w, g.ndim - 1, 0).astype(x.dtype)
+
+
+_rounded_product.defvjp(lambda w, x: (_rounded_product(w, x), (w, x)), _rounded_product_back)
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
 def _accumulate_drift(
     config: DecoderConfig,
@@ -87,10 +128,12 @@ def _accumulate_drift(
     return tuple(total + cross_gram(aim, x) for total, x, aim in zip(sums, drifted.inputs, dense.inputs, strict=True))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def run_stage(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> State:
+@partial(jax.jit, static_argnums=(0, 1, 5))
+def run_stage(
+    config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear = plain_linear
+) -> State:
     """One stage of a block on one chunk."""
-    return STAGES[stage][0](config, block, state, where, plain_linear)
+    return STAGES[stage][0](config, block, state, where, linear)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -107,13 +150,16 @@ class Activations:
       config: of the model.
       outer: its embedding.
       batches: int32 [batch, seq] each, shapes may differ.
+      linear: what takes them through the stages, such as `rounded_linear`.
 
     Raises:
       DataError: no batch, or one that the model cannot take.
     """
 
-    def __init__(self, config: DecoderConfig, outer: Outer, batches: Iterable[Any]) -> None:
-        self.config = config
+    def __init__(
+        self, config: DecoderConfig, outer: Outer, batches: Iterable[Any], linear: Linear = plain_linear
+    ) -> None:
+        self.config, self._linear = config, linear
         self._states: list[State] = []
         self._where: list[Positions] = []
         for batch in batches:
@@ -157,7 +203,7 @@ class Activations:
     def advance(self, stage: int, block: Block) -> None:
         """Takes every chunk through a stage."""
         for index, where in enumerate(self._where):
-            self._states[index] = run_stage(self.config, stage, block, self._states[index], where)
+            self._states[index] = run_stage(self.config, stage, block, self._states[index], where, self._linear)
 
     def chunks(self) -> Iterator[tuple[State, Positions]]:
         """Each chunk's state as it is now, and where its tokens stand."""
@@ -173,7 +219,8 @@ class Activations:
     def copy(self) -> Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
-        twin.config, twin._states, twin._where = self.config, list(self._states), self._where
+        twin.config, twin._linear = self.config, self._linear
+        twin._states, twin._where = list(self._states), self._where
         return twin
 
 
@@ -195,7 +242,7 @@ def _checked_batch(tokens: np.ndarray, config: DecoderConfig) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def batched(windows: np.ndarray, tokens_per_batch: int = 4096) -> Sequence[np.ndarray]:
+def batched(windows: np.ndarray, tokens_per_batch: int = 1024) -> Sequence[np.ndarray]:
     """Cuts windows [count, length] into batches of about `tokens_per_batch` tokens."""
     size = max(1, tokens_per_batch // windows.shape[1])
     return [windows[first : first + size] for first in range(0, len(windows), size)]

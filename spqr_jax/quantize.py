@@ -12,10 +12,10 @@ import jax
 from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSink, BlockSource, TreeSink, TreeSource
 from spqr_jax.budget import Ledger, Plan, plan_budget
-from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
+from spqr_jax.calibrate import Activations, InputRecorder, rounded_linear, stage_groups
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
-from spqr_jax.models.decoder import STAGES, WEIGHT_NAMES, Block, Decoder
+from spqr_jax.models.decoder import STAGES, WEIGHT_NAMES, Block, Decoder, plain_linear
 from spqr_jax.solver import (
     Hessian,
     LayerStats,
@@ -129,7 +129,8 @@ def quantize_blocks(
             plan = plan_budget(source, calib_batches, config)
         if plan is not None:
             config, ledger = plan.config(config), Ledger(plan)
-        activations = Activations(source.config, outer, calib_batches)
+        linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
+        activations = Activations(source.config, outer, calib_batches, linear)
     solver = _BlockSolver(config, report, ledger, activations)
     for index in range(source.config.num_layers):
         block, prefix = source.block(index), f"layers.{index}."

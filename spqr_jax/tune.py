@@ -29,7 +29,7 @@ from jax import lax
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource
-from spqr_jax.calibrate import Activations
+from spqr_jax.calibrate import Activations, rounded_linear
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import Positions
@@ -43,7 +43,7 @@ Progress = Callable[[str, float], None]
 
 _WARM_UP = 0.15  # share of steps over which the learning rate rises
 _TINY = 1e-20  # gradients of a mean loss may be small; only 0/0 is to be kept out
-_HEAD_CHUNK = 256  # positions whose logits are held at once
+_HEAD_CHUNK = 64  # positions whose logits are held at once
 _OUTLIER_STEP = 1024  # outlier lists are padded to multiples of this, so that blocks share programs
 
 
@@ -300,7 +300,7 @@ def _updated(form: _BlockForm, gradient: dict[str, Any], rate: jax.Array) -> _Bl
 
 @partial(jax.jit, static_argnums=0)
 def _run(config: DecoderConfig, form: _BlockForm, x: jax.Array, where: Positions) -> jax.Array:
-    return run_block(config, _to_block(form, form.theta, Block), State(x), where).residual
+    return run_block(config, _to_block(form, form.theta, Block), State(x), where, rounded_linear).residual
 
 
 @partial(jax.jit, static_argnums=0)
@@ -310,7 +310,7 @@ def _backward_step(
     """Takes ∂L/∂output to ∂L/∂input, and the block one step on."""
 
     def run(x: jax.Array, theta: dict[str, Any]) -> jax.Array:
-        return run_block(config, _to_block(form, theta, Block), State(x), where).residual
+        return run_block(config, _to_block(form, theta, Block), State(x), where, rounded_linear).residual
 
     _, back = jax.vjp(run, x, form.theta)
     before, by_theta = back(gradient)
@@ -324,7 +324,7 @@ def _match_step(
     """One step towards the dense block's output; also the loss, relative to what the block adds."""
 
     def loss(theta: dict[str, Any]) -> jax.Array:
-        got = run_block(config, _to_block(form, theta, Block), State(x), where).residual
+        got = run_block(config, _to_block(form, theta, Block), State(x), where, rounded_linear).residual
         # By token: a few tokens' residuals are hundreds of times larger than the others'.
         size = jnp.mean(jnp.square(wanted), axis=-1)
         return jnp.mean(jnp.mean(jnp.square(got - wanted), axis=-1) / size)
@@ -337,27 +337,33 @@ def _match_step(
 def _divergence(
     config: DecoderConfig, outer: Outer, student: jax.Array, teacher: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean KL(teacher ‖ student) in nats a token from [batch, tokens, hidden] each, and its gradient by the student."""
-    batch, tokens, hidden = student.shape
+    """Mean KL(p ‖ q) in nats a token, p the teacher's and q the student's, and its gradient by the student.
+
+    Both are residual streams [batch, tokens, hidden]. By the student's logits the
+    gradient is q - p; the norm and head before them are differentiated.
+    """
+    hidden = student.shape[-1]
+    tokens = student.size // hidden
     chunk = min(_HEAD_CHUNK, tokens)
-    chunks = round_up(tokens, chunk) // chunk
+    padding = -tokens % chunk
 
     def by_chunk(x: jax.Array) -> jax.Array:
-        """[batch, tokens, ...] -> [chunks, batch, chunk, ...]"""
-        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - tokens), (0, 0)))
-        return jnp.moveaxis(x.reshape(batch, chunks, chunk, -1), 1, 0)
+        return jnp.pad(x.reshape(tokens, hidden), ((0, padding), (0, 0))).reshape(-1, chunk, hidden)
 
-    def divergence(student: jax.Array, teacher: jax.Array, counted: jax.Array) -> jax.Array:
-        wanted, got = (jax.nn.log_softmax(logits(config, outer, x)) for x in (teacher, student))
-        each = jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1)
-        return jnp.sum(jnp.where(counted, each, 0.0)) / (batch * tokens)
+    # Rounded once, not once a chunk. A tied head is the embedding, which has no part here.
+    head = dataclasses.replace(outer, **{config.head_path: getattr(outer, config.head_path).astype(jnp.bfloat16)})
 
-    # Value and gradient of one chunk before the next: no logits are kept or computed twice.
-    counted = (jnp.arange(chunks * chunk) < tokens).reshape(chunks, chunk)
-    chunked = by_chunk(student), by_chunk(teacher), counted
-    values, gradients = lax.map(lambda part: jax.value_and_grad(divergence)(*part), chunked)
-    gradient = jnp.moveaxis(gradients, 0, 1).reshape(batch, chunks * chunk, hidden)
-    return jnp.sum(values), gradient[:, :tokens]
+    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        student, teacher, counted = part
+        scores, back = jax.vjp(lambda x: logits(config, head, x, rounded_linear), student)
+        got, wanted = (jax.nn.log_softmax(each) for each in (scores, logits(config, head, teacher, rounded_linear)))
+        p = jnp.exp(wanted)
+        value = jnp.sum(jnp.where(counted, jnp.sum(p * (wanted - got), axis=-1), 0.0)) / tokens
+        return value, back(jnp.where(counted[:, None], jnp.exp(got) - p, 0.0) / tokens)[0]
+
+    counted = (jnp.arange(tokens + padding) < tokens).reshape(-1, chunk)
+    values, gradients = lax.map(one, (by_chunk(student), by_chunk(teacher), counted))
+    return jnp.sum(values), gradients.reshape(-1, hidden)[:tokens].reshape(student.shape)
 
 
 # ---- the two objectives -----------------------------------------------------------------

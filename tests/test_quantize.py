@@ -22,7 +22,7 @@ from spqr_jax import (
     quantize_weight,
 )
 from spqr_jax.blocks import TreeSource
-from spqr_jax.calibrate import Activations, stage_groups
+from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.quantize import WEIGHT_NAMES, quantize_blocks
 
@@ -76,8 +76,30 @@ def test_the_first_stage_sees_the_hessian_of_its_inputs(tiny_model, tiny_batches
         x = np.asarray(tiny_model.outer.embed_tokens)[batch]
         x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * np.asarray(tiny_model.layers[0].attention_norm)
         total = accumulate_hessian(total, jnp.asarray(x))
-    np.testing.assert_allclose(hessian.gram, total.gram, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(hessian.matrix(), total.matrix(), rtol=1e-4, atol=1e-3)
     assert float(hessian.tokens) == sum(batch.size for batch in tiny_batches)
+
+
+def test_calibration_in_bfloat16_sees_nearly_the_same(tiny_model, tiny_batches):
+    """Products of factors rounded to 8 bits, and nothing else, differ: by less than 1%, but not by nothing."""
+    seen = []
+    for linear in (plain_linear, rounded_linear):
+        activations = Activations(tiny_model.config, tiny_model.outer, tiny_batches, linear)
+        for stage in range(4):
+            activations.advance(stage, tiny_model.layers[0])
+        seen.append(activations.hessians(0, tiny_model.layers[1])[0].matrix())
+    assert 0 < float(jnp.linalg.norm(seen[1] - seen[0]) / jnp.linalg.norm(seen[0])) < 0.01
+
+
+def test_the_calibration_dtype_is_the_configurations(tiny_model, tiny_batches):
+    exact, rounded, again = (
+        quantize(tiny_model, tiny_batches, SpQRConfig(calibration_dtype=dtype)).layers[1].down_proj.codes
+        for dtype in ("float32", "bfloat16", "bfloat16")
+    )
+    assert np.any(exact != rounded)
+    np.testing.assert_array_equal(rounded, again)
+    with pytest.raises(SpQRError, match="calibration_dtype must be one of bfloat16, float32"):
+        SpQRConfig(calibration_dtype="float16")
 
 
 def test_the_stream_ends_where_the_model_does(tiny_model, tiny_batches):

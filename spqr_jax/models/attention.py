@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -78,38 +79,66 @@ def attend(
             lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), where.start, axis=1),
         )
     if cache is None or q.shape[1] > 1:
-        return _attend_chunks(q, k, v, where.padding), cache
+        return _attend_self(q, k, v, where.padding), cache
     query = where.start + jnp.arange(q.shape[1])
-    return _attend(q, cache.keys, cache.values, query, where.padding), cache
+    heads = jax.vmap(jax.vmap(_attend_head, (0, 0, 0, None, None)), (0, 0, 0, None, 0))
+    return _merge_heads(heads(*_split_heads(q, cache.keys, cache.values), query, where.padding)), cache
 
 
-def _attend_chunks(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
-    """Self-attention in chunks of queries, each against the keys that it can see."""
+def _attend_self(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+    """Self-attention of whole sequences."""
+    q, k, v = _split_heads(q, k, v)
+    batch, kv_heads = k.shape[:2]
+    each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
+    each = (*each, jnp.repeat(padding, kv_heads))
+    heads = jax.checkpoint(_attend_queries)  # a gradient works the scores out again: they are too many to keep
+    # A head's scores fit a CPU's cache, all of them do not; an accelerator wants them all at once.
+    one_by_one, at_once = partial(lax.map, lambda one: heads(*one)), jax.vmap(heads)
+    out = lax.platform_dependent(*each, cpu=lambda *each: one_by_one(each), default=at_once)
+    return _merge_heads(out.reshape(q.shape))
+
+
+def _split_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, scaled, [batch, kv_heads, share, tokens, head_dim]; keys and values [batch, kv_heads, length, head_dim].
+
+    `share` query heads read one head of keys and values.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    q = (q * head_dim**-0.5).reshape(batch, tokens, k.shape[2], heads // k.shape[2], head_dim)
+    return q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def _merge_heads(out: jax.Array) -> jax.Array:
+    """[batch, kv_heads, share, tokens, head_dim] -> [batch, tokens, heads * head_dim]."""
+    batch, kv_heads, share, tokens, head_dim = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, kv_heads * share * head_dim)
+
+
+def _attend_queries(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+    """One sequence's queries [share, tokens, head_dim] in chunks, each against the keys that it can see."""
     chunks = []
     for first in range(0, q.shape[1], _QUERY_CHUNK):
         last = min(first + _QUERY_CHUNK, q.shape[1])
-        chunks.append(_attend(q[:, first:last], k[:, :last], v[:, :last], jnp.arange(first, last), padding))
+        chunks.append(_attend_head(q[:, first:last], k[:last], v[:last], jnp.arange(first, last), padding))
     return jnp.concatenate(chunks, axis=1)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, query: jax.Array, padding: jax.Array) -> jax.Array:
-    """Scores of the heads that share keys and values stand as rows of one product."""
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads, length = k.shape[2], k.shape[1]
-    share = heads // kv_heads
-    batched = ((0, 1), (0, 1))
-    q = (q * head_dim**-0.5).reshape(batch, tokens, kv_heads, share, head_dim)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, share * tokens, head_dim)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = lax.dot_general(q, k, (((3,), (3,)), batched), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, share, tokens, length)
+def _attend_head(q: jax.Array, k: jax.Array, v: jax.Array, query: jax.Array, padding: jax.Array) -> jax.Array:
+    """Queries [share, tokens, head_dim] against keys and values [length, head_dim], softmax in float32.
+
+    Queries of all heads that share keys stand as rows of one product.
+    """
+    share, tokens, head_dim = q.shape
+    length = k.shape[0]
+    scores = lax.dot_general(
+        q.reshape(share * tokens, head_dim), k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
     key = jnp.arange(length)
-    seen = (key <= query[:, None]) & (key >= padding[:, None, None])  # [batch, query, key]
-    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    seen = (key <= query[:, None]) & (key >= padding)  # [query, key]
+    scores = jnp.where(seen, scores.reshape(share, tokens, length), _MASKED)
     # Dividing after the second product saves a pass over the scores.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1)[..., None]
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, share * tokens, length)
-    out = lax.dot_general(weights, v, (((3,), (2,)), batched), preferred_element_type=jnp.float32)
-    out = out.reshape(batch, kv_heads, share, tokens, head_dim) / total
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head_dim).astype(v.dtype)
+    weights = weights.astype(v.dtype).reshape(share * tokens, length)
+    out = lax.dot_general(weights, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return (out.reshape(share, tokens, head_dim) / total).astype(v.dtype)

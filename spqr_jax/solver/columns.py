@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -180,7 +180,6 @@ def _solve_group(
     return (fit, visited.reshape(w.shape)), errors
 
 
-@partial(jax.jit, static_argnames="spec")
 def solve_columns(
     w: jax.Array, u: jax.Array | None, valid: jax.Array, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
@@ -194,6 +193,20 @@ def solve_columns(
       choices: T and the largest code of each row.
       spec: static choices.
     """
+    return _program(jax.default_backend())(w, u, valid, choices, spec)
+
+
+@lru_cache
+def _program(platform: str) -> Callable[..., SolvedColumns]:
+    # On a CPU, LLVM's loop passes spoil the vector loops over the rows that XLA makes: without
+    # them, and with full vectors, the loop takes half the time (benchmarks/quantize_time.py).
+    cpu = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
+    return jax.jit(_solve_columns, static_argnums=4, compiler_options=cpu if platform == "cpu" else None)
+
+
+def _solve_columns(
+    w: jax.Array, u: jax.Array | None, valid: jax.Array, choices: RowChoices, spec: ColumnSpec
+) -> SolvedColumns:
     columns, rows = w.shape
     panel = spec.panel(columns)
     u_diag = jnp.ones(columns, w.dtype) if u is None else jnp.diagonal(u)

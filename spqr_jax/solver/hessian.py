@@ -9,6 +9,8 @@ the columns after it may compensate (GPTQ, arXiv 2210.17323, eq. 3).
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ from spqr_jax.errors import DataError, SpQRError
 
 _DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfold
 _LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
-_PANEL = 1024  # about how many columns of a symmetric matrix are looked at together
+_GRAM_PANEL = 256  # about how many columns of a Gram matrix are summed together
+_FORM_PANEL = 1024  # the same for a quadratic form, whose product is small beside its compilation
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +30,7 @@ class Hessian:
     """Running sum over calibration tokens.
 
     Attributes:
-      gram: X Xᵀ, float32 [in, in].
+      gram: X Xᵀ, float32 [in, in]; below the diagonal not all of it is there.
       tokens: number of tokens in it, float32 scalar.
     """
 
@@ -36,7 +39,7 @@ class Hessian:
 
     def matrix(self) -> jax.Array:
         """H = (2/n) X Xᵀ, float32 [in, in]."""
-        return self.gram * (2.0 / jnp.maximum(self.tokens, 1.0))
+        return _mean_square(self.gram, self.tokens)
 
 
 def empty_hessian(in_features: int) -> Hessian:
@@ -53,31 +56,31 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
       x: activations [..., in], any float type; summed in float32.
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return Hessian(hessian.gram + _gram(x), hessian.tokens + x.shape[0])
-
-
-def _panels(width: int) -> list[tuple[int, int]]:
-    """Cuts 0..width into equal parts: (first, end) of each."""
-    step = -(-width // max(1, round(width / _PANEL)))
-    return [(first, min(first + step, width)) for first in range(0, width, step)]
-
-
-def _gram(x: jax.Array) -> jax.Array:
-    """xᵀ x of [tokens, in]: panels from the diagonal on, the rest by symmetry."""
-    rows: list[jax.Array] = []
-    for first, end in _panels(x.shape[1]):
+    gram = hessian.gram
+    for first, end in _panels(x.shape[1], _GRAM_PANEL):  # each from the diagonal on
         found = lax.dot_general(
             x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
         )
-        left = [row[:, first:end].T for row in rows]  # by symmetry, what is before the diagonal
-        rows.append(jnp.concatenate([*left, found], axis=1))
-    return jnp.concatenate(rows, axis=0)
+        gram = lax.dynamic_update_slice(gram, gram[first:end, first:] + found, (first, first))
+    return Hessian(gram, hessian.tokens + x.shape[0])
+
+
+@jax.jit
+def _mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
+    """(2/n) times the symmetric matrix with this upper triangle."""
+    return (jnp.triu(gram) + jnp.triu(gram, 1).T) * (2.0 / jnp.maximum(tokens, 1.0))
+
+
+def _panels(width: int, about: int) -> list[tuple[int, int]]:
+    """Cuts 0..width into equal parts of about so many: (first, end) of each."""
+    step = -(-width // max(1, round(width / about)))
+    return [(first, min(first + step, width)) for first in range(0, width, step)]
 
 
 def quadratic_form(w: jax.Array, h: jax.Array) -> jax.Array:
     """Σ_r w_r H w_rᵀ of f32 [out, in] and a symmetric f32 [in, in]; what is below the diagonal is not read."""
     total = jnp.zeros((), w.dtype)
-    for first, end in _panels(w.shape[1]):
+    for first, end in _panels(w.shape[1], _FORM_PANEL):
         panel, rest = w[:, first:end], w[:, end:]
         total += jnp.vdot(panel @ h[first:end, first:end], panel)
         if rest.shape[1]:
@@ -93,42 +96,59 @@ def damping_shift(diagonal: jax.Array, damping: jax.Array | float) -> jax.Array:
     return damping * jnp.mean(diagonal) + (diagonal == 0).astype(diagonal.dtype)
 
 
-@jax.jit
-def _damped_factor(h: jax.Array, damping: jax.Array) -> jax.Array:
-    """U of the damped H. A reversed H needs one factorization instead of two and an inverse.
+class Factor(NamedTuple):
+    """What matrices that read one input share: H in the order of visit, factored."""
+
+    perm: jax.Array | None  # int [in]; None for the identity
+    u: jax.Array  # f32 [in, in], upper, UᵀU = H⁻¹ (permuted, damped)
+    damping: float  # really used, as a share of the mean diagonal
+    shift: jax.Array  # f32 [in], what damping added to the diagonal of H, own order
+
+
+@partial(jax.jit, static_argnums=2)
+def _damped_factor(h: jax.Array, damping: jax.Array, by_size: bool) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """(perm, U, shift) of `Factor`. A reversed H needs one factorization instead of two and an inverse.
 
     With J the reversal, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J), and J L⁻¹ J
     is upper triangular.
     """
-    shift = damping_shift(jnp.diagonal(h), damping)
-    lower = jnp.linalg.cholesky((h + jnp.diag(shift))[::-1, ::-1])
+    diagonal = jnp.diagonal(h)
+    shift = damping_shift(diagonal, damping)
+    damped = h + jnp.diag(shift)
+    perm = jnp.argsort(-diagonal, stable=True) if by_size else None
+    reverse = jnp.arange(h.shape[0])[::-1] if perm is None else perm[::-1]
+    rows = jnp.take(damped, reverse, axis=0, mode="clip")
+    lower = jnp.linalg.cholesky(jnp.take(rows, reverse, axis=1, mode="clip"))
     inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
-    return inverse[::-1, ::-1]
+    return perm, inverse[::-1, ::-1], shift
 
 
-def factorize(h: jax.Array, damping: float) -> tuple[jax.Array, float]:
-    """Factors H, damping it more if that is what it takes.
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(array))
+
+
+def factorize(h: jax.Array, damping: float, by_size: bool = False) -> Factor:
+    """Orders and factors H, damping it more if that is what it takes.
 
     Args:
       h: float32 [in, in], symmetric.
       damping: share of the mean diagonal that is added to the diagonal.
-
-    Returns:
-      U, upper triangular float32 [in, in], and the damping really used.
+      by_size: visit inputs by falling mean square, not as they are.
 
     Raises:
       DataError: `h` has values that are not finite.
       SpQRError: no damping made `h` positive definite, so it is no Hessian.
     """
-    if not bool(jnp.all(jnp.isfinite(h))):
+    if not bool(_all_finite(h)):
         raise DataError(
             "the Hessian has values that are not finite: the calibration activations overflow or hold NaN; "
             "check the model's weights and the calibration text, or calibrate in float32"
         )
     used = damping
     for _ in range(_DAMPING_STEPS):
-        u = _damped_factor(h, jnp.float32(used))
-        if bool(jnp.all(jnp.isfinite(u))):
-            return u, used
+        perm, u, shift = _damped_factor(h, jnp.float32(used), by_size)
+        if bool(_all_finite(u)):
+            return Factor(perm, u, used, shift)
         used = max(10 * used, _LEAST_DAMPING)
     raise SpQRError(f"the Hessian is not positive definite even with damping {used:g}; is it symmetric?")

@@ -24,7 +24,7 @@ from spqr_jax.layout import ArrayLayout, array_layout, round_up
 from spqr_jax.packing import pack_codes, packed_words
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, solve_columns
 from spqr_jax.solver.grid import GridSpec
-from spqr_jax.solver.hessian import Hessian, damping_shift, factorize, quadratic_form
+from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
 
 
@@ -113,20 +113,9 @@ def column_spec(config: SpQRConfig, group_size: int, outliers: bool) -> ColumnSp
     return ColumnSpec(grid, group_size, outliers, config.leave_one_out, config.compensate)
 
 
-class Factor(NamedTuple):
-    """What matrices that read one input share: H in the order of visit, factored."""
-
-    perm: jax.Array | None  # int [in]; None for the identity
-    u: jax.Array  # f32 [in, in], upper, UᵀU = H⁻¹ (permuted, damped)
-    damping: float  # really used
-    shift: jax.Array  # f32 [in], what damping added to the diagonal of H, own order
-
-
 def factor_hessian(h: jax.Array, config: SpQRConfig) -> Factor:
-    """Orders, damps and factors H [in, in]."""
-    perm = jnp.argsort(-jnp.diagonal(h), stable=True) if config.order == "activation" else None
-    u, damping = factorize(h if perm is None else h[perm][:, perm], config.damping)
-    return Factor(perm, u, damping, damping_shift(jnp.diagonal(h), damping))
+    """Orders, damps and factors H [in, in] as `config` says."""
+    return factorize(h, config.damping, by_size=config.order == "activation")
 
 
 def _solve_stack(
@@ -142,23 +131,21 @@ def _solve_stack(
     columns = round_up(padded, spec.panel(padded))
     perm, u = (None, None) if factor is None else (factor.perm, factor.u)
     taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
-    w_stack, choices = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, columns)
+    w_stack, choices, finite = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, columns)
+    for w, fine in zip(weights, np.asarray(finite), strict=True):
+        if not fine:
+            raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
     valid = jnp.arange(columns) < weights[0].shape[1]
     solved = solve_columns(w_stack, None if u is None else pad_factor(u, columns), valid, choices, spec)
-    if not _finite((solved.stats,))[0]:
+    shift = None if factor is None else factor.shift
+    pieces = _cut(solved, tuple(weights), h, perm, shift, layouts, config)
+    if not all(np.all(np.isfinite(np.asarray(piece.tile_stats))) for piece in pieces):
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
             f"(largest {float(jnp.max(jnp.abs(w_stack))):g}) or too far from zero; rescale the layer or leave it dense"
         )
-    shift = None if factor is None else factor.shift
-    pieces = _cut(solved, tuple(weights), h, perm, shift, layouts, config)
     damping = 0.0 if factor is None else factor.damping
     return [_result(*each, perm, damping) for each in zip(pieces, layouts, configs, strict=True)]
-
-
-@jax.jit
-def _finite(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(jnp.all(jnp.isfinite(array)) for array in arrays)
 
 
 def _checked_hessian(
@@ -167,9 +154,6 @@ def _checked_hessian(
     shapes = [tuple(w.shape) for w in weights]
     if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[1] for shape in shapes}) != 1:
         raise SpQRError(f"expected matrices [out, in] with one common `in`, got shapes {shapes}")
-    for w, finite in zip(weights, _finite(tuple(weights)), strict=True):
-        if not finite:
-            raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
     h = hessian.matrix() if isinstance(hessian, Hessian) else hessian
     inner = shapes[0][1]
     if h is None:
@@ -207,8 +191,8 @@ def _stack(
     maxqs: jax.Array,
     layouts: tuple[ArrayLayout, ...],
     columns: int,
-) -> tuple[jax.Array, RowChoices]:
-    """Wᵀ of all matrices side by side [columns, Σ padded_out], and the choices for each row.
+) -> tuple[jax.Array, RowChoices, jax.Array]:
+    """Wᵀ of all matrices side by side [columns, Σ padded_out], the choices for each row, which matrices are finite.
 
     `taus` and `maxqs` are [matrices].
 
@@ -226,10 +210,12 @@ def _stack(
         stacked.append(jnp.pad(w_t, ((0, columns - layout.shape[1]), (0, 0))))
         thresholds.append(threshold)
     counts = np.array([layout.padded_out for layout in layouts])
-    return jnp.concatenate(stacked, axis=1), RowChoices(
+    choices = RowChoices(
         jnp.repeat(jnp.stack(thresholds), counts, total_repeat_length=counts.sum()),
         jnp.repeat(maxqs, counts, total_repeat_length=counts.sum()),
     )
+    finite = jnp.stack([jnp.all(jnp.isfinite(w)) for w in weights])
+    return jnp.concatenate(stacked, axis=1), choices, finite
 
 
 class _Piece(NamedTuple):
