@@ -22,7 +22,8 @@ from spqr_jax import (
     quantize_weight,
 )
 from spqr_jax.blocks import TreeSource
-from spqr_jax.tune import TuneConfig, _dense, _fixed, tune
+from spqr_jax.tune import TuneConfig, tune
+from spqr_jax.tune.form import dense_weight, fixed_parts
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +45,20 @@ def test_the_trained_form_is_the_array(config):
     """With θ = 0 it dequantizes to the same matrix, whatever the padding."""
     w, x = correlated_problem(50, 100)
     array = quantize_weight(w, accumulate_hessian(empty_hessian(100), x), config)
-    form = _fixed(array, entries=2048)
-    np.testing.assert_allclose(_dense(form, jax.tree.map(jnp.zeros_like, form.start)), array.to_dense(), atol=1e-6)
+    form = fixed_parts(array, entries=2048)
+    np.testing.assert_allclose(
+        dense_weight(form, jax.tree.map(jnp.zeros_like, form.start)), array.to_dense(), atol=1e-6
+    )
 
 
 def test_its_gradient_is_that_of_the_formula():
     w, x = correlated_problem(32, 64)
-    form = _fixed(quantize_weight(w, accumulate_hessian(empty_hessian(64), x)), entries=1024)
+    form = fixed_parts(quantize_weight(w, accumulate_hessian(empty_hessian(64), x)), entries=1024)
     zero = jax.tree.map(jnp.zeros_like, form.start)
     probe = jnp.asarray(np.random.default_rng(0).standard_normal((32, 64)), jnp.float32)
 
     def value(theta):
-        return jnp.sum(probe * _dense(form, theta))
+        return jnp.sum(probe * dense_weight(form, theta))
 
     gradient = jax.grad(value)(zero)
     rng = np.random.default_rng(1)
@@ -103,13 +106,13 @@ def test_padding_is_not_trained():
     """What is trained is what is kept: outlier entries that only pad a list have no say in the weight."""
     w, x = correlated_problem(50, 100)
     array = quantize_weight(w, accumulate_hessian(empty_hessian(100), x))
-    form = _fixed(array, entries=2048)
+    form = fixed_parts(array, entries=2048)
     theta = jax.tree.map(lambda start: jnp.full_like(start, 0.05), form.start)
     values = {name: form.start[name] + form.size[name] * theta[name] for name in theta}
     kept = dataclasses.replace(
         array, tile_stats=values["stats"], outlier_values=values["outliers"][: array.outlier_values.shape[0]]
     )
-    np.testing.assert_allclose(_dense(form, theta), kept.to_dense(), atol=1e-5)
+    np.testing.assert_allclose(dense_weight(form, theta), kept.to_dense(), atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"objective": "magic"}, {"epochs": 0}, {"learning_rate": 0.0}])

@@ -95,6 +95,9 @@ def quantize(
     drift_correction: Annotated[
         float | None, typer.Option(help="Share, 0..1, to which weights make up for their inputs' drift; see the docs.")
     ] = None,
+    calibration_dtype: Annotated[
+        str | None, typer.Option(help="Of products that calibration text goes through: bfloat16 or float32.")
+    ] = None,
     order: Annotated[str | None, typer.Option(help="Order of the inputs: activation or identity.")] = None,
     fit: Annotated[str | None, typer.Option(help="How scales are fitted: search, minmax or reference.")] = None,
     sequential: Annotated[
@@ -124,6 +127,7 @@ def quantize(
         outlier_threshold=outlier_threshold,
         damping=damping,
         drift_correction=drift_correction,
+        calibration_dtype=calibration_dtype,
         order=order,
         fit=fit,
         sequential=sequential,

@@ -57,6 +57,10 @@ def parse_rule(text: str) -> LayerRule:
     raise SpQRError(f"rule {text!r}: expected PATTERN=skip or PATTERN=BITS, such as 'down_proj=4'")
 
 
+_CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "sequential", "target_bits"}
+"""Options that say how calibration text is used."""
+
+
 def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRConfig:
     """The preset or method, changed by the options that were given (those not None).
 
@@ -75,7 +79,7 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("group_size") == 0:
         changes["group_size"] = None
-    if method == "rtn" and (unused := {"damping", "order", "sequential", "target_bits"} & set(changes)):
+    if method == "rtn" and (unused := _CALIBRATED & set(changes)):
         raise SpQRError(f"round to nearest has no use for {', '.join(sorted(unused))}")
     bits = changes.pop("bits", None)
     if bits not in (None, "auto"):

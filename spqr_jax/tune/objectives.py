@@ -1,0 +1,230 @@
+"""Training what is continuous in a quantized model against the dense one. Codes stay as they are.
+
+Trained are the statistics of each tile, the outlier values and the norm gains;
+they cost nothing more to store or to run. Two objectives:
+
+- ``blocks``: each block in turn, to give the dense block's output although its
+  input comes from the quantized blocks before it (squared error).
+- ``logits``: all blocks together, to give the dense model's next-token
+  distributions (Kullback-Leibler divergence), by backpropagation one block at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax  # schedules
+from jax import lax
+
+from spqr_jax.blocks import BlockSource
+from spqr_jax.calibrate import Activations, rounded_linear
+from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.models.attention import Positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
+from spqr_jax.tune.form import BlockForm, block_form, finished, outlier_entries, to_block, updated
+
+Tune = Literal["none", "blocks", "logits"]
+Progress = Callable[[str, float], None]
+"""Told after each step: what was done, and its loss."""
+
+_WARM_UP = 0.15  # share of steps over which the learning rate rises
+_HEAD_CHUNK = 64  # positions whose logits are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """How to train.
+
+    Attributes:
+      objective: ``blocks`` or ``logits``.
+      epochs: times the text is gone through (``blocks``: by each block).
+      learning_rate: of the first step, in shares of a parameter's size; falls to
+        0 along a cosine.
+      batch_tokens: about how many tokens a step should see; `tune` itself takes
+        batches as they come.
+      seed: of the order of the batches.
+
+    Raises:
+      SpQRError: a value outside its range.
+    """
+
+    objective: Literal["blocks", "logits"] = "logits"
+    epochs: int = 2
+    learning_rate: float = 5e-4
+    batch_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("blocks", "logits"):
+            raise SpQRError(f"objective must be blocks or logits, got {self.objective!r}")
+        if self.epochs < 1 or self.batch_tokens < 1:
+            raise SpQRError(f"epochs and batch_tokens must be at least 1, got {self.epochs} and {self.batch_tokens}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise SpQRError(f"learning_rate must be positive, got {self.learning_rate}")
+
+
+# ---- steps ------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(config: DecoderConfig, form: BlockForm, x: jax.Array, where: Positions) -> jax.Array:
+    return run_block(config, to_block(form, form.theta, Block), State(x), where, rounded_linear).residual
+
+
+@partial(jax.jit, static_argnums=0)
+def _backward_step(
+    config: DecoderConfig, form: BlockForm, x: jax.Array, where: Positions, gradient: jax.Array, rate: jax.Array
+) -> tuple[BlockForm, jax.Array]:
+    """Takes ∂L/∂output to ∂L/∂input, and the block one step on."""
+
+    def run(x: jax.Array, theta: dict[str, Any]) -> jax.Array:
+        return run_block(config, to_block(form, theta, Block), State(x), where, rounded_linear).residual
+
+    _, back = jax.vjp(run, x, form.theta)
+    before, by_theta = back(gradient)
+    return updated(form, by_theta, rate), before
+
+
+@partial(jax.jit, static_argnums=0)
+def _match_step(
+    config: DecoderConfig, form: BlockForm, x: jax.Array, where: Positions, wanted: jax.Array, rate: jax.Array
+) -> tuple[BlockForm, jax.Array]:
+    """One step towards the dense block's output; also the loss, relative to what the block adds."""
+
+    def loss(theta: dict[str, Any]) -> jax.Array:
+        got = run_block(config, to_block(form, theta, Block), State(x), where, rounded_linear).residual
+        # By token: a few tokens' residuals are hundreds of times larger than the others'.
+        size = jnp.mean(jnp.square(wanted), axis=-1)
+        return jnp.mean(jnp.mean(jnp.square(got - wanted), axis=-1) / size)
+
+    value, gradient = jax.value_and_grad(loss)(form.theta)
+    return updated(form, gradient, rate), value
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergence(
+    config: DecoderConfig, outer: Outer, student: jax.Array, teacher: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean KL(p ‖ q) in nats a token, p the teacher's and q the student's, and its gradient by the student.
+
+    Both are residual streams [batch, tokens, hidden]. By the student's logits the
+    gradient is q - p; the norm and head before them are differentiated.
+    """
+    hidden = student.shape[-1]
+    tokens = student.size // hidden
+    chunk = min(_HEAD_CHUNK, tokens)
+    padding = -tokens % chunk
+
+    def by_chunk(x: jax.Array) -> jax.Array:
+        return jnp.pad(x.reshape(tokens, hidden), ((0, padding), (0, 0))).reshape(-1, chunk, hidden)
+
+    # Rounded once, not once a chunk. A tied head is the embedding, which has no part here.
+    head = dataclasses.replace(outer, **{config.head_path: getattr(outer, config.head_path).astype(jnp.bfloat16)})
+
+    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        student, teacher, counted = part
+        scores, back = jax.vjp(lambda x: logits(config, head, x, rounded_linear), student)
+        got, wanted = (jax.nn.log_softmax(each) for each in (scores, logits(config, head, teacher, rounded_linear)))
+        p = jnp.exp(wanted)
+        value = jnp.sum(jnp.where(counted, jnp.sum(p * (wanted - got), axis=-1), 0.0)) / tokens
+        return value, back(jnp.where(counted[:, None], jnp.exp(got) - p, 0.0) / tokens)[0]
+
+    counted = (jnp.arange(tokens + padding) < tokens).reshape(-1, chunk)
+    values, gradients = lax.map(one, (by_chunk(student), by_chunk(teacher), counted))
+    return jnp.sum(values), gradients.reshape(-1, hidden)[:tokens].reshape(student.shape)
+
+
+# ---- the two objectives -----------------------------------------------------------------
+
+
+def tune(
+    params: Decoder,
+    dense: BlockSource,
+    batches: Sequence[Any],
+    config: TuneConfig | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Trains a quantized model's statistics, outlier values and norm gains; its codes and size stay.
+
+    Args:
+      params: the quantized model.
+      dense: the model it was made from, read one block at a time.
+      batches: int32 [batch, seq] of token ids, the calibration text; one step each.
+      config: how.
+      progress: told after each step.
+
+    Raises:
+      DataError: no batches.
+    """
+    config = config or TuneConfig()
+    batches = [np.asarray(batch) for batch in batches]
+    if not batches:
+        raise DataError("tuning needs calibration batches: give at least one int32 [batch, seq] of token ids")
+    return (_tune_logits if config.objective == "logits" else _tune_blocks)(
+        params, dense, batches, config, progress or (lambda done, loss: None)
+    )
+
+
+def _orders(config: TuneConfig, batches: int) -> list[tuple[float, int]]:
+    """(learning rate, batch) of each step."""
+    rng = np.random.default_rng(config.seed)
+    order = np.concatenate([rng.permutation(batches) for _ in range(config.epochs)])
+    steps = len(order)
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, round(_WARM_UP * steps)), steps)
+    return [(float(rate(step + 1)), int(batch)) for step, batch in enumerate(order)]
+
+
+def _tune_logits(
+    params: Decoder, dense: BlockSource, batches: list[np.ndarray], config: TuneConfig, progress: Progress
+) -> Decoder:
+    model = params.config
+    places = [where for _, where in Activations(model, params.outer, batches).chunks()]
+    begin = [state.residual for state, _ in Activations(model, params.outer, batches).chunks()]
+    teacher = [state.residual for state, _ in Activations(model, dense.outer(), batches).chunks()]
+    for index in range(model.num_layers):
+        block = dense.block(index)
+        teacher = [pass_block(model, block, x, where) for x, where in zip(teacher, places, strict=True)]
+    entries = outlier_entries(params.layers)
+    forms = [block_form(block, entries) for block in params.layers]
+    for step, (rate, batch) in enumerate(orders := _orders(config, len(batches))):
+        x, where = begin[batch], places[batch]
+        inputs = []
+        for form in forms:
+            inputs.append(x)
+            x = _run(model, form, x, where)
+        loss, gradient = _divergence(model, dense.outer(), x, teacher[batch])
+        for index in reversed(range(len(forms))):
+            forms[index], gradient = _backward_step(
+                model, forms[index], inputs.pop(), where, gradient, jnp.float32(rate)
+            )
+        progress(f"step {step + 1} of {len(orders)}", float(loss))
+    layers = tuple(finished(form, block) for form, block in zip(forms, params.layers, strict=True))
+    return dataclasses.replace(params, layers=layers)
+
+
+def _tune_blocks(
+    params: Decoder, dense: BlockSource, batches: list[np.ndarray], config: TuneConfig, progress: Progress
+) -> Decoder:
+    model, entries, layers = params.config, outlier_entries(params.layers), []
+    places = [where for _, where in Activations(model, params.outer, batches).chunks()]
+    wanted = [state.residual for state, _ in Activations(model, dense.outer(), batches).chunks()]
+    inputs = [state.residual for state, _ in Activations(model, params.outer, batches).chunks()]
+    for index, quantized in enumerate(params.layers):
+        original = dense.block(index)
+        wanted = [pass_block(model, original, x, where) for x, where in zip(wanted, places, strict=True)]
+        form, losses = block_form(quantized, entries), []
+        for rate, batch in _orders(config, len(batches)):
+            form, loss = _match_step(model, form, inputs[batch], places[batch], wanted[batch], jnp.float32(rate))
+            losses.append(float(loss))
+        layers.append(finished(form, quantized))
+        inputs = [_run(model, form, x, where) for x, where in zip(inputs, places, strict=True)]
+        progress(f"block {index}", float(np.mean(losses[-len(batches) :])))
+    return dataclasses.replace(params, layers=tuple(layers))
