@@ -87,8 +87,9 @@ def _stats_size(stats: jax.Array, scale_codes: jax.Array | None, zero_codes: jax
     def distance(codes: jax.Array, offset: jax.Array) -> jax.Array:
         """Mean |code - offset| in each tile: what a unit of the tile's factor adds to its members."""
         offsets = jnp.repeat(offset, tile, axis=0)[: codes.shape[0]]
-        away = jnp.pad(jnp.abs(codes.astype(jnp.float32) - offsets), ((0, -codes.shape[0] % tile), (0, 0)))
-        rows = jnp.minimum(tile, codes.shape[0] - tile * jnp.arange(len(offset)))
+        missing = len(offset) * tile - codes.shape[0]  # padding is of whole tiles as well
+        away = jnp.pad(jnp.abs(codes.astype(jnp.float32) - offsets), ((0, missing), (0, 0)))
+        rows = jnp.clip(codes.shape[0] - tile * jnp.arange(len(offset)), 1, tile).astype(jnp.float32)
         return jnp.maximum(away.reshape(-1, tile, codes.shape[1]).sum(axis=1) / rows[:, None], 1.0)
 
     far = distance(scale_codes, sz)
