@@ -18,7 +18,7 @@ SPQR = Path(sys.executable).with_name("spqr")
 CALIBRATION = "--calib pydoc --nsamples 16 --seqlen 1024 --seed 0"
 EVALUATION = "--data pydoc --seqlen 1024 --windows 10"
 METHODS = {
-    "SpQR 3-bit": f"--method spqr {CALIBRATION}",
+    "SpQR 4.3 bits": f"--method spqr --target-bits 4.3 {CALIBRATION}",
     "GPTQ 3-bit g16": f"--method gptq --bits 3 --group-size 16 {CALIBRATION}",
     "GPTQ 3-bit g64": f"--method gptq --bits 3 --group-size 64 {CALIBRATION}",
     "RTN 3-bit g16": "--method rtn --bits 3 --group-size 16",
@@ -38,13 +38,18 @@ def spqr(command: str, *extra: str) -> dict[str, Any]:
         return values
 
 
+def directory_of(out: Path, name: str) -> Path:
+    """Where the model that `name` stands for goes."""
+    return out / name.replace(" ", "-").lower()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="where the quantized models go")
     out = parser.parse_args().out
     rows = []
     for name, options in METHODS.items():
-        directory = out / name.replace(" ", "-").lower()
+        directory = directory_of(out, name)
         if directory.exists():
             shutil.rmtree(directory)
         quantized = spqr(f"quantize demo {options}", "--out", str(directory))
@@ -76,7 +81,9 @@ def main() -> None:
         "calibrated on 16 of its other half. Bits are for the quantized matrices; size is the whole model, "
         "113 MB of it embedding.",
     )
-    console.print(f"\nTalk to it: [bold]{SPQR} generate {out}/spqr-3-bit --chat --prompt 'Hello!'[/bold]")
+    console.print(
+        f"\nTalk to it: [bold]{SPQR} generate {directory_of(out, next(iter(METHODS)))} --chat --prompt 'Hello!'[/bold]"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import gc
 import os
 import shutil
 import tempfile
@@ -30,6 +31,15 @@ jax.config.update("jax_compilation_cache_dir", COMPILED["jax_compilation_cache_d
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("default", deadline=None, max_examples=30)  # the first example compiles
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_let_go():
+    """All tests' compiled programs together take more memory maps than Linux grants a process, and then it crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 TINY = DecoderConfig(
     vocab_size=256,
