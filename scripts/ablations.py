@@ -187,6 +187,28 @@ def write_tables(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]
         writer.writerows([row.question, row.name, *(values[name] for name in names)] for row, values in done)
 
 
+_SHOWN = 1.4  # times the dense perplexity, up to which a row is in the plot
+_LINE = 9.0  # points from one label to the next
+
+
+def label_lifts(points: list[tuple[float, float, str]], axes: Any) -> list[float]:
+    """How far, in points, each label must be moved up to clear those below it."""
+    axes.figure.canvas.draw()
+    scale = 72 / axes.figure.dpi
+    places = [scale * axes.transData.transform(point[:2]) for point in points]
+    lifts = [0.0] * len(points)
+    placed: list[tuple[float, float, float]] = []  # left, right, height
+    for index in sorted(range(len(points)), key=lambda index: places[index][1]):
+        left, height = places[index]
+        right = left + 4.0 * len(points[index][2]) + 10
+        for other_left, other_right, other in sorted(placed, key=lambda label: label[2]):
+            if left < other_right and other_left < right and abs(height - other) < _LINE:
+                height = other + _LINE
+        lifts[index] = height - places[index][1]
+        placed.append((left, right, height))
+    return lifts
+
+
 def plot(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]) -> None:
     """Perplexity against stored bits; rows far above the rest are left to the table."""
     import matplotlib  # the `plots` extra
@@ -195,7 +217,7 @@ def plot(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]) -> Non
     from matplotlib import pyplot
 
     dense = next(values["perplexity"] for row, values in done if row.config is None)
-    shown = [(row, v) for row, v in done if row.config is not None and v["perplexity"] < 2.5 * dense]
+    shown = [(row, v) for row, v in done if row.config is not None and v["perplexity"] < _SHOWN * dense]
     left_out = len(done) - 1 - len(shown)
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     questions = list(dict.fromkeys(row.question for row, _ in shown))
@@ -205,15 +227,18 @@ def plot(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]) -> Non
         bits, perplexities = zip(*[point[:2] for point in own], strict=True)
         axes.scatter(bits, perplexities, label=question or "SpQR's defaults",
                      marker=marker, s=220 if question == "" else 45, zorder=3 if question == "" else 2)  # fmt: skip
-        for x, y, name in own:
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=7)
     axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label=f"dense float32: {dense:.2f}")
     axes.set_xlabel("stored bits a weight")
     axes.set_ylabel(f"perplexity ({setup.data})")
     axes.set_title(f"{setup.model}: what each part of SpQR is worth")
     if left_out:
-        axes.text(0.99, 0.01, f"{left_out} rows above {2.5 * dense:.0f} not shown", transform=axes.transAxes,
+        axes.text(0.99, 0.01, f"{left_out} above {_SHOWN * dense:.0f} not shown", transform=axes.transAxes,
                   ha="right", fontsize=8)  # fmt: skip
+    axes.margins(x=0.15)
+    points = [(v["stored_bits"], v["perplexity"], row.name) for row, v in shown]
+    for (x, y, name), lift in zip(points, label_lifts(points, axes), strict=True):
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(8, 3 + lift), fontsize=7,
+                      arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"} if lift else None)  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(out / "perplexity_by_bits.png", dpi=150)
