@@ -178,6 +178,8 @@ def weight_layout(w: jax.Array, config: SpQRConfig) -> ArrayLayout:
 def pad_factor(u: jax.Array, columns: int) -> jax.Array:
     """Padding columns are inputs of their own, unrelated to the others."""
     extra = columns - u.shape[0]
+    if not extra:
+        return u
     padded = jnp.pad(u, ((0, extra), (0, extra)))
     return padded + jnp.diag((jnp.arange(columns) >= u.shape[0]).astype(u.dtype))
 
