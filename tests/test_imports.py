@@ -67,6 +67,16 @@ def test_the_solver_knows_no_model():
         assert set(imports_of(path)) <= known, path
 
 
+def test_kernels_know_arrays_only():
+    """They import jax and numpy, and nothing of spqr_jax."""
+    allowed = set(sys.stdlib_module_names) | {"jax", "numpy", "cpu_kernels"}
+    for path in (PACKAGE.parent / "cpu_kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert {(name or "").split(".")[0] for name in names} <= allowed, (path.name, names)
+
+
 def test_importing_needs_jax_and_numpy_only():
     heavy = ["transformers", "tokenizers", "orbax", "flax", "optax", "datasets", "safetensors", "gguf", "typer", "rich"]
     code = f"import sys, spqr_jax; print([m for m in {heavy!r} if m in sys.modules])"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -29,6 +30,9 @@ def test_the_wheel_holds_the_package_and_its_licence(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "spqr_jax").rglob("*.py")}
     assert modules <= set(names)
     assert "spqr_jax/py.typed" in names
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "cpu_kernels").rglob("*.[ch]*")}
+    assert sources
+    assert {name for name in sources if name.endswith((".cc", ".h"))} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
 
@@ -41,12 +45,16 @@ def test_the_installed_wheel_runs(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(target)!r}); import spqr_jax; print(spqr_jax.__file__)\n"
         "import jax.numpy as jnp\n"
         "a = spqr_jax.quantize_weight(jnp.eye(32), None, spqr_jax.SpQRConfig.rtn(4, 16))\n"
-        "print(float(abs(a.to_dense() - jnp.eye(32)).max()))"
+        "print(float(abs(a.to_dense() - jnp.eye(32)).max()))\n"
+        "import cpu_kernels; print(cpu_kernels.__file__, ','.join(cpu_kernels.kernel_names()) or 'none')"
     )
     result = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    where, error = result.stdout.split()
+    where, error, kernels_where, kernels = result.stdout.split()
     assert Path(where).is_relative_to(target)
     assert float(error) < 1e-3
+    assert Path(kernels_where).is_relative_to(target)
+    if shutil.which("g++") or shutil.which("clang++"):  # then installing has compiled them
+        assert "portable" in kernels or "neon" in kernels
     assert (target / "bin" / "spqr").is_file()

@@ -92,7 +92,7 @@ def perplexity(
     windows = checked_windows(windows, params.config)
     begun = time.perf_counter()
     config = params.config
-    params = prepare(params)
+    params = prepare(params, implementation="xla")  # blocks differ in layout: packed, each would be compiled
     losses: list[np.ndarray] = []
     for first in range(0, len(windows), batch_size):
         tokens = jnp.asarray(windows[first : first + batch_size])

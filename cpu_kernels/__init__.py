@@ -1,0 +1,34 @@
+"""Matrix products with packed SpQR weights on a CPU: C++ behind XLA's FFI, raw arrays in and out.
+
+`pack` turns a matrix's canonical parts into the layout that the kernels read
+(`csrc/matrix.h`), `matmul` multiplies by it, `take_rows` reads rows of it. The
+library is compiled when the package is installed, if there is a C++ compiler, or
+later with ``python -m cpu_kernels``.
+"""
+
+from cpu_kernels.api import matmul, take_rows, to_dense
+from cpu_kernels.library import (
+    KERNELS_VARIABLE,
+    LibraryError,
+    chosen_kernels,
+    kernel_names,
+    rounds_activations,
+    why_unavailable,
+)
+from cpu_kernels.packed import FORMATS, TILE, Packed, pack
+
+__all__ = [
+    "FORMATS",
+    "KERNELS_VARIABLE",
+    "TILE",
+    "LibraryError",
+    "Packed",
+    "chosen_kernels",
+    "kernel_names",
+    "matmul",
+    "pack",
+    "rounds_activations",
+    "take_rows",
+    "to_dense",
+    "why_unavailable",
+]

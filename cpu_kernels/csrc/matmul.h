@@ -1,0 +1,50 @@
+// y = x Wᵀ for a packed matrix: choice of kernels, preparation of x, threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "matrix.h"
+
+namespace spqr {
+
+// Kernels that this processor can run, best first.
+std::vector<const Kernels*> supported_kernels();
+
+// The kernels called `name`; null if there are none of that name here.
+const Kernels* find_kernels(const std::string& name);
+
+// Hands a function to another thread, some time; it need not ever run.
+using Schedule = std::function<void(std::function<void()>)>;
+
+struct Threads {
+  int64_t count = 1;
+  Schedule schedule;  // not used if count is 1
+};
+
+// Calls run(first, last) over [0, units), in parts of `grain`. The caller takes part and
+// waits only for parts that another thread has begun, so a full or blocked pool delays
+// nothing and cannot deadlock.
+void parallel_for(const Threads& threads, int64_t units, int64_t grain,
+                  std::function<void(int64_t first, int64_t last)> run);
+
+// What is wrong with the parts of a matrix that its shape does not show (the order of
+// outlier columns is left alone); empty if nothing. `entries` outliers are there.
+std::string problem(const Matrix& w, int64_t entries);
+
+// Codes [rows][words] as they are stored, 16 codes of `bits` bits a run of `bits` words of 16 bits,
+// to the layout of Matrix::codes for `width` bits; `to` holds zeros. All threads of the machine.
+void pack_codes(const uint16_t* stored, int64_t rows, int64_t columns, int64_t words, int32_t bits, int32_t width,
+                uint32_t* to);
+
+// x: [rows][w.columns] in the matrix's own column order; y: [rows][w.rows].
+// `rounded`: activations of 8 bits, one scale for 32 columns, where the kernels can.
+void matmul(const Kernels& kernels, const Matrix& w, const float* x, int64_t rows, float* y, bool rounded,
+            const Threads& threads);
+
+// Rows of the matrix, dequantized: y [count][w.columns]; rows outside it are clipped to it.
+void take_rows(const Matrix& w, const int32_t* index, int64_t count, float* y, const Threads& threads);
+
+}  // namespace spqr

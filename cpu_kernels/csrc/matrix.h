@@ -1,0 +1,106 @@
+// The layout that the kernels read, and what a set of kernels offers.
+//
+// Letters: W [rows, columns] is the quantized matrix, columns in permuted order;
+// a tile is 16 rows, a block 32 columns, g the columns of a group.
+#pragma once
+
+#include <cstdint>
+
+namespace spqr {
+
+constexpr int64_t kTile = 16;
+constexpr int64_t kBlock = 32;
+
+// How the scale and zero point of a tile's 16 rows in one group are kept.
+enum class Statistics : int32_t {
+  kNibbles = 0,  // 16 bytes, scale code in the low and zero code in the high nibble;
+                 // then float16 ss, sz, zs, zz: s = ss (code - sz), z = zs (code - zz)
+  kHalf = 1,     // 16 scales, then 16 zero points, float16
+  kFloat = 2,    // the same, float32
+};
+
+constexpr int64_t statistics_bytes(Statistics kind) {
+  return kind == Statistics::kNibbles ? 24 : kind == Statistics::kHalf ? 64 : 128;
+}
+
+// A weight is s (code - z), plus its outlier if it has one.
+//
+// codes: [tiles][blocks][bits][16] words of 32 bits, lane = row of the tile. For 4
+// bits, word t holds columns 8t..8t+7, one a nibble. For 2 and 3 bits, word t/2
+// holds the low two bits of those nibbles, shifted by 2 (t % 2); for 3 bits a third
+// word holds the high bits, bit 4i + t that of nibble i in word t. For 8 bits, word
+// t holds columns 4t..4t+3, one a byte.
+//
+// Outliers of a tile: its rows, sorted by falling number of outliers, are lanes;
+// slot k holds the k-th outlier of each lane that has one, lanes in order. So 16
+// entries at a time belong to 16 rows, and none is padding.
+struct Matrix {
+  int64_t rows = 0, columns = 0;
+  int32_t bits = 4;  // 2, 3, 4 or 8
+  int64_t group = 16;  // 8, 16 or a multiple of 32
+  Statistics kind = Statistics::kNibbles;
+  const uint32_t* codes = nullptr;
+  const uint8_t* stats = nullptr;            // [tiles][groups][statistics_bytes]
+  const int32_t* outlier_start = nullptr;    // [tiles + 1], entries before each tile
+  const int32_t* outlier_counts = nullptr;   // [tiles][16], of each lane, falling
+  const uint8_t* lane_of_row = nullptr;      // [tiles][16]
+  const uint16_t* outlier_cols16 = nullptr;  // one of these two
+  const int32_t* outlier_cols32 = nullptr;
+  const uint16_t* outlier_values = nullptr;  // float16
+  const int32_t* perm = nullptr;             // [columns] or null
+
+  int64_t tiles() const { return (rows + kTile - 1) / kTile; }
+  int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  int64_t padded_columns() const { return blocks() * kBlock; }
+  int64_t groups() const { return (padded_columns() + group - 1) / group; }
+  int64_t rows_in_tile(int64_t tile) const { return rows - tile * kTile < kTile ? rows - tile * kTile : kTile; }
+  int32_t outlier_col(int64_t entry) const {
+    return outlier_cols16 != nullptr ? outlier_cols16[entry] : outlier_cols32[entry];
+  }
+};
+
+// Activations, columns in permuted order, padded with zeros to whole blocks.
+struct Input {
+  int64_t rows = 0;
+  // Row by row, for up to kApartRows rows and wherever activations are rounded:
+  int64_t stride = 0;           // floats from row to row
+  const float* x = nullptr;     // [rows][stride]
+  const float* sums = nullptr;  // [rows][groups], of x over each group
+  // Rounded to 8 bits, or null: column 32 b + 8 t + i of a block stands at
+  // 32 b + 8 t + (i % 2) 4 + i / 2, as the nibbles of a word do; for 8-bit codes in order.
+  const int8_t* rounded = nullptr;       // [rows][padded columns]
+  const float* rounded_scale = nullptr;  // [rows][blocks]
+  // Column by column, for more rows, so that what is multiplied together lies together:
+  // [panels of `width` rows][padded columns][width], zeros where there is no row.
+  int64_t width = 0;
+  const float* panels = nullptr;
+};
+
+constexpr int64_t kApartRows = 4;  // up to here codes are multiplied, and statistics applied once a group
+constexpr int64_t kFewRows = 16;   // up to here weights are made as they are used; above, a panel of them at once
+constexpr int64_t kUnitTiles = 2;  // tiles of such a panel
+constexpr int64_t kDepth = 512;    // its columns
+
+// y [input.rows][matrix.rows] of tiles [first, last), for up to kFewRows rows.
+using FewRows = void (*)(const Matrix&, const Input&, float* y, int64_t first, int64_t last);
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;
+  FewRows few;
+  FewRows few_rounded;  // with `rounded` activations; null if there are no instructions for it
+  // Rows of a panel of activations: for `few` with more than kApartRows rows at most this
+  // (and half of it where that is enough), for `many` just this.
+  int64_t few_width, many_width;
+  // y of units [first, last) of kUnitTiles tiles, for many rows; scratch holds
+  // kDepth * kUnitTiles * kTile floats, aligned to 64 bytes.
+  void (*many)(const Matrix&, const Input&, float* y, int64_t first, int64_t last, float* scratch);
+};
+
+// Null where they are of another family of processors. Whether this one has them is for the caller to ask.
+extern const Kernels* const kPortable;
+extern const Kernels* const kAvx2;
+extern const Kernels* const kAvx512;
+extern const FewRows kAvx512VnniRounded;
+
+}  // namespace spqr

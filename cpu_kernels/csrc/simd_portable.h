@@ -1,0 +1,58 @@
+// Four lanes in the compiler's own vector types: SSE2 on x86-64, NEON on ARM, plain code elsewhere.
+
+typedef float F __attribute__((vector_size(16)));
+typedef uint32_t I __attribute__((vector_size(16)));
+typedef int32_t SignedI __attribute__((vector_size(16)));
+
+constexpr int kLanes = 4;
+constexpr int kFewWidth = 8;
+#if defined(__aarch64__)
+constexpr int kMicroRows = 6, kMicroVectors = 4;  // of 32 registers
+#else
+constexpr int kMicroRows = 6, kMicroVectors = 2;  // of 16
+#endif
+
+SPQR_INLINE F zero() { return F{}; }
+SPQR_INLINE F splat(float a) { return F{a, a, a, a}; }
+SPQR_INLINE F load(const float* p) {
+  F a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+SPQR_INLINE void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+SPQR_INLINE F add(F a, F b) { return a + b; }
+SPQR_INLINE F sub(F a, F b) { return a - b; }
+SPQR_INLINE F mul(F a, F b) { return a * b; }
+SPQR_INLINE F fma(F a, F b, F c) { return a * b + c; }  // one instruction where there is one
+SPQR_INLINE F fms(F a, F b, F c) { return a * b - c; }
+SPQR_INLINE F fnma(F a, F b, F c) { return c - a * b; }
+
+SPQR_INLINE I words(const uint32_t* p) {
+  I a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+SPQR_INLINE I bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
+SPQR_INLINE I masked(I a, uint32_t mask) { return a & mask; }
+SPQR_INLINE I joined(I a, I b, uint32_t mask) { return a | (b & mask); }
+template <int kBits>
+SPQR_INLINE I right(I a) {
+  return a >> kBits;
+}
+template <int kBits>
+SPQR_INLINE I left(I a) {
+  return a << kBits;
+}
+SPQR_INLINE F number(I a) { return __builtin_convertvector((SignedI)a, F); }
+SPQR_INLINE F nibble(I a, int i) { return number((a >> static_cast<uint32_t>(4 * i)) & 15u); }
+
+SPQR_INLINE float half_at(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return half_to_float(half);
+}
+SPQR_INLINE F halves(const uint8_t* p) { return F{half_at(p), half_at(p + 2), half_at(p + 4), half_at(p + 6)}; }
+SPQR_INLINE void four_halves(const uint8_t* p, F out[4]) {
+  const F four = halves(p);
+  for (int i = 0; i < 4; i++) out[i] = splat(four[i]);
+}
