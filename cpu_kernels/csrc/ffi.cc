@@ -152,6 +152,7 @@ extern "C" {
 
 #ifdef SPQR_DIGEST
 // Of the sources: whoever builds the library sees by it whether it must be built again.
+extern const char spqr_digest[];
 const char spqr_digest[] = "spqr sources " SPQR_DIGEST;
 #endif
 
