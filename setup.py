@@ -18,10 +18,9 @@ class BuildLibrary(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         try:
-            name = kernels.library_name(kernels.ffi_version(kernels.headers()))
+            return kernels.library_name(kernels.ffi_version(kernels.headers()))
         except kernels.BuildError:
-            name = kernels.library_name((0, 0))
-        return str(Path("cpu_kernels") / name)
+            return kernels.library_name((0, 0))
 
     def build_extension(self, ext: Extension) -> None:
         try:

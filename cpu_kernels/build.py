@@ -112,15 +112,19 @@ def _digest() -> str:
 
 
 def build_library(folder: Path) -> Path:
-    """Compiles the library into `folder`, unless one made from the same sources is there.
+    """Compiles the library into `folder`; one made from the same sources, there or beside this file, is taken instead.
 
     Raises:
       BuildError: as `build`.
     """
-    target = folder / library_name(ffi_version(headers()))
-    digest = _digest()
-    if not target.is_file() or digest.encode() not in target.read_bytes():  # ffi.cc puts it there
-        build(target, flags=[f'-DSPQR_DIGEST="{digest}"'])
+    name, digest = library_name(ffi_version(headers())), _digest().encode()
+    target, made_before = folder / name, Path(__file__).parent / name
+    for path in (target, made_before):
+        if path.is_file() and digest in path.read_bytes():  # ffi.cc puts it there
+            if path != target:
+                shutil.copy(path, target)
+            return target
+    build(target, flags=[f'-DSPQR_DIGEST="{digest.decode()}"'])
     return target
 
 
