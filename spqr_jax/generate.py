@@ -89,11 +89,12 @@ class Generator:
 
     Args:
       params: the model, dense or quantized.
+      int8_activations: as in `prepare`.
     """
 
-    def __init__(self, params: Decoder) -> None:
+    def __init__(self, params: Decoder, *, int8_activations: bool = False) -> None:
         self.config = params.config
-        self._params = prepare(params)
+        self._params = prepare(params, int8_activations=int8_activations)
         self._programs: dict[Any, Any] = {}
 
     def __call__(

@@ -49,8 +49,24 @@ def take_rows(w: jax.Array | SpQRArray | cpu_kernels.Packed, index: jax.Array) -
 
 
 def default_implementation() -> Implementation:
-    """``cpu`` where JAX runs on a CPU and the native kernels are there, else ``xla``."""
-    return "cpu" if jax.default_backend() == "cpu" and not cpu_kernels.why_unavailable() else "xla"
+    """``cpu`` where JAX runs on a CPU and the native kernels are there, else ``xla``.
+
+    Raises:
+      SpQRError: the environment names kernels that are not here.
+    """
+    return "cpu" if jax.default_backend() == "cpu" and not why_no_kernels() else "xla"
+
+
+def why_no_kernels() -> str:
+    """Why products with quantized weights do not run through native kernels here, and what to do; empty if they do.
+
+    Raises:
+      SpQRError: as `default_implementation`.
+    """
+    try:
+        return cpu_kernels.why_unavailable()
+    except cpu_kernels.LibraryError as error:
+        raise SpQRError(str(error)) from error
 
 
 def prepare(

@@ -39,12 +39,12 @@ from spqr_jax.cli.options import (
     parse_rule,
     read_tokens,
 )
-from spqr_jax.cli.stream import TextStream, converse, encode_prompts
+from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
-from spqr_jax.generate import Generation, Generator
+from spqr_jax.generate import Generation
 from spqr_jax.inspection import summarize
 from spqr_jax.quantize import quantizable_paths, quantize_blocks
 from spqr_jax.resolve import OpenedModel, open_model
@@ -269,6 +269,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the likeliest tokens up to this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    int8_activations: Annotated[
+        bool, typer.Option(help="On a CPU, round activations to 8 bits: faster, at some 0.5% of error a product.")
+    ] = False,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
@@ -287,12 +290,12 @@ def generate(
         )
 
     if chat and not prompt and sys.stdin.isatty():
-        generator = Generator(collect(opened.source))
+        generator = load_generator(opened.source, int8_activations)
         converse(tokenizer, lambda ids, stream: answer([ids], stream))
         return
     prompts = prompt or [sys.stdin.read().rstrip("\n")]
     ids = encode_prompts(tokenizer, prompts, chat)
-    generator = Generator(collect(opened.source))
+    generator = load_generator(opened.source, int8_activations)
     stream = TextStream(tokenizer, live=len(prompts) == 1)
     result = answer(ids, stream)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in result.tokens]
@@ -345,6 +348,7 @@ def inspect(
         f"{size(summary['bytes'] - summary['quantized_bytes'])} dense (embedding, norms and what was left out); "
         f"{size(summary['dense_bytes'])} before"
     )
+    console.print(describe_products(), markup=False)
     write_json(json, summary)
 
 

@@ -6,11 +6,36 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
+from cpu_kernels import chosen_kernels
+from spqr_jax.array import SpQRArray
+from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.cli.display import console, say
 from spqr_jax.errors import ModelError
-from spqr_jax.generate import Generation
+from spqr_jax.generate import Generation, Generator
+from spqr_jax.linear import why_no_kernels
 
 Message = dict[str, str]
+
+
+def describe_products() -> str:
+    """How products with quantized weights are made on this machine."""
+    if jax.default_backend() != "cpu":
+        return "products here: from dequantized weights"
+    if why := why_no_kernels():
+        return f"products here: from dequantized weights, the slow way: {why}"
+    return f"products here: native CPU kernels, {chosen_kernels()}"
+
+
+def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
+    """Reads a whole model and makes it ready; says so if that is the slow way."""
+    params = collect(source)
+    arrays = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
+    quantized = any(isinstance(leaf, SpQRArray) for leaf in arrays)
+    if quantized and jax.default_backend() == "cpu" and (why := why_no_kernels()):
+        say(f"generating the slow way, from dequantized weights: {why}")
+    return Generator(params, int8_activations=int8_activations)
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
