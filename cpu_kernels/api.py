@@ -19,6 +19,16 @@ def _format(w: Packed) -> dict[str, np.int64]:
     return {"bits": np.int64(w.bits), "group": np.int64(w.group), "kind": np.int64(w.kind)}
 
 
+def _one_by_one(call: Callable[..., jax.Array], axis_size: int, in_batched: Any, arguments: Any) -> jax.Array:
+    """vmap of a call where the matrix itself is batched: matrix after matrix."""
+    batched = jax.tree.map(
+        lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
+        tuple(arguments),
+        tuple(in_batched),
+    )
+    return jax.lax.map(lambda each: call(*each), batched)
+
+
 @lru_cache
 def _product(kernels: str, rounded: bool, threads: int) -> Callable[[jax.Array, Packed], jax.Array]:
     """x f32 [rows, in], w -> f32 [rows, out], with rules for vmap and for gradients by x."""
@@ -32,16 +42,10 @@ def _product(kernels: str, rounded: bool, threads: int) -> Callable[[jax.Array, 
 
     @call.def_vmap
     def _(axis_size: int, in_batched: Any, x: jax.Array, w: Packed) -> tuple[jax.Array, bool]:
-        x_batched, w_batched = in_batched[0], any(jax.tree.leaves(in_batched[1]))
-        if not w_batched:  # more rows of one product
-            y = call(x.reshape(-1, x.shape[-1]), w)
-            return y.reshape(axis_size, -1, y.shape[-1]), True
-        many = jax.tree.map(
-            lambda leaf, batched: leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
-            (x, w),
-            (x_batched, in_batched[1]),
-        )
-        return jax.lax.map(lambda each: call(*each), many), True
+        if any(jax.tree.leaves(in_batched[1])):
+            return _one_by_one(call, axis_size, in_batched, (x, w)), True
+        y = call(x.reshape(-1, x.shape[-1]), w)  # more rows of one product
+        return y.reshape(axis_size, -1, y.shape[-1]), True
 
     @jax.custom_vjp
     def product(x: jax.Array, w: Packed) -> jax.Array:
@@ -108,12 +112,7 @@ def _rows(index: jax.Array, w: Packed) -> jax.Array:
 @_rows.def_vmap
 def _rows_vmap(axis_size: int, in_batched: Any, index: jax.Array, w: Packed) -> tuple[jax.Array, bool]:
     if any(jax.tree.leaves(in_batched[1])):
-        many = jax.tree.map(
-            lambda leaf, batched: leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
-            (index, w),
-            tuple(in_batched),
-        )
-        return jax.lax.map(lambda each: _rows(*each), many), True
+        return _one_by_one(_rows, axis_size, in_batched, (index, w)), True
     rows = _rows(index.reshape(-1), w)
     return rows.reshape(axis_size, -1, rows.shape[-1]), True
 

@@ -193,6 +193,10 @@ def test_transformations():
     np.testing.assert_allclose(over_middle, want, rtol=1e-4, atol=1e-4)
     several = jax.tree.map(lambda *leaves: jnp.stack(leaves), packed, packed, packed, packed, packed)
     np.testing.assert_allclose(jax.vmap(linear)(several, x), want, rtol=1e-4, atol=1e-4)
+    one_x = jax.vmap(linear, in_axes=(0, None))(several, x[0])
+    np.testing.assert_allclose(one_x, np.broadcast_to(want[0], one_x.shape), rtol=1e-4, atol=1e-4)
+    rows = jax.vmap(take_rows, in_axes=(0, None))(several, jnp.array([3], jnp.int32))
+    np.testing.assert_allclose(rows, np.broadcast_to(dense[3], rows.shape), rtol=1e-5, atol=1e-6)
 
     def loss(x):
         return jnp.sum(jnp.sin(linear(packed, x)))
