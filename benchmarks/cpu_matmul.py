@@ -5,8 +5,9 @@
     python benchmarks/cpu_matmul.py --shapes 4096x4096 --batch 1 8 --bits 4
 
 All rivals run in one process, one after the other, round after round; a ratio is of
-medians. A rival multiplies as many different matrices as exceed the cache, so batch 1
-measures memory as well. The dense float32 rival is the faster of XLA's two layouts.
+medians. A turn lasts some 50 ms after a warm-up, as generation goes on for a while, too.
+A rival multiplies as many different matrices as exceed the cache, so batch 1 measures
+memory as well. The dense float32 rival is the faster of XLA's two layouts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from spqr_jax.packing import pack_codes
 
 SHAPES = {"SmolLM2-135M": ["576x576", "1536x576", "576x1536"], "Llama-7B": ["4096x4096", "11008x4096", "4096x11008"]}
 OUTLIERS = 0.01
+TURN = 0.05  # seconds
 
 
 def random_array(shape: tuple[int, int], bits: int, seed: int = 0) -> SpQRArray:
@@ -89,27 +91,27 @@ def rivals(
     add("dense float32, transposed", lambda x, w: x @ w, [w.T.copy() for w in dense])
     add("dense bfloat16", lambda x, w: linear(w, x.astype(jnp.bfloat16)), [w.astype(jnp.bfloat16) for w in dense])
     for kernels in cpu_kernels.kernel_names():
-        if kernels == "avx512vnni":  # the same as avx512 unless activations are rounded
-            continue
         for threads in (1, 0):
             label = f"{kernels}, {'1 thread' if threads else 'all threads'}"
             add(label, lambda x, w, k=kernels, t=threads: cpu_kernels.matmul(x, w, kernels=k, threads=t), packed_copies)
     best = cpu_kernels.kernel_names()[0]
-    if cpu_kernels.rounds_activations(best) and batch <= 16:
+    if batch <= 16:
         add(f"{best}, int8 activations", lambda x, w: cpu_kernels.matmul(x, w), rounded)
     return runs, read
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each rival in each round."""
+    """Seconds of each rival's every run, turn after turn."""
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            begun = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - begun)
+            until = time.perf_counter() + TURN
+            while (begun := time.perf_counter()) < until:
+                run()
+                seconds[name].append(time.perf_counter() - begun)
     return {name: np.array(values) for name, values in seconds.items()}
 
 

@@ -12,7 +12,6 @@ from cpu_kernels.library import (
     LibraryError,
     chosen_kernels,
     kernel_names,
-    rounds_activations,
     why_unavailable,
 )
 from cpu_kernels.packed import FORMATS, TILE, Packed, pack
@@ -27,7 +26,6 @@ __all__ = [
     "kernel_names",
     "matmul",
     "pack",
-    "rounds_activations",
     "take_rows",
     "to_dense",
     "why_unavailable",

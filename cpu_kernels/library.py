@@ -104,8 +104,3 @@ def chosen_kernels(wanted: str | None = None) -> str:
     if wanted not in names:
         raise LibraryError(f"no CPU kernels called {wanted!r} here ({KERNELS_VARIABLE}): there are {', '.join(names)}")
     return wanted
-
-
-def rounds_activations(kernels: str) -> bool:
-    """Whether these kernels have a path with activations of 8 bits."""
-    return bool(loaded().spqr_kernels_round(kernels.encode()))

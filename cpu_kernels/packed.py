@@ -34,8 +34,8 @@ class Packed:
       outlier_start: int32 [tiles + 1], outliers before each tile.
       outlier_counts: int32 [tiles, 16], of the tile's rows, falling.
       lane_of_row: uint8 [tiles, 16], where in that order a row stands.
-      outlier_cols: uint16 or int32 [entries], permuted columns.
-      outlier_values: float16 [entries].
+      outlier_cols: uint16 or int32 [entries + 16], permuted columns.
+      outlier_values: float16 [entries + 16]; kernels read some past the end of a tile's.
       perm: int32 [in]; ``x[perm]`` meets the codes. Empty for the identity.
       shape: (out, in).
       bits: of a code as it is held, one of `FORMATS`.
@@ -221,14 +221,14 @@ def _pack_outliers(out: int, row_ptr: np.ndarray, cols: np.ndarray, values: np.n
     tile = row // TILE
     # Tile by tile, slot by slot, lane by lane: the order in which the kernels read.
     key = (tile * (int(counts.max(initial=0)) + 1) + slot) * TILE + lane_of_row.reshape(-1)[row]
-    at = np.argsort(key, kind="stable") if entries else np.zeros(1, np.int64)
-    values = np.where(entries > 0, values[at], np.float16(0))
+    at = np.argsort(key, kind="stable")
+    cols, values = (np.pad(each[at], (0, TILE)) for each in (cols, values))
     by_tile = counts.reshape(tiles, TILE)
     return {
         "outlier_start": jax.device_put(np.concatenate([[0], np.cumsum(by_tile.sum(axis=1))]).astype(np.int32)),
         "outlier_counts": jax.device_put(np.take_along_axis(by_tile, order, axis=1).astype(np.int32)),
         "lane_of_row": jax.device_put(lane_of_row),
-        "outlier_cols": jax.device_put(cols[at].astype(np.uint16 if cols.dtype == np.uint16 else np.int32)),
+        "outlier_cols": jax.device_put(cols.astype(np.uint16 if cols.dtype == np.uint16 else np.int32)),
         "outlier_values": jax.device_put(values.astype(np.float16)),
     }
 

@@ -68,7 +68,7 @@ ffi::Error read_matrix(const Leaves& leaves, int64_t rows, int64_t columns, int6
     return invalid("outlier_cols must be uint16 or int32");
   w.outlier_values = static_cast<const uint16_t*>(leaves.outlier_values.untyped_data());
   w.perm = leaves.perm.element_count() != 0 ? leaves.perm.typed_data() : nullptr;
-  if (static_cast<size_t>(w.outlier_start[w.tiles()]) > leaves.outlier_values.element_count())
+  if (w.outlier_start[w.tiles()] + static_cast<size_t>(spqr::kTile) > leaves.outlier_values.element_count())
     return invalid("outlier_start points past the outliers");
   return ffi::Error::Success();
 }
@@ -164,12 +164,6 @@ const char* spqr_kernel_names() {
     return all;
   }();
   return names.c_str();
-}
-
-// Whether kernels of that name multiply 8-bit activations.
-int spqr_kernels_round(const char* name) {
-  const spqr::Kernels* found = spqr::find_kernels(name);
-  return found != nullptr && found->few_rounded != nullptr;
 }
 
 // What is wrong with a matrix's outliers and permutation; "" if nothing. The text lives until the next call.

@@ -10,7 +10,7 @@
 
 #define SPQR_NAME "avx2"
 
-SPQR_BEGIN_TARGET("avx2,fma,f16c")
+SPQR_BEGIN_TARGET("popcnt,avx2,fma,f16c")
 namespace spqr {
 namespace {
 #include "simd_avx2.h"

@@ -10,7 +10,7 @@
 
 #define SPQR_NAME "avx512"
 
-SPQR_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+SPQR_BEGIN_TARGET("popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 namespace spqr {
 namespace {
 #include "simd_avx512.h"

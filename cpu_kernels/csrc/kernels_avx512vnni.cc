@@ -1,4 +1,4 @@
-// What kernels_avx512.cc does with activations of 8 bits, with VNNI's dot products of bytes.
+// The kernels for x86-64 processors with avx512vnni besides what kernels_avx512.cc needs.
 #include <cstring>
 
 #include "half.h"
@@ -8,9 +8,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#define SPQR_NAME "avx512vnni"
 #define SPQR_VNNI
-#define SPQR_ONLY_ROUNDED
-SPQR_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+
+SPQR_BEGIN_TARGET("popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 namespace spqr {
 namespace {
 #include "simd_avx512.h"
@@ -18,7 +19,7 @@ namespace {
 }  // namespace
 }  // namespace spqr
 SPQR_END_TARGET
-const spqr::FewRows spqr::kAvx512VnniRounded = spqr::few<true>;
+const spqr::Kernels* const spqr::kAvx512Vnni = &spqr::kKernels;
 #else
-const spqr::FewRows spqr::kAvx512VnniRounded = nullptr;
+const spqr::Kernels* const spqr::kAvx512Vnni = nullptr;
 #endif

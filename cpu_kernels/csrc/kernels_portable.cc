@@ -5,6 +5,10 @@
 #include "inline.h"
 #include "matrix.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__aarch64__)
 #define SPQR_NAME "neon"
 #else

@@ -9,10 +9,6 @@
 
 #include "half.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace spqr {
 
 // ---- which kernels ----------------------------------------------------------------------
@@ -25,11 +21,7 @@ std::vector<const Kernels*> supported_kernels() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) {
-    static const Kernels vnni = {"avx512vnni", kAvx512->few, kAvx512VnniRounded, kAvx512->few_width,
-                                 kAvx512->many_width, kAvx512->many};
-    found.push_back(&vnni);
-  }
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(kAvx512Vnni);
   if (avx512) found.push_back(kAvx512);
   if (avx2) found.push_back(kAvx2);
 #endif
@@ -41,55 +33,6 @@ const Kernels* find_kernels(const std::string& name) {
   for (const Kernels* kernels : supported_kernels())
     if (name == kernels->name) return kernels;
   return nullptr;
-}
-
-// ---- threads ----------------------------------------------------------------------------
-
-namespace {
-
-struct Work {
-  int64_t units, grain;
-  std::function<void(int64_t, int64_t)> run;
-  std::atomic<int64_t> next{0}, done{0};
-
-  // What `run` refers to lives until all units are done: a thread that comes later finds
-  // no unit left and does not touch it.
-  void take_part() {
-    for (;;) {
-      const int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
-      if (first >= units) return;
-      const int64_t last = std::min(first + grain, units);
-      run(first, last);
-      done.fetch_add(last - first, std::memory_order_release);
-    }
-  }
-};
-
-void pause_briefly(int64_t waited) {
-  if (waited > 4096) {
-    std::this_thread::yield();
-    return;
-  }
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-}  // namespace
-
-void parallel_for(const Threads& threads, int64_t units, int64_t grain,
-                  std::function<void(int64_t first, int64_t last)> run) {
-  const int64_t helpers = std::min(threads.count, (units + grain - 1) / grain) - 1;
-  if (helpers < 1) return run(0, units);
-  auto work = std::make_shared<Work>();
-  work->units = units;
-  work->grain = grain;
-  work->run = std::move(run);
-  for (int64_t i = 0; i < helpers; i++) threads.schedule([work] { work->take_part(); });
-  work->take_part();
-  for (int64_t waited = 0; work->done.load(std::memory_order_acquire) < units; waited++) pause_briefly(waited);
 }
 
 // ---- what a matrix must be --------------------------------------------------------------
@@ -171,13 +114,6 @@ void pack_codes(const uint16_t* stored, int64_t rows, int64_t columns, int64_t w
 
 namespace {
 
-// Activations as the kernels want them, and what that takes.
-struct Prepared {
-  Input input;
-  std::vector<float> x, sums, scale, panels;
-  std::vector<int8_t> rounded;
-};
-
 void permute_row(const Matrix& w, const float* x, float* to) {
   if (w.perm == nullptr)
     std::memcpy(to, x, sizeof(float) * static_cast<size_t>(w.columns));
@@ -186,63 +122,10 @@ void permute_row(const Matrix& w, const float* x, float* to) {
   std::fill(to + w.columns, to + w.padded_columns(), 0.0f);
 }
 
-void sum_groups(const Matrix& w, const float* x, float* sums) {
-  // Partial sums side by side, which compilers make vectors of.
-  for (int64_t group = 0; group < w.groups(); group++) {
-    const float* from = x + group * w.group;
-    const int64_t width = std::min(w.group, w.padded_columns() - group * w.group);
-    float part[8] = {};
-    for (int64_t k = 0; k < width; k += 8)
-      for (int i = 0; i < 8; i++) part[i] += from[k + i];
-    sums[group] = ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
-  }
-}
-
-// One block to 8 bits, and its group sums after rounding added to `sums`.
-void round_block(const Matrix& w, const float* x, int64_t block, int8_t* rounded, float* scale, float* sums) {
-  float largest = 0;
-  for (int64_t k = 0; k < kBlock; k++) largest = std::max(largest, std::fabs(x[k]));
-  *scale = largest / 127.0f;
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  for (int64_t k = 0; k < kBlock; k++) {
-    const auto code = static_cast<int8_t>(std::lrintf(x[k] * inverse));
-    const int64_t in_word = k % 8;
-    rounded[w.bits == 8 ? k : k - in_word + (in_word % 2) * 4 + in_word / 2] = code;
-    sums[(block * kBlock + k) / w.group] += static_cast<float>(code) * *scale;
-  }
-}
-
-void prepare_rows(const Matrix& w, const float* x, int64_t rows, bool round, Prepared& p) {
-  const int64_t padded = w.padded_columns(), groups = w.groups(), blocks = w.blocks();
-  p.input.rows = rows;
-  p.input.stride = w.columns;
-  p.input.x = x;
-  const bool copied = w.perm != nullptr || padded != w.columns;
-  if (copied) {
-    p.x.resize(static_cast<size_t>(rows * padded));
-    p.input.x = p.x.data();
-    p.input.stride = padded;
-  }
-  p.sums.assign(static_cast<size_t>(rows * groups), 0.0f);
-  p.input.sums = p.sums.data();
-  if (round) {
-    p.rounded.resize(static_cast<size_t>(rows * padded));
-    p.scale.resize(static_cast<size_t>(rows * blocks));
-    p.input.rounded = p.rounded.data();
-    p.input.rounded_scale = p.scale.data();
-  }
-  for (int64_t m = 0; m < rows; m++) {
-    if (copied) permute_row(w, x + m * w.columns, p.x.data() + m * padded);
-    const float* row = p.input.x + m * p.input.stride;
-    float* sums = p.sums.data() + m * groups;
-    if (!round) {
-      sum_groups(w, row, sums);
-      continue;
-    }
-    for (int64_t block = 0; block < blocks; block++)
-      round_block(w, row + block * kBlock, block, p.rounded.data() + m * padded + block * kBlock,
-                  p.scale.data() + m * blocks + block, sums);
-  }
+// Memory that is not cleared.
+template <typename T>
+std::unique_ptr<T[]> space_for(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
 }
 
 // Rows [m, m + width) column by column; `row` holds one permuted row.
@@ -264,34 +147,37 @@ int64_t grain_of(int64_t units, const Threads& threads) {
 
 void multiply_few(const Kernels& kernels, const Matrix& w, const float* x, int64_t rows, float* y, bool rounded,
                   const Threads& threads) {
-  Prepared p;
-  rounded = rounded && kernels.few_rounded != nullptr;
-  if (rounded || rows <= kApartRows) {
-    prepare_rows(w, x, rows, rounded, p);
-  } else {
-    const int64_t padded = w.padded_columns();
-    const int64_t width = rows <= kernels.few_width / 2 ? kernels.few_width / 2 : kernels.few_width;
-    const int64_t panels = (rows + width - 1) / width;
-    p.x.resize(static_cast<size_t>(padded));
-    p.panels.resize(static_cast<size_t>(panels * padded * width));
-    for (int64_t i = 0; i < panels; i++)
-      interleave_panel(w, x, rows, i * width, width, p.x.data(), p.panels.data() + i * padded * width);
-    p.input.rows = rows;
-    p.input.width = width;
-    p.input.panels = p.panels.data();
+  const FewRows& few = rounded ? kernels.few_rounded : kernels.few;
+  const int64_t padded = w.padded_columns(), blocks = w.blocks(), groups = w.groups();
+  const auto permuted = space_for<float>(rows * padded), step = space_for<float>(rows * blocks);
+  const auto sums = space_for<float>(rows * groups);
+  const auto fixed = space_for<int32_t>(rows * blocks * few.words);
+  for (int64_t m = 0; m < rows; m++) {
+    permute_row(w, x + m * w.columns, permuted.get() + m * padded);
+    few.fix(w, permuted.get() + m * padded, fixed.get() + m * blocks * few.words, step.get() + m * blocks,
+            sums.get() + m * groups);
   }
-  const auto run = rounded ? kernels.few_rounded : kernels.few;
+  Input input;
+  input.rows = rows;
+  input.stride = padded;
+  input.x = permuted.get();
+  input.fixed = fixed.get();
+  input.step = step.get();
+  input.sums = sums.get();
   const Threads alone;
   const Threads& used = w.rows * w.columns * rows < kWorthAThread ? alone : threads;
-  parallel_for(used, w.tiles(), grain_of(w.tiles(), used),
-               [&](int64_t first, int64_t last) { run(w, p.input, y, first, last); });
+  const int64_t grain = (grain_of(w.tiles(), used) + 1) / 2 * 2;  // kernels take tiles in pairs
+  parallel_for(used, w.tiles(), grain, [&](int64_t first, int64_t last) {
+    const auto scratch = space_for<float>(kScratch * groups);
+    few.run(w, input, y, first, last, scratch.get());
+  });
 }
 
 void multiply_many(const Kernels& kernels, const Matrix& w, const float* x, int64_t rows, float* y,
                    const Threads& threads) {
   const int64_t width = kernels.many_width, padded = w.padded_columns();
   const int64_t count = (rows + width - 1) / width;
-  const std::unique_ptr<float[]> panels(new float[static_cast<size_t>(count * padded * width)]);
+  const auto panels = space_for<float>(count * padded * width);
   parallel_for(threads, count, grain_of(count, threads), [&](int64_t first, int64_t last) {
     std::vector<float> row(static_cast<size_t>(padded));
     for (int64_t i = first; i < last; i++)
@@ -299,7 +185,6 @@ void multiply_many(const Kernels& kernels, const Matrix& w, const float* x, int6
   });
   Input input;
   input.rows = rows;
-  input.width = width;
   input.panels = panels.get();
   const int64_t units = (w.tiles() + kUnitTiles - 1) / kUnitTiles;
   parallel_for(threads, units, grain_of(units, threads), [&](int64_t first, int64_t last) {

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "matrix.h"
+#include "threads.h"
 
 namespace spqr {
 
@@ -15,20 +15,6 @@ std::vector<const Kernels*> supported_kernels();
 
 // The kernels called `name`; null if there are none of that name here.
 const Kernels* find_kernels(const std::string& name);
-
-// Hands a function to another thread, some time; it need not ever run.
-using Schedule = std::function<void(std::function<void()>)>;
-
-struct Threads {
-  int64_t count = 1;
-  Schedule schedule;  // not used if count is 1
-};
-
-// Calls run(first, last) over [0, units), in parts of `grain`. The caller takes part and
-// waits only for parts that another thread has begun, so a full or blocked pool delays
-// nothing and cannot deadlock.
-void parallel_for(const Threads& threads, int64_t units, int64_t grain,
-                  std::function<void(int64_t first, int64_t last)> run);
 
 // What is wrong with the parts of a matrix that its shape does not show (the order of
 // outlier columns is left alone); empty if nothing. `entries` outliers are there.

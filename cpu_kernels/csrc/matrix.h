@@ -46,7 +46,7 @@ struct Matrix {
   const uint8_t* lane_of_row = nullptr;      // [tiles][16]
   const uint16_t* outlier_cols16 = nullptr;  // one of these two
   const int32_t* outlier_cols32 = nullptr;
-  const uint16_t* outlier_values = nullptr;  // float16
+  const uint16_t* outlier_values = nullptr;  // float16; at least kTile more than there are outliers, to be read at will
   const int32_t* perm = nullptr;             // [columns] or null
 
   int64_t tiles() const { return (rows + kTile - 1) / kTile; }
@@ -62,36 +62,38 @@ struct Matrix {
 // Activations, columns in permuted order, padded with zeros to whole blocks.
 struct Input {
   int64_t rows = 0;
-  // Row by row, for up to kApartRows rows and wherever activations are rounded:
-  int64_t stride = 0;           // floats from row to row
-  const float* x = nullptr;     // [rows][stride]
-  const float* sums = nullptr;  // [rows][groups], of x over each group
-  // Rounded to 8 bits, or null: column 32 b + 8 t + i of a block stands at
-  // 32 b + 8 t + (i % 2) 4 + i / 2, as the nibbles of a word do; for 8-bit codes in order.
-  const int8_t* rounded = nullptr;       // [rows][padded columns]
-  const float* rounded_scale = nullptr;  // [rows][blocks]
-  // Column by column, for more rows, so that what is multiplied together lies together:
-  // [panels of `width` rows][padded columns][width], zeros where there is no row.
-  int64_t width = 0;
+  // For up to kFewRows rows, row by row, as floats and as `FewRows::fix` leaves them:
+  int64_t stride = 0;                // floats from row to row
+  const float* x = nullptr;          // [rows][stride]
+  const int32_t* fixed = nullptr;    // [rows][blocks][words]
+  const float* step = nullptr;       // [rows][blocks]
+  const float* sums = nullptr;       // [rows][groups], of the fixed-point numbers times their step
+  // For more rows, column by column, so that what is multiplied together lies together:
+  // [panels of `many_width` rows][padded columns][many_width], zeros where there is no row.
   const float* panels = nullptr;
 };
 
-constexpr int64_t kApartRows = 4;  // up to here codes are multiplied, and statistics applied once a group
-constexpr int64_t kFewRows = 16;   // up to here weights are made as they are used; above, a panel of them at once
-constexpr int64_t kUnitTiles = 2;  // tiles of such a panel
-constexpr int64_t kDepth = 512;    // its columns
+constexpr int64_t kFewRows = 16;    // up to here codes are multiplied as they are; above, weights are made, a panel at once
+constexpr int64_t kRowsAtOnce = 4;  // of few rows, those that go through a tile together
+constexpr int64_t kScratch = 8;     // floats a group that this takes
+constexpr int64_t kUnitTiles = 2;   // tiles of a panel of weights
+constexpr int64_t kDepth = 512;     // its columns
 
-// y [input.rows][matrix.rows] of tiles [first, last), for up to kFewRows rows.
-using FewRows = void (*)(const Matrix&, const Input&, float* y, int64_t first, int64_t last);
+// Products with up to kFewRows rows of activations, in fixed point.
+struct FewRows {
+  int64_t words;  // 32-bit words that a block of activations becomes
+  // One row of activations to `fixed` [blocks][words], `step` [blocks] and `sums` [groups].
+  void (*fix)(const Matrix&, const float* x, int32_t* fixed, float* step, float* sums);
+  // y [input.rows][matrix.rows] of tiles [first, last); scratch holds kScratch floats a group.
+  void (*run)(const Matrix&, const Input&, float* y, int64_t first, int64_t last, float* scratch);
+};
 
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
-  FewRows few;
-  FewRows few_rounded;  // with `rounded` activations; null if there are no instructions for it
-  // Rows of a panel of activations: for `few` with more than kApartRows rows at most this
-  // (and half of it where that is enough), for `many` just this.
-  int64_t few_width, many_width;
+  FewRows few;          // as exact as products in float32
+  FewRows few_rounded;  // with activations of 8 bits
+  int64_t many_width;   // rows of a panel of activations for `many`
   // y of units [first, last) of kUnitTiles tiles, for many rows; scratch holds
   // kDepth * kUnitTiles * kTile floats, aligned to 64 bytes.
   void (*many)(const Matrix&, const Input&, float* y, int64_t first, int64_t last, float* scratch);
@@ -101,6 +103,6 @@ struct Kernels {
 extern const Kernels* const kPortable;
 extern const Kernels* const kAvx2;
 extern const Kernels* const kAvx512;
-extern const FewRows kAvx512VnniRounded;
+extern const Kernels* const kAvx512Vnni;
 
 }  // namespace spqr

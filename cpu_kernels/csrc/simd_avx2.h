@@ -1,9 +1,8 @@
 // Eight lanes: AVX2, FMA and F16C. Included inside a namespace and a region that has these instructions switched on.
 
 constexpr int kLanes = 8;
-constexpr int kFewWidth = 8;
+constexpr int kPerDot = 4, kLimbBits = 8;
 constexpr int kMicroRows = 6, kMicroVectors = 2;
-#define SPQR_DOTS
 using F = __m256;
 using I = __m256i;
 
@@ -41,17 +40,31 @@ SPQR_INLINE F nibble(I a, int i) {
 SPQR_INLINE F halves(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-SPQR_INLINE void four_halves(const uint8_t* p, F out[4]) {
-  const __m128 four = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  out[0] = _mm256_broadcastss_ps(four);
-  out[1] = _mm256_broadcastss_ps(_mm_permute_ps(four, 0x55));
-  out[2] = _mm256_broadcastss_ps(_mm_permute_ps(four, 0xAA));
-  out[3] = _mm256_broadcastss_ps(_mm_permute_ps(four, 0xFF));
+SPQR_INLINE void four_halves(const uint8_t* p, float* out) {
+  _mm_storeu_ps(out, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
-SPQR_INLINE I no_dots() { return _mm256_setzero_si256(); }
+SPQR_INLINE void nearest(F a, int32_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cvtps_epi32(a));
+}
 SPQR_INLINE I plus(I a, I b) { return _mm256_add_epi32(a, b); }
-SPQR_INLINE I dot(I acc, I codes, int32_t x) {
-  const I pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+
+// As in simd_avx512.h without VNNI.
+struct Dots {
+  I total;
+  SPQR_INLINE Dots() : total(_mm256_setzero_si256()) {}
+  SPQR_INLINE void add(I codes, int32_t x) {
+    total = _mm256_add_epi16(total, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x)));
+  }
+  SPQR_INLINE I sum() const { return _mm256_madd_epi16(total, _mm256_set1_epi16(1)); }
+};
+
+SPQR_INLINE F above(const int32_t* counts, int32_t slot) {
+  const I counted = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(counted, _mm256_set1_epi32(slot)));
+}
+SPQR_INLINE F where_above(F a, const int32_t* counts, int32_t slot) { return _mm256_and_ps(a, above(counts, slot)); }
+SPQR_INLINE int count_above(const int32_t* counts, int32_t slot) {
+  const int low = _mm256_movemask_ps(above(counts, slot)), high = _mm256_movemask_ps(above(counts + 8, slot));
+  return __builtin_popcount(static_cast<unsigned>(low | high << 8));
 }

@@ -2,10 +2,8 @@
 // namespace and a region that has these instructions switched on.
 
 constexpr int kLanes = 16;
-constexpr int kFewWidth = 16;
+constexpr int kPerDot = 4, kLimbBits = 8;
 constexpr int kMicroRows = 12, kMicroVectors = 2;
-#define SPQR_DOTS
-#define SPQR_GATHERS
 using F = __m512;
 using I = __m512i;
 
@@ -20,7 +18,11 @@ SPQR_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SPQR_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 SPQR_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 
-SPQR_INLINE I words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+SPQR_INLINE I words(const uint32_t* p) {
+  I a = _mm512_loadu_si512(p);
+  asm("" : "+v"(a));  // one load, not one for each use: loads are what is scarce
+  return a;
+}
 SPQR_INLINE I bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -47,45 +49,32 @@ SPQR_INLINE F nibble(I a, int i) {
 SPQR_INLINE F halves(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-SPQR_INLINE void four_halves(const uint8_t* p, F out[4]) {
-  const __m128 four = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  out[0] = _mm512_broadcastss_ps(four);
-  out[1] = _mm512_broadcastss_ps(_mm_permute_ps(four, 0x55));
-  out[2] = _mm512_broadcastss_ps(_mm_permute_ps(four, 0xAA));
-  out[3] = _mm512_broadcastss_ps(_mm_permute_ps(four, 0xFF));
+SPQR_INLINE void four_halves(const uint8_t* p, float* out) {
+  _mm_storeu_ps(out, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
-SPQR_INLINE I no_dots() { return _mm512_setzero_si512(); }
+SPQR_INLINE void nearest(F a, int32_t* out) { _mm512_storeu_si512(out, _mm512_cvtps_epi32(a)); }
 SPQR_INLINE I plus(I a, I b) { return _mm512_add_epi32(a, b); }
 
-// acc + the dot product of each lane's four bytes (below 16) with four signed bytes.
-SPQR_INLINE I dot(I acc, I codes, int32_t x) {
+// Adds up dot products of each lane's four codes, which are below 16, with four signed bytes; up to eight of them.
+struct Dots {
+  I total;
+  SPQR_INLINE Dots() : total(_mm512_setzero_si512()) {}
 #ifdef SPQR_VNNI
-  return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x));
+  SPQR_INLINE void add(I codes, int32_t x) { total = _mm512_dpbusd_epi32(total, codes, _mm512_set1_epi32(x)); }
+  SPQR_INLINE I sum() const { return total; }
 #else
-  const I pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi32(x));
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  SPQR_INLINE void add(I codes, int32_t x) {  // in 16 bits: at most 8 times 2 * 15 * 128
+    total = _mm512_add_epi16(total, _mm512_maddubs_epi16(codes, _mm512_set1_epi32(x)));
+  }
+  SPQR_INLINE I sum() const { return _mm512_madd_epi16(total, _mm512_set1_epi16(1)); }
 #endif
-}
-
-// One slot of outliers: `count` values and columns from `entry` on.
-struct Slot {
-  __mmask16 mask;
-  F values;
-  I cols;
-  SPQR_INLINE Slot(const Matrix& w, int64_t entry, int count) {
-    mask = static_cast<__mmask16>((1u << count) - 1);
-    values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, w.outlier_values + entry));
-    cols = w.outlier_cols16 != nullptr
-               ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w.outlier_cols16 + entry))
-               : _mm512_maskz_loadu_epi32(mask, w.outlier_cols32 + entry);
-  }
-  template <int kColumnStep>
-  SPQR_INLINE F times(const float* x, F sum) const {
-    const I at = _mm512_mullo_epi32(cols, _mm512_set1_epi32(kColumnStep));
-    return fma(values, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, at, x, 4), sum);
-  }
 };
-SPQR_INLINE F by_row(F by_lane, const uint8_t* lane_of_row) {
-  return _mm512_permutexvar_ps(bytes(lane_of_row), by_lane);
+
+// Those of `a` whose count is above `slot`, 0 for the others.
+SPQR_INLINE F where_above(F a, const int32_t* counts, int32_t slot) {
+  return _mm512_maskz_mov_ps(_mm512_cmpgt_epi32_mask(_mm512_loadu_si512(counts), _mm512_set1_epi32(slot)), a);
+}
+SPQR_INLINE int count_above(const int32_t* counts, int32_t slot) {  // of 16
+  return _mm_popcnt_u32(_mm512_cmpgt_epi32_mask(_mm512_loadu_si512(counts), _mm512_set1_epi32(slot)));
 }

@@ -5,7 +5,7 @@ typedef uint32_t I __attribute__((vector_size(16)));
 typedef int32_t SignedI __attribute__((vector_size(16)));
 
 constexpr int kLanes = 4;
-constexpr int kFewWidth = 8;
+constexpr int kPerDot = 2, kLimbBits = 12;
 #if defined(__aarch64__)
 constexpr int kMicroRows = 6, kMicroVectors = 4;  // of 32 registers
 #else
@@ -52,7 +52,36 @@ SPQR_INLINE float half_at(const uint8_t* p) {
   return half_to_float(half);
 }
 SPQR_INLINE F halves(const uint8_t* p) { return F{half_at(p), half_at(p + 2), half_at(p + 4), half_at(p + 6)}; }
-SPQR_INLINE void four_halves(const uint8_t* p, F out[4]) {
-  const F four = halves(p);
-  for (int i = 0; i < 4; i++) out[i] = splat(four[i]);
+SPQR_INLINE void four_halves(const uint8_t* p, float* out) { store(out, halves(p)); }
+
+SPQR_INLINE void nearest(F a, int32_t* out) {
+  for (int i = 0; i < kLanes; i++) out[i] = static_cast<int32_t>(__builtin_lrintf(a[i]));
+}
+SPQR_INLINE I plus(I a, I b) { return a + b; }
+
+// Adds up dot products of each lane's two codes, which are below 16, with two signed numbers of 16 bits.
+struct Dots {
+  I total = {};
+  SPQR_INLINE I sum() const { return total; }
+#if defined(__SSE2__)
+  SPQR_INLINE void add(I codes, int32_t x) {
+    total += (I)_mm_madd_epi16((__m128i)codes, _mm_set1_epi32(x));
+  }
+#else
+  SPQR_INLINE void add(I codes, int32_t x) {
+    const auto low = static_cast<uint32_t>(static_cast<int16_t>(x)), high = static_cast<uint32_t>(x >> 16);
+    total += (codes & 0xffffu) * low + (codes >> 16) * high;
+  }
+#endif
+};
+
+SPQR_INLINE F where_above(F a, const int32_t* counts, int32_t slot) {
+  SignedI there;
+  std::memcpy(&there, counts, sizeof there);
+  return (F)((SignedI)a & (there > slot));
+}
+SPQR_INLINE int count_above(const int32_t* counts, int32_t slot) {
+  int above = 0;
+  for (int i = 0; i < kTile; i++) above += counts[i] > slot;
+  return above;
 }

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,7 @@ from spqr_jax.cli.options import (
     Model,
     SeqLen,
     build_config,
+    build_tuning,
     default_corpus,
     parse_rule,
     read_tokens,
@@ -49,7 +50,7 @@ from spqr_jax.inspection import summarize
 from spqr_jax.quantize import quantizable_paths, quantize_blocks
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.sampling import Sampling
-from spqr_jax.tune import Tune, TuneConfig
+from spqr_jax.tune import TuneConfig
 from spqr_jax.tune import tune as tune_model
 
 app = typer.Typer(
@@ -87,6 +88,9 @@ def quantize(
         str, typer.Option(help="Train statistics and outlier values afterwards: none, blocks or logits.")
     ] = "none",
     tune_epochs: Annotated[int | None, typer.Option(help="Times that tuning goes through the text.", min=1)] = None,
+    tune_learning_rate: Annotated[
+        float | None, typer.Option(help="Highest rate of tuning, in shares of a parameter's size.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0: one group a row.")] = None,
     stats_bits: Annotated[int | None, typer.Option(help="Bits of a scale or zero; 16: 16-bit floats.")] = None,
     stats_group_size: Annotated[int | None, typer.Option(help="Rows that share second-level statistics.")] = None,
@@ -114,8 +118,7 @@ def quantize(
     json: Json = None,
 ) -> None:
     """Quantize MODEL and write it to OUT."""
-    if tune not in get_args(Tune):
-        raise SpQRError(f"--tune must be one of {', '.join(get_args(Tune))}, got {tune!r}")
+    tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
     config = build_config(
         method,
         preset,
@@ -139,7 +142,7 @@ def quantize(
     if opened.quantized:
         raise ModelError(f"{model} is a checkpoint of ours already: quantize the original model")
     batches, calibration, windows = None, None, None
-    if config.needs_calibration or tune != "none":
+    if config.needs_calibration or tuning is not None:
         calib = calib or default_corpus()
         windows = calibration_windows(read_tokens(calib, "calibration", opened), seqlen, nsamples, seed, calib)
         batches = batched(windows)
@@ -173,16 +176,14 @@ def quantize(
                 sink.record(report.path, dataclasses.asdict(report.stats))
                 view(report)
 
-            target = sink if tune == "none" else memory
+            target = sink if tuning is None else memory
             quantize_blocks(opened.source, target, batches, config, on_layer=on_layer, plan=plan)
             view.finish()
             interrupt.check()
-        if tune != "none":
+        if tuning is not None:
             assert windows is not None
-            wanted: dict[str, Any] = {"objective": tune} | ({"epochs": tune_epochs} if tune_epochs else {})
-            settings = TuneConfig(**wanted)
-            provenance["tuned"] = dataclasses.asdict(settings)
-            _tune_into(sink, memory, opened, windows, settings)
+            provenance["tuned"] = dataclasses.asdict(tuning)
+            _tune_into(sink, memory, opened, windows, tuning)
     seconds = time.perf_counter() - begun
     summary = summarize(CheckpointSource(out))
     console.print(

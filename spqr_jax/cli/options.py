@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 import typer  # the command line from type annotations; it brings rich, which draws the rest
@@ -17,6 +17,7 @@ from spqr_jax.data import DATA_HELP, Split, load_tokens
 from spqr_jax.errors import SpQRError
 from spqr_jax.models.tokenizer import encode_stream
 from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
+from spqr_jax.tune import Tune, TuneConfig
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
@@ -91,3 +92,16 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
     if bits == "auto" and preset is None and "target_bits" not in changes:
         raise SpQRError("--bits auto chooses widths to meet a size: give --target-bits or a --preset")
     return SpQRConfig.preset(preset, **changes) if preset else methods[method](**changes)
+
+
+def build_tuning(objective: str, **given: Any) -> TuneConfig | None:
+    """How to train, changed by the options that were given (those not None); None for not at all."""
+    if objective not in get_args(Tune):
+        raise SpQRError(f"--tune must be one of {', '.join(get_args(Tune))}, got {objective!r}")
+    changes = {name: value for name, value in given.items() if value is not None}
+    if objective == "none":
+        if changes:
+            options = ", ".join(f"--tune-{name.replace('_', '-')}" for name in sorted(changes))
+            raise SpQRError(f"{options}: nothing is tuned without --tune logits or --tune blocks")
+        return None
+    return TuneConfig(objective=cast(Any, objective), **changes)

@@ -46,8 +46,8 @@ class TuneConfig:
     Attributes:
       objective: ``blocks`` or ``logits``.
       epochs: times the text is gone through (``blocks``: by each block).
-      learning_rate: of the first step, in shares of a parameter's size; falls to
-        0 along a cosine.
+      learning_rate: the highest, reached after a few steps, in shares of a
+        parameter's size; from there it falls to 0 along a cosine.
       batch_tokens: about how many tokens a step should see; `tune` itself takes
         batches as they come.
       seed: of the order of the batches.

@@ -1,0 +1,125 @@
+// Many rows of activations: a panel of weights is dequantized into cache and multiplied like a dense one.
+// Included after tile.h, in the same way.
+
+constexpr int64_t kWide = kUnitTiles * kTile;  // rows of W in a panel
+
+// Columns of blocks [first, last) of a tile, dequantized to panel[column][at + row].
+template <int kBits>
+void dequantize(const Matrix& w, int64_t tile, int64_t first, int64_t last, float* panel) {
+  const int64_t size = statistics_bytes(w.kind);
+  const uint8_t* stats = w.stats + tile * w.groups() * size;
+  for (int lane = 0; lane < kTile; lane += kLanes) {
+    const uint32_t* codes = w.codes + (tile * w.blocks() + first) * kWords<kBits> * kTile + lane;
+    float* to = panel + lane;
+    F scale = zero(), offset = zero();
+    int64_t group = -1;
+    for (int64_t block = first; block < last; block++, codes += kWords<kBits> * kTile) {
+      Codes<kBits> code;
+      code.read(codes);
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) {
+        const int64_t wanted = (block * kBlock + part * 8) / w.group;
+        if (wanted != group) {
+          group = wanted;
+          F zero_point;
+          float of_tile[4] = {};
+          if (w.kind == Statistics::kNibbles) four_halves(stats + group * size + kTile, of_tile);
+          read_statistics(w.kind, stats + group * size, lane, of_tile, scale, zero_point);
+          offset = mul(scale, zero_point);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++, to += kWide) store(to, fms(code[part * 8 + k], scale, offset));
+      }
+    }
+  }
+}
+
+inline void scatter_outliers(const Matrix& w, int64_t tile, int64_t first, int64_t last, float* panel) {
+  int64_t entry = w.outlier_start[tile];
+  const int64_t end = w.outlier_start[tile + 1];
+  const int32_t* counts = w.outlier_counts + kTile * tile;
+  int row_of_lane[kTile] = {};
+  for (int row = 0; row < kTile; row++) row_of_lane[w.lane_of_row[kTile * tile + row]] = row;
+  int lanes = kTile;
+  for (int32_t slot = 0; entry < end; slot++, entry += lanes) {
+    while (lanes > 1 && counts[lanes - 1] <= slot) lanes--;
+    for (int lane = 0; lane < lanes; lane++) {
+      const int64_t column = w.outlier_col(entry + lane);
+      if (column >= first && column < last)
+        panel[(column - first) * kWide + row_of_lane[lane]] += half_to_float(w.outlier_values[entry + lane]);
+    }
+  }
+}
+
+// y[m][0..wide) = (or +=) Σ_k x[k][m] panel[k][0..wide) for kRows rows, of which `rows` are there.
+template <int kRows>
+void micro(const float* panel, int64_t depth, const float* x, float* y, int64_t y_stride, int64_t rows, int64_t wide,
+           bool onto) {
+  for (int64_t at = 0; at < wide; at += kLanes * kMicroVectors) {
+    F sum[kRows][kMicroVectors];
+#pragma GCC unroll 12
+    for (int m = 0; m < kRows; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kMicroVectors; v++) sum[m][v] = zero();
+    const float* from = panel + at;
+    const float* a = x;
+    for (int64_t k = 0; k < depth; k++, from += kWide, a += kMicroRows) {
+      F weight[kMicroVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kMicroVectors; v++) weight[v] = load(from + kLanes * v);
+#pragma GCC unroll 12
+      for (int m = 0; m < kRows; m++) {
+        const F of_row = splat(a[m]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kMicroVectors; v++) sum[m][v] = fma(of_row, weight[v], sum[m][v]);
+      }
+    }
+    const int64_t valid = wide - at < kLanes * kMicroVectors ? wide - at : kLanes * kMicroVectors;
+    alignas(64) float out[kRows][kLanes * kMicroVectors];
+#pragma GCC unroll 12
+    for (int m = 0; m < kRows; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kMicroVectors; v++) store(out[m] + kLanes * v, sum[m][v]);
+    for (int64_t m = 0; m < rows; m++) {
+      float* to = y + m * y_stride + at;
+      for (int64_t i = 0; i < valid; i++) to[i] = onto ? to[i] + out[m][i] : out[m][i];
+    }
+  }
+}
+
+template <int kBits>
+void many_of_bits(const Matrix& w, const Input& in, float* y, int64_t first, int64_t last, float* panel) {
+  constexpr int64_t kBlocksDeep = kDepth / kBlock;
+  const int64_t blocks = w.blocks();
+  for (int64_t unit = first; unit < last; unit++) {
+    const int64_t top = unit * kWide;
+    const int64_t wide = w.rows - top < kWide ? w.rows - top : kWide;
+    for (int64_t block = 0; block < blocks; block += kBlocksDeep) {
+      const int64_t end = blocks - block < kBlocksDeep ? blocks : block + kBlocksDeep;
+      for (int64_t tile = 0; tile * kTile < wide; tile++) {
+        float* part = panel + tile * kTile;
+        dequantize<kBits>(w, unit * kUnitTiles + tile, block, end, part);
+        scatter_outliers(w, unit * kUnitTiles + tile, block * kBlock, end * kBlock, part);
+      }
+      const int64_t depth = (end - block) * kBlock;
+      const float* x = in.panels + block * kBlock * kMicroRows;
+      for (int64_t m = 0; m < in.rows; m += kMicroRows, x += w.padded_columns() * kMicroRows) {
+        const int64_t rows = in.rows - m < kMicroRows ? in.rows - m : kMicroRows;
+        float* to = y + m * w.rows + top;
+        if (rows <= kMicroRows / 3)
+          micro<kMicroRows / 3>(panel, depth, x, to, w.rows, rows, wide, block != 0);
+        else if (rows <= kMicroRows / 3 * 2)
+          micro<kMicroRows / 3 * 2>(panel, depth, x, to, w.rows, rows, wide, block != 0);
+        else
+          micro<kMicroRows>(panel, depth, x, to, w.rows, rows, wide, block != 0);
+      }
+    }
+  }
+}
+
+void many(const Matrix& w, const Input& in, float* y, int64_t first, int64_t last, float* scratch) {
+  if (w.bits == 2) return many_of_bits<2>(w, in, y, first, last, scratch);
+  if (w.bits == 3) return many_of_bits<3>(w, in, y, first, last, scratch);
+  if (w.bits == 4) return many_of_bits<4>(w, in, y, first, last, scratch);
+  return many_of_bits<8>(w, in, y, first, last, scratch);
+}
