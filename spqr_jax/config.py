@@ -23,12 +23,12 @@ UNQUANTIZED_STATS_BITS = 16
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "near-lossless": {"target_bits": 4.75, "bit_choices": (4,)},
-    "4bit": {"target_bits": 4.3},
-    "3bit": {"target_bits": 3.75},
-    "smallest": {"target_bits": 3.25},
+    "near-lossless": {"target_bits": 4.75, "bit_choices": (4,), "head_bits": 8},
+    "4bit": {"target_bits": 4.3, "head_bits": 8},
+    "3bit": {"target_bits": 3.75, "head_bits": 8},
+    "smallest": {"target_bits": 3.25, "head_bits": 8},
 }
-"""Points on the line between size and quality: changes to `SpQRConfig`'s defaults."""
+"""Points on the line between size and quality: changes to `SpQRConfig`'s defaults. Targets leave the head out."""
 
 DEFAULT_PRESET = "4bit"
 """What a model is quantized with if nothing is said."""
@@ -94,8 +94,9 @@ class SpQRConfig:
       leave_one_out: leave weights out of a group's fit that fit better alone (the
         paper's outlier candidates). False finds outliers by their rounding error only,
         "simplified outliers" in the original.
-      quantize_head: quantize the output head too (path ``lm_head``); a tied one is
-        the embedding (path ``embed_tokens``), which then serves quantized on both sides.
+      head_bits: code bits of the output head (path ``lm_head``; a tied one is the
+        embedding, path ``embed_tokens``, which then serves quantized on both sides),
+        2..8; None leaves it dense. See `for_head`.
       target_bits: stored bits a weight that the quantized blocks should come to; what
         widths and outlier thresholds this takes is found by measuring (see
         `spqr_jax.budget`), and `bits` and `outlier_threshold` play no part. None for
@@ -117,7 +118,7 @@ class SpQRConfig:
     drift_correction: float = 0.0
     fit: Fit = "search"
     leave_one_out: bool = True
-    quantize_head: bool = False
+    head_bits: int | None = None
     target_bits: float | None = None
     bit_choices: tuple[int, ...] = (2, 3, 4)
     rules: tuple[LayerRule, ...] = ()
@@ -131,7 +132,13 @@ class SpQRConfig:
     def _problems(self) -> list[str]:
         problems = []
         choices = [("bit_choices", bits) for bits in self.bit_choices]
-        for name, bits in [("bits", self.bits), *choices, *((f"rule {r.pattern!r}: bits", r.bits) for r in self.rules)]:
+        head = ("head_bits", self.head_bits)
+        for name, bits in [
+            ("bits", self.bits),
+            head,
+            *choices,
+            *((f"rule {r.pattern!r}: bits", r.bits) for r in self.rules),
+        ]:
             if bits is not None and not 2 <= bits <= 8:
                 problems.append(f"{name} must lie in 2..8, got {bits}")
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
@@ -225,6 +232,20 @@ class SpQRConfig:
                 return dataclasses.replace(self, **changes)
         return self
 
+    def for_head(self, path: str) -> SpQRConfig | None:
+        """The configuration of the output head at `path`, or None to leave it dense.
+
+        With up to 4 bits the head is treated as any other weight. With more it is
+        rounded to nearest in groups of 32: no calibration, no outliers, and with 8
+        bits (8.4 stored) no loss that could be measured.
+        """
+        if self.head_bits is None:
+            return None
+        base = dataclasses.replace(self, bits=self.head_bits)
+        if self.head_bits > 4:
+            base = SpQRConfig.rtn(self.head_bits, 32, fit="search", stats_bits=3, rules=self.rules)
+        return base.for_path(path)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-serializable dictionary; `from_json` reads it back."""
         values = dataclasses.asdict(self)
@@ -244,10 +265,12 @@ class SpQRConfig:
         Raises:
           SpQRError: an unknown or unusable entry.
         """
+        values = dict(values)
+        if values.pop("quantize_head", False):  # what `head_bits` was before
+            values["head_bits"] = values["bits"]
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise SpQRError(f"unknown entries in a quantization config: {', '.join(unknown)}")
-        values = dict(values)
         if values.get("outlier_threshold", 0) is None:
             values["outlier_threshold"] = math.inf
         rules = []

@@ -18,7 +18,8 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
 
     Returns:
       JSON-serializable: `ideal_bits`, `stored_bits`, `outlier_percent` (over the
-      quantized weights; nan if there are none), `bytes` (all leaves),
+      blocks' quantized weights; nan if there are none), `head_bits` (stored bits a
+      weight of the output head; None if it is dense), `bytes` (all leaves),
       `quantized_bytes`, `dense_bytes` (what all weights would take dense, in the
       type of the norms), `quantization`, `provenance`, and `layers`: for each
       quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
@@ -28,8 +29,8 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
     itemsize = np.dtype(outer.final_norm.dtype).itemsize
     parts = [("", outer, OUTER_NAMES)]
     layers: dict[str, Any] = {}
-    total = dense_total = quantized = weights = outliers = 0
-    ideal = 0.0
+    total = dense_total = quantized = in_blocks = weights = outliers = 0
+    ideal, head_bits = 0.0, None
     for index in range(-1, source.config.num_layers):
         prefix, part, names = parts[0] if index < 0 else (f"layers.{index}.", source.block(index), BLOCK_NAMES)
         for name in names:
@@ -51,13 +52,18 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
                 "output_error": stats.get("output_error", math.nan),
             }
             quantized += num_bytes
+            if index < 0:
+                head_bits = weight.stored_bits
+                continue
+            in_blocks += num_bytes
             weights += weight.size
             outliers += weight.nnz
             ideal += weight.ideal_bits * weight.size
     return {
         "ideal_bits": ideal / weights if weights else math.nan,
-        "stored_bits": 8 * quantized / weights if weights else math.nan,
+        "stored_bits": 8 * in_blocks / weights if weights else math.nan,
         "outlier_percent": 100 * outliers / weights if weights else math.nan,
+        "head_bits": head_bits,
         "bytes": total,
         "quantized_bytes": quantized,
         "dense_bytes": dense_total,

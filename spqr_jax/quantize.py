@@ -98,9 +98,8 @@ def quantize(
 def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
     """Paths of the weights that `config` would quantize, in order."""
     paths = [f"layers.{index}.{name}" for index in range(source.config.num_layers) for name in WEIGHT_NAMES]
-    if config.quantize_head:
-        paths.append(source.config.head_path)
-    return [path for path in paths if config.for_path(path) is not None]
+    paths = [path for path in paths if config.for_path(path) is not None]
+    return paths if config.for_head(source.config.head_path) is None else [*paths, source.config.head_path]
 
 
 def quantize_blocks(
@@ -132,9 +131,12 @@ def quantize_blocks(
         linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
         activations = Activations(source.config, outer, calib_batches, linear)
     solver = _BlockSolver(config, report, ledger, activations)
+    head = source.config.head_path
+    own = config.for_head(head)
+    calibrates_head = own is not None and own.needs_calibration
     for index in range(source.config.num_layers):
         block, prefix = source.block(index), f"layers.{index}."
-        last = index + 1 == source.config.num_layers and not config.quantize_head
+        last = index + 1 == source.config.num_layers and not calibrates_head
         if activations is None:
             block = solver.solve(block, WEIGHT_NAMES, prefix, None)[0]
         elif config.sequential:
@@ -142,10 +144,8 @@ def quantize_blocks(
         else:
             block = solver.parallel(activations, block, prefix, last)
         sink.put_block(index, block)
-    head = source.config.head_path
-    own = config.for_path(head) if config.quantize_head else None
     if own is not None:
-        hessian = None if activations is None else activations.head_hessian(outer)
+        hessian = activations.head_hessian(outer) if activations is not None and calibrates_head else None
         solved = quantize_weights([getattr(outer, head)], hessian, [own])[0]
         report(head, solved.array, solved.stats)
         outer = dataclasses.replace(outer, **{head: solved.array})

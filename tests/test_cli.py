@@ -82,7 +82,10 @@ def test_without_flags_the_default_preset_is_met_and_tuning_keeps_the_size(folde
     assert abs(values["stored_bits"] - PRESETS[DEFAULT_PRESET]["target_bits"]) < 0.02
     result = spqr("inspect", "tuned", "--json", "t.json", cwd=folder)
     assert result.returncode == 0, result.stderr
-    provenance = json.loads((folder / "t.json").read_text())["provenance"]
+    values = json.loads((folder / "t.json").read_text())
+    assert values["layers"]["lm_head"]["bits"] == 8
+    assert 8 < values["head_bits"] < 9
+    provenance = values["provenance"]
     assert provenance["target_bits"] == PRESETS[DEFAULT_PRESET]["target_bits"]
     assert (provenance["tuned"]["objective"], provenance["tuned"]["epochs"]) == ("logits", 2)
 

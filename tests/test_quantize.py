@@ -139,10 +139,22 @@ def test_rules_skip_and_change_bits(tiny_model, tiny_batches):
 
 
 def test_the_head_is_quantized_on_request(tiny_model, tiny_batches, tokens):
-    config = SpQRConfig(quantize_head=True)
+    config = SpQRConfig(head_bits=3)
     quantized = quantize(tiny_model, tiny_batches, config)
     assert isinstance(quantized.outer.lm_head, SpQRArray)
     assert divergence(tiny_model, quantized, tokens) < 0.1
+
+
+def test_a_head_of_eight_bits_is_rounded_without_text(tiny_model, tokens):
+    quantized = quantize(tiny_model, None, SpQRConfig.rtn(8, 16, head_bits=8))
+    expected = SpQRConfig.rtn(8, 32, fit="search", stats_bits=3)
+    np.testing.assert_array_equal(
+        quantized.outer.lm_head.to_dense(), quantize_weight(tiny_model.outer.lm_head, None, expected).to_dense()
+    )
+    assert divergence(tiny_model, quantized, tokens) < 1e-3
+    assert SpQRConfig().for_head("lm_head") is None
+    skipped = SpQRConfig(head_bits=8, rules=(LayerRule("lm_head", skip=True),))
+    assert skipped.for_head("lm_head") is None
 
 
 def test_a_tied_head_serves_quantized_on_both_sides(tiny_model, tiny_batches, tokens, tmp_path):
@@ -151,7 +163,7 @@ def test_a_tied_head_serves_quantized_on_both_sides(tiny_model, tiny_batches, to
         outer=dataclasses.replace(tiny_model.outer, lm_head=None),
         config=dataclasses.replace(tiny_model.config, tied_head=True),
     )
-    config = SpQRConfig(quantize_head=True, rules=(LayerRule("embed_tokens", bits=4),))
+    config = SpQRConfig(head_bits=3, rules=(LayerRule("embed_tokens", bits=4),))
     quantized = quantize(tied, tiny_batches, config)
     assert quantized.outer.embed_tokens.bits == 4
     assert divergence(tied, quantized, tokens) < 0.1

@@ -1,112 +1,4 @@
-// Few rows of activations: codes are multiplied as they are, in integers. Included after tile.h, in the same way.
-//
-// A block of 32 activations becomes fixed-point numbers with one step for all, x_k = step * v_k, and v_k a few
-// limbs of kLimbBits bits each, so that one instruction multiplies kPerDot codes of a row by kPerDot limbs. 24 bits
-// keep what float32 keeps of the block's largest activation, and sums of a group are exact: no less accurate than
-// products in float32, at a fraction of the instructions. One limb of 8 bits is the faster, rounded way.
-
-constexpr int kParts = 8 / kPerDot;       // shifts that bring all codes of a word to where a dot product reads them
-constexpr int kXWords = kBlock / kPerDot;  // 32-bit words of one limb of a block of activations
-
-constexpr int limbs_of(bool rounded) { return rounded ? 1 : 24 / kLimbBits; }
-
-// The largest v of a block. Sums of 16 (or, for wider groups, 32) products with codes below 16 stay below 2^31.
-inline int32_t largest_fixed(const Matrix& w, bool rounded) {
-  if (rounded) return 127;
-  if (w.group > 16) return (1 << 22) - 1;
-  return kLimbBits == 8 ? 0x7f7f7f : 0x7ff7ff;  // the largest with all limbs in their range
-}
-
-// Digits of 32 / kPerDot bits each, all nonnegative and below 2^kLimbBits, less half of that.
-constexpr uint64_t balanced(uint64_t digits) {
-  return kLimbBits == 8 ? digits ^ 0x8080808080808080u : (digits + 0x7800780078007800u) ^ 0x8000800080008000u;
-}
-
-// The limbs of a block's activations for codes that are nibbles: word u of a limb holds those of columns
-// 8 (u / kParts) + u % kParts + kParts j, j = 0.., from the low bits on. Two columns at a time.
-SPQR_INLINE void put_limbs(const uint32_t* v, int limbs, int32_t* to) {
-  constexpr uint64_t kDigits = ((1u << kLimbBits) - 1) * 0x100000001u;
-  for (int limb = limbs - 1; limb >= 0; limb--)
-    for (int t = 0; t < kBlock / 8; t++)
-#pragma GCC unroll 2
-      for (int p = 0; p < kParts; p += 2, to += 2) {
-        uint64_t both = 0;
-#pragma GCC unroll 4
-        for (int j = 0; j < kPerDot; j++) {
-          uint64_t pair;
-          std::memcpy(&pair, v + 8 * t + p + kParts * j, 8);
-          both |= (pair >> (limb * kLimbBits) & kDigits) << (32 / kPerDot * j);
-        }
-        both = balanced(both);
-        std::memcpy(to, &both, 8);
-      }
-}
-
-// The same for codes that are bytes: word u holds columns 4 (u / half) + u % half + half j, half = kParts / 2.
-inline void put_limbs_for_bytes(const uint32_t* v, int limbs, int32_t* to) {
-  constexpr int kHalf = kParts / 2;
-  for (int limb = limbs - 1; limb >= 0; limb--)
-    for (int u = 0; u < kXWords; u++, to++) {
-      uint64_t word = 0;
-#pragma GCC unroll 4
-      for (int j = 0; j < kPerDot; j++) {
-        const uint32_t digit = v[u / kHalf * 4 + u % kHalf + kHalf * j] >> (limb * kLimbBits) & ((1u << kLimbBits) - 1);
-        word |= static_cast<uint64_t>(digit) << (32 / kPerDot * j);
-      }
-      *to = static_cast<int32_t>(balanced(word));
-    }
-}
-
-// A block of activations as multiples of the step that is returned, at most `limit` of them.
-SPQR_INLINE float fix_block(const float* x, int32_t limit, int32_t* value) {
-  int32_t largest_bits = 0;
-  for (int64_t k = 0; k < kBlock; k++) {
-    int32_t bits;
-    std::memcpy(&bits, x + k, 4);
-    bits &= 0x7fffffff;
-    largest_bits = bits > largest_bits ? bits : largest_bits;
-  }
-  float largest;
-  std::memcpy(&largest, &largest_bits, 4);
-  // Below 2^-100 is nothing; infinity and NaN make the whole product NaN.
-  const bool finite = largest_bits < 0x7f800000, something = finite && largest > 7.9e-31f;
-  const float inverse = something ? static_cast<float>(limit) / largest : 0.0f;
-  for (int64_t k = 0; k < kBlock; k += kLanes) nearest(something ? mul(load(x + k), splat(inverse)) : zero(), value + k);
-  for (int64_t k = 0; k < kBlock; k++) value[k] = value[k] > limit ? limit : value[k] < -limit ? -limit : value[k];
-  return !finite ? __builtin_nanf("") : something ? largest / static_cast<float>(limit) : 0.0f;
-}
-
-// One row of activations, columns in permuted order and padded with zeros to whole blocks.
-template <bool kRounded>
-void fix_row(const Matrix& w, const float* x, int32_t* fixed, float* step, float* sums) {
-  constexpr int kLimbs = limbs_of(kRounded);
-  const int32_t limit = largest_fixed(w, kRounded);
-  uint32_t bias = 0;  // makes every digit of v + bias that limb plus half its range
-  for (int limb = 0; limb < kLimbs; limb++) bias += 1u << (limb * kLimbBits + kLimbBits - 1);
-  const int64_t per_group = w.group / 8;
-  int64_t left = per_group;
-  *sums = 0;
-  for (int64_t block = 0; block < w.blocks(); block++, x += kBlock, fixed += kLimbs * kXWords) {
-    alignas(64) int32_t value[kBlock];
-    alignas(64) uint32_t biased[kBlock];
-    step[block] = fix_block(x, limit, value);
-    for (int64_t k = 0; k < kBlock; k++) biased[k] = static_cast<uint32_t>(value[k]) + bias;
-    for (int64_t k = 0; k < kBlock; k += 8, left--) {
-      if (left == 0) {
-        *++sums = 0;
-        left = per_group;
-      }
-      int32_t sum = 0;
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) sum += value[k + i];
-      *sums += static_cast<float>(sum) * step[block];
-    }
-    if (w.bits == 8)
-      put_limbs_for_bytes(biased, kLimbs, fixed);
-    else
-      put_limbs(biased, kLimbs, fixed);
-  }
-}
+// Few rows of activations: codes are multiplied as they are, in integers. Included after fixed.h, in the same way.
 
 // A word's codes, where dot products read them: 4 bits at the bottom of each field of 32 / kPerDot bits.
 template <int kPart = 0>
@@ -118,46 +10,55 @@ SPQR_INLINE void split(I word, I* part) {
 // Tiles that are multiplied together, so that activations are read once for both.
 constexpr int kTiles = kLanes == kTile ? 2 : 1;
 
+// How many sums the codes of kBits need: bytes have one for each nibble, unless dot products take whole bytes.
+template <int kBits>
+constexpr int kSums = kBits == 8 && !kWholeBytes ? 2 : 1;
+
+// Words of codes that kStep columns take, and what each is split into.
+template <int kBits, int kStep>
+constexpr int kStepWords = kStep * (kBits == 8 ? 8 : 4) / kBlock;
+template <int kBits>
+constexpr int kSplit = kBits == 8 && kWholeBytes ? 1 : kParts;
+
 // Σ codes v over kStep columns of each lane, for one row of activations; `part` is the codes' words as dot products
 // read them. Each limb, and of bytes each nibble, has its own sum: long chains of sums would wait for one another.
 template <int kBits, int kStep, int kLimbs>
-SPQR_INLINE void dots_of_step(const I (*part)[kStep * (kBits == 8 ? 8 : 4) / kBlock][kParts], const int32_t* x, F* to) {
-  constexpr int kStepWords = kStep * (kBits == 8 ? 8 : 4) / kBlock, kSums = kBits == 8 ? 2 : 1;
-  Dots dots[kTiles][kSums][kLimbs];
+SPQR_INLINE void dots_of_step(const I (*part)[kStepWords<kBits, kStep>][kSplit<kBits>], const int32_t* x, F* to) {
+  Dots dots[kTiles][kSums<kBits>][kLimbs];
 #pragma GCC unroll 8
-  for (int t = 0; t < kStepWords; t++)
+  for (int t = 0; t < kStepWords<kBits, kStep>; t++)
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; p++)
+    for (int p = 0; p < kSplit<kBits>; p++)
 #pragma GCC unroll 3
       for (int limb = 0; limb < kLimbs; limb++) {
-        const int32_t of_x = x[limb * kXWords + t * (kParts / kSums) + p / kSums];
+        const int32_t of_x = x[limb * kXWords + t * (kSplit<kBits> / kSums<kBits>) + p / kSums<kBits>];
 #pragma GCC unroll 2
-        for (int i = 0; i < kTiles; i++) dots[i][p % kSums][limb].add(part[i][t][p], of_x);
+        for (int i = 0; i < kTiles; i++) dots[i][p % kSums<kBits>][limb].add(part[i][t][p], of_x);
       }
 #pragma GCC unroll 2
   for (int i = 0; i < kTiles; i++) {
-    F total[kSums];
+    if constexpr (kBits == 8 && kWholeBytes) {  // the limbs' sums together would not fit into 32 bits
+      to[i] = number(dots[i][0][0].sum());
 #pragma GCC unroll 2
-    for (int half = 0; half < kSums; half++) {
-      I all = dots[i][half][0].sum();
+      for (int limb = 1; limb < kLimbs; limb++)
+        to[i] = fma(to[i], splat(static_cast<float>(1 << kLimbBits)), number(dots[i][0][limb].sum()));
+    } else {
+      F total[kSums<kBits>];
+#pragma GCC unroll 2
+      for (int half = 0; half < kSums<kBits>; half++) {
+        I all = dots[i][half][0].sum();
 #pragma GCC unroll 3
-      for (int limb = 1; limb < kLimbs; limb++) all = plus(left<kLimbBits>(all), dots[i][half][limb].sum());
-      total[half] = number(all);
+        for (int limb = 1; limb < kLimbs; limb++) all = plus(left<kLimbBits>(all), dots[i][half][limb].sum());
+        total[half] = number(all);
+      }
+      to[i] = kSums<kBits> == 1 ? total[0] : fma(total[kSums<kBits> - 1], splat(16.0f), total[0]);
     }
-    to[i] = kSums == 1 ? total[0] : fma(total[kSums - 1], splat(16.0f), total[0]);
   }
 }
 
-// A tile, from one of its rows on, and how far it has been read.
-struct Source {
-  const uint32_t* codes;
-  const uint8_t* stats;
-  const float* of_tile;  // what read_tile_statistics made of it
-};
-
 // What follows a tile in memory is fetched while it is multiplied, a little with every block, because the processor
-// sees too short streams to do it by itself: codes kAhead blocks ahead, statistics and outliers of the tile's successor.
-constexpr int64_t kAhead = 24;
+// sees too short streams to do it by itself: codes about kAhead bytes ahead, statistics and outliers of the tile's successor.
+constexpr int64_t kAhead = 4608;
 
 struct Fetches {
   const char *stats, *cols, *values;
@@ -178,9 +79,10 @@ struct Fetches {
 
   template <int kBits>
   SPQR_INLINE void at(const uint32_t* codes, int64_t block, int64_t blocks) {
-    constexpr int64_t kBlockWords = kWords<kBits> * kTile;
-    const int64_t past = block + kAhead < blocks ? 0 : (kTiles - 1) * blocks;  // other tiles of the same pair
-    const auto* next = codes + (kAhead + past) * kBlockWords;
+    constexpr int64_t kBlockWords = kWords<kBits> * kTile, kBlocks = kAhead / (4 * kBlockWords);
+    const int64_t ahead = blocks < kBlocks ? blocks : kBlocks;
+    const int64_t past = block + ahead < blocks ? 0 : (kTiles - 1) * blocks;  // other tiles of the same pair
+    const auto* next = codes + (ahead + past) * kBlockWords;
 #pragma GCC unroll 8
     for (int64_t word = 0; word < kBlockWords; word += 16) __builtin_prefetch(next + word);
     __builtin_prefetch(stats + block * stats_step);
@@ -191,11 +93,17 @@ struct Fetches {
   }
 };
 
+// A tile, from one of its rows on, and how far it has been read.
+struct Source {
+  const uint32_t* codes;
+  const uint8_t* stats;
+  const float* of_tile;  // what read_tile_statistics made of it
+};
+
 // total += S (Σ_k code_k x_k - Z Σ_k x_k), group by group.
 template <int kBits, int kStep, int kRows, int kLimbs>
 SPQR_INLINE void multiply_tiles(const Matrix& w, const Input& in, int64_t first_row, int64_t tile, int lane, Source* from,
                                 F (*total)[kTiles]) {
-  constexpr int kStepWords = kStep * (kBits == 8 ? 8 : 4) / kBlock;
   const int64_t blocks = w.blocks(), per_group = w.group / kBlock, size = statistics_bytes(w.kind);
   const int32_t* x[kRows];
   const float *step[kRows], *sums[kRows];
@@ -220,11 +128,17 @@ SPQR_INLINE void multiply_tiles(const Matrix& w, const Input& in, int64_t first_
     }
 #pragma GCC unroll 4
     for (int of_block = 0; of_block < kBlock / kStep; of_block++) {
-      I part[kTiles][kStepWords][kParts];
+      constexpr int kHere = kStepWords<kBits, kStep>;
+      I part[kTiles][kHere][kSplit<kBits>];
 #pragma GCC unroll 2
       for (int i = 0; i < kTiles; i++)
 #pragma GCC unroll 8
-        for (int t = 0; t < kStepWords; t++) split(code[i].word[of_block * kStepWords + t], part[i][t]);
+        for (int t = 0; t < kHere; t++) {
+          if constexpr (kSplit<kBits> == 1)
+            part[i][t][0] = code[i].word[of_block * kHere + t];
+          else
+            split(code[i].word[of_block * kHere + t], part[i][t]);
+        }
       const int64_t at = block * kLimbs * kXWords + of_block * kStep / kPerDot;
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; m++) {

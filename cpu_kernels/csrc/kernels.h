@@ -1,6 +1,8 @@
 // One instruction set's kernels: included after a simd_*.h, inside a namespace of that instruction set.
 #include "tile.h"
 
+#include "fixed.h"
+
 #include "few.h"
 #include "many.h"
 

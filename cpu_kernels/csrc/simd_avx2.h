@@ -2,6 +2,7 @@
 
 constexpr int kLanes = 8;
 constexpr int kPerDot = 4, kLimbBits = 8;
+constexpr bool kWholeBytes = false;
 constexpr int kMicroRows = 6, kMicroVectors = 2;
 using F = __m256;
 using I = __m256i;

@@ -3,6 +3,11 @@
 
 constexpr int kLanes = 16;
 constexpr int kPerDot = 4, kLimbBits = 8;
+#ifdef SPQR_VNNI
+constexpr bool kWholeBytes = true;
+#else
+constexpr bool kWholeBytes = false;  // sums of 16 bits would overflow
+#endif
 constexpr int kMicroRows = 12, kMicroVectors = 2;
 using F = __m512;
 using I = __m512i;
@@ -56,7 +61,8 @@ SPQR_INLINE void four_halves(const uint8_t* p, float* out) {
 SPQR_INLINE void nearest(F a, int32_t* out) { _mm512_storeu_si512(out, _mm512_cvtps_epi32(a)); }
 SPQR_INLINE I plus(I a, I b) { return _mm512_add_epi32(a, b); }
 
-// Adds up dot products of each lane's four codes, which are below 16, with four signed bytes; up to eight of them.
+// Adds up dot products of each lane's four codes, which unless kWholeBytes are below 16, with four signed bytes;
+// up to eight of them.
 struct Dots {
   I total;
   SPQR_INLINE Dots() : total(_mm512_setzero_si512()) {}

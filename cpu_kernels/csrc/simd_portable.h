@@ -6,6 +6,7 @@ typedef int32_t SignedI __attribute__((vector_size(16)));
 
 constexpr int kLanes = 4;
 constexpr int kPerDot = 2, kLimbBits = 12;
+constexpr bool kWholeBytes = false;
 #if defined(__aarch64__)
 constexpr int kMicroRows = 6, kMicroVectors = 4;  // of 32 registers
 #else

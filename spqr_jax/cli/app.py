@@ -16,9 +16,11 @@ from spqr_jax.budget import plan_budget
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource, refuse_existing
 from spqr_jax.cli import interrupt
+from spqr_jax.cli.bench import bench
 from spqr_jax.cli.display import (
     QuantizeProgress,
     console,
+    describe_head,
     errors,
     number,
     progress_bar,
@@ -59,6 +61,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Large language models, small: SpQR quantization in JAX.",
 )
+
+
+app.command()(bench)
 
 
 @app.command()
@@ -110,9 +115,12 @@ def quantize(
     rule: Annotated[
         list[str] | None, typer.Option(help="PATTERN=skip or PATTERN=BITS for weights whose path matches; repeatable.")
     ] = None,
-    quantize_head: Annotated[
-        bool, typer.Option(help="Quantize the output head too; a tied one is the embedding.")
-    ] = False,
+    head_bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of the output head (a tied one is the embedding): 8, as presets have it, 4, .. or none."
+        ),
+    ] = None,
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     json: Json = None,
@@ -135,7 +143,7 @@ def quantize(
         fit=fit,
         sequential=sequential,
         rules=tuple(parse_rule(text) for text in rule or ()),
-        quantize_head=quantize_head or None,
+        head_bits=head_bits,
     )
     refuse_existing(out, overwrite)
     opened = open_model(model, dtype, say)
@@ -188,7 +196,7 @@ def quantize(
     summary = summarize(CheckpointSource(out))
     console.print(
         f"[bold]{out}[/bold]: {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
-        f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in all "
+        f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in all "
         f"({size(summary['dense_bytes'])} dense), {seconds:.0f} s"
     )
     write_json(
@@ -344,9 +352,9 @@ def inspect(
     table(str(directory), ["weight", "shape", "bits", "ideal", "stored", "outliers", "output error"], rows)
     console.print(
         f"{summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a quantized weight, "
-        f"{summary['outlier_percent']:.2f}% outliers\n"
+        f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}\n"
         f"{size(summary['bytes'])} in all: {size(summary['quantized_bytes'])} quantized, "
-        f"{size(summary['bytes'] - summary['quantized_bytes'])} dense (embedding, norms and what was left out); "
+        f"{size(summary['bytes'] - summary['quantized_bytes'])} dense (norms and what was left out); "
         f"{size(summary['dense_bytes'])} before"
     )
     console.print(describe_products(), markup=False)

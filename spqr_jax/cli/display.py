@@ -103,6 +103,12 @@ class QuantizeProgress:
         )
 
 
+def describe_head(summary: dict[str, Any]) -> str:
+    """What `summarize` says of the output head."""
+    bits = summary["head_bits"]
+    return "head dense" if bits is None else f"head {bits:.2f} stored bits"
+
+
 def show_plan(plan: Plan) -> None:
     """One line on how a budget is spent."""
     shares = ", ".join(f"{bits} bits for {100 * share:.0f}%" for bits, share in plan.share_of_bits().items())

@@ -62,6 +62,12 @@ _CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "seq
 """Options that say how calibration text is used."""
 
 
+def _whole_number(option: str, text: str, otherwise: str) -> int:
+    if not text.isdigit():
+        raise SpQRError(f"{option}: expected a number or {otherwise}, got {text!r}")
+    return int(text)
+
+
 def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRConfig:
     """The preset or method, changed by the options that were given (those not None).
 
@@ -82,11 +88,12 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
         changes["group_size"] = None
     if method == "rtn" and (unused := _CALIBRATED & set(changes)):
         raise SpQRError(f"round to nearest has no use for {', '.join(sorted(unused))}")
+    if (head := changes.get("head_bits")) is not None:
+        changes["head_bits"] = None if head == "none" else _whole_number("--head-bits", head, "'none'")
     bits = changes.pop("bits", None)
     if bits not in (None, "auto"):
-        if not str(bits).isdigit():
-            raise SpQRError(f"--bits: expected a number or 'auto', got {bits!r}")
-        changes |= {"bits": int(bits), "bit_choices": (int(bits),)}
+        width = _whole_number("--bits", bits, "'auto'")
+        changes |= {"bits": width, "bit_choices": (width,)}
     if method == "spqr" and not {"target_bits", "bits", "outlier_threshold"} & set(changes):
         preset = preset or DEFAULT_PRESET
     if bits == "auto" and preset is None and "target_bits" not in changes:

@@ -1,0 +1,104 @@
+"""`spqr bench`: how fast a model generates here."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from spqr_jax.array import SpQRArray
+from spqr_jax.blocks import collect
+from spqr_jax.cli.display import console, number, progress_bar, say, size, table, write_json
+from spqr_jax.cli.options import Json, Model
+from spqr_jax.cli.stream import describe_products
+from spqr_jax.errors import DataError
+from spqr_jax.evaluate.speed import Speed, generating, read_bandwidth, take_turns
+from spqr_jax.generate import Generator
+from spqr_jax.linear import default_implementation, prepare
+from spqr_jax.models.decoder import Decoder
+from spqr_jax.resolve import open_model
+
+
+def bench(
+    model: Model,
+    dense: Annotated[str | None, typer.Option(help="A dense model to compare with, such as the one it was.")] = None,
+    bfloat16: Annotated[bool, typer.Option(help="The dense model in bfloat16 as well; on CPUs this is slow.")] = False,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in a turn.", min=2)] = 64,
+    turns: Annotated[int, typer.Option(help="Turns of each rival.", min=1)] = 5,
+    json: Json = None,
+) -> None:
+    """Measure tokens a second. All rivals run in one process and take turns."""
+    models = candidates(model, dense, bfloat16)
+    config = next(iter(models.values())).config
+    if prompt_tokens + new_tokens > config.max_positions:
+        raise DataError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit into {model}'s context of "
+            f"{config.max_positions}: ask for fewer"
+        )
+    bandwidth = read_bandwidth()
+    processors = f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}"
+    console.print(f"{processors}, {bandwidth:.1f} GB/s of memory; {describe_products()}", markup=False)
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, prompt_tokens).tolist()
+    rivals = {name: generating(Generator(params)) for name, params in models.items()}
+    with progress_bar("generating", (turns + 1) * len(rivals)) as advance:
+        speeds = take_turns(rivals, prompt, new_tokens, turns, advance)
+    results = {name: summary(speeds[name], params) for name, params in models.items()}
+    show(f"{model}: {prompt_tokens} prompt and {new_tokens} new tokens, medians of {turns} turns", results)
+    write_json(
+        json, {"model": model, "read_bandwidth_gb_s": bandwidth, "processors": os.cpu_count(), "results": results}
+    )
+
+
+def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decoder]:
+    """The models to measure, ready to generate, the dense ones first."""
+    models: dict[str, Decoder] = {}
+    if dense is not None:
+        models["dense float32"] = collect(open_model(dense, "float32", say).source)
+        if bfloat16:
+            models["dense bfloat16"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models["dense float32"])
+    given = collect(open_model(model, "float32", say).source)
+    leaves = jax.tree.leaves(given, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
+    if not any(isinstance(leaf, SpQRArray) for leaf in leaves):
+        models["as it is"] = given
+    elif default_implementation() == "cpu":
+        models["packed"] = prepare(given)
+        models["packed, int8 activations"] = prepare(given, int8_activations=True)
+    else:
+        models["dequantized"] = prepare(given)
+    return models
+
+
+def summary(speed: Speed, params: Decoder | None) -> dict[str, Any]:
+    """Medians, and what of its weights a model reads a second (not an untied embedding, of which it reads rows)."""
+    values: dict[str, Any] = {
+        "decode_tokens_per_second": float(np.median(speed.decode)),
+        "prefill_tokens_per_second": float(np.median(speed.prefill)),
+        "decode_turns": speed.decode.tolist(),
+        "prefill_turns": speed.prefill.tolist(),
+    }
+    if params is not None:
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        rows_only = 0 if params.config.tied_head else params.outer.embed_tokens.nbytes
+        values["bytes"] = held
+        values["gb_per_second"] = (held - rows_only) * values["decode_tokens_per_second"] / 1e9
+    return values
+
+
+def show(title: str, results: dict[str, dict[str, Any]]) -> None:
+    """The table; ratios are to the first row."""
+    base = next(iter(results.values()))
+    lines = []
+    for name, values in results.items():
+        decode, prefill = values["decode_tokens_per_second"], values["prefill_tokens_per_second"]
+        line = [name, number(decode, 1), number(decode / base["decode_tokens_per_second"], 2)]
+        line += [number(prefill, 0), number(prefill / base["prefill_tokens_per_second"], 2)]
+        known = "bytes" in values
+        lines.append(
+            [*line, size(values["bytes"]) if known else "–", number(values["gb_per_second"], 1) if known else "–"]
+        )
+    table(title, ["what", "tokens/s", "×", "prefill tokens/s", "×", "weights", "GB/s of them"], lines)
