@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +15,6 @@ from cpu_kernels.library import chosen_kernels, loaded
 from cpu_kernels.packed import Packed
 
 
-def _format(w: Packed) -> dict[str, np.int64]:
-    return {"bits": np.int64(w.bits), "group": np.int64(w.group), "kind": np.int64(w.kind)}
-
-
 def _one_by_one(call: Callable[..., jax.Array], axis_size: int, in_batched: Any, arguments: Any) -> jax.Array:
     """vmap of a call where the matrix itself is batched: matrix after matrix."""
     batched = jax.tree.map(
@@ -29,36 +25,63 @@ def _one_by_one(call: Callable[..., jax.Array], axis_size: int, in_batched: Any,
     return jax.lax.map(lambda each: call(*each), batched)
 
 
+Products = Callable[[jax.Array, tuple[Packed, ...]], tuple[jax.Array, ...]]
+
+
 @lru_cache
-def _product(kernels: str, rounded: bool, threads: int) -> Callable[[jax.Array, Packed], jax.Array]:
-    """x f32 [rows, in], w -> f32 [rows, out], with rules for vmap and for gradients by x."""
+def _products(kernels: str, rounded: bool, threads: int) -> Products:
+    """x f32 [rows, in], matrices -> f32 [rows, out] each, with rules for vmap and for gradients by x."""
 
     @custom_vmap
-    def call(x: jax.Array, w: Packed) -> jax.Array:
-        result = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
-        return jax.ffi.ffi_call("spqr_matmul", result)(
-            x, *w.leaves(), **_format(w), kernels=kernels, rounded=rounded, threads=np.int64(threads)
+    def call(x: jax.Array, ws: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
+        results = tuple(jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32) for w in ws)
+        return tuple(
+            jax.ffi.ffi_call("spqr_matmul", results)(
+                x, *(w.data for w in ws), kernels=kernels, rounded=rounded, threads=np.int64(threads)
+            )
         )
 
     @call.def_vmap
-    def _(axis_size: int, in_batched: Any, x: jax.Array, w: Packed) -> tuple[jax.Array, bool]:
+    def _(axis_size: int, in_batched: Any, x: jax.Array, ws: tuple[Packed, ...]) -> tuple[Any, Any]:
         if any(jax.tree.leaves(in_batched[1])):
-            return _one_by_one(call, axis_size, in_batched, (x, w)), True
-        y = call(x.reshape(-1, x.shape[-1]), w)  # more rows of one product
-        return y.reshape(axis_size, -1, y.shape[-1]), True
+            return _one_by_one(call, axis_size, in_batched, (x, ws)), (True,) * len(ws)
+        ys = call(x.reshape(-1, x.shape[-1]), ws)  # more rows of the same products
+        return tuple(y.reshape(axis_size, -1, y.shape[-1]) for y in ys), (True,) * len(ws)
 
     @jax.custom_vjp
-    def product(x: jax.Array, w: Packed) -> jax.Array:
-        return call(x, w)
+    def products(x: jax.Array, ws: tuple[Packed, ...]) -> tuple[jax.Array, ...]:
+        return call(x, ws)
 
-    def forward(x: jax.Array, w: Packed) -> tuple[jax.Array, Packed]:
-        return call(x, w), w
+    def forward(x: jax.Array, ws: tuple[Packed, ...]) -> tuple[tuple[jax.Array, ...], tuple[Packed, ...]]:
+        return call(x, ws), ws
 
-    def backward(w: Packed, gradient: jax.Array) -> tuple[jax.Array, None]:
-        return jnp.dot(gradient, to_dense(w), precision=jax.lax.Precision.HIGHEST), None
+    def backward(ws: tuple[Packed, ...], gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        parts = [
+            jnp.dot(gradient, to_dense(w), precision=jax.lax.Precision.HIGHEST)
+            for gradient, w in zip(gradients, ws, strict=True)
+        ]
+        return sum(parts[1:], start=parts[0]), None
 
-    product.defvjp(forward, backward)
-    return product
+    products.defvjp(forward, backward)
+    return products
+
+
+def matmul_all(x: jax.Array, ws: Sequence[Packed], *, kernels: str | None = None, threads: int = 0) -> list[jax.Array]:
+    """The products of one x with several matrices, in one call: as :func:`matmul` of each, only sooner done.
+
+    Raises:
+      ValueError: as `matmul`; no matrices; or some that round activations beside some that do not.
+    """
+    for w in ws:
+        if x.ndim < 1 or x.shape[-1] != w.shape[1]:
+            raise ValueError(f"matmul: activations {x.shape} do not fit a matrix of shape {w.shape} [out, in]")
+    rounding = {w.int8_activations for w in ws}
+    if len(rounding) != 1:
+        raise ValueError("matmul_all needs matrices that all round activations, or none of which does")
+    name = chosen_kernels(kernels)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    ys = _products(name, rounding.pop(), threads)(rows, tuple(ws))
+    return [y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True)]
 
 
 def matmul(x: jax.Array, w: Packed, *, kernels: str | None = None, threads: int = 0) -> jax.Array:
@@ -67,10 +90,10 @@ def matmul(x: jax.Array, w: Packed, *, kernels: str | None = None, threads: int 
     Works under `jit`, `vmap`, `shard_map` and `grad` (by x; W counts as constant).
 
     Args:
-      x: activations [..., in] of any float type; the product is made in float32.
-      w: the packed matrix. With `int8_activations` x is rounded to 8 bits, one scale
-        for 32 of a row, and multiplied in integers: up to 16 rows of x, and where
-        these kernels can; otherwise nothing is rounded.
+      x: activations [..., in] of any float type. For up to 16 rows they are held in
+        fixed point, 24 bits with one scale for 32 of a row, and sums of a group are
+        exact; for more rows the product is made in float32.
+      w: the packed matrix. With `int8_activations`, 8 bits instead of 24.
       kernels: their name, such as ``avx2``; by default the environment's choice or the
         best that the processor has.
       threads: at most so many; 0 for all of XLA's.
@@ -82,12 +105,7 @@ def matmul(x: jax.Array, w: Packed, *, kernels: str | None = None, threads: int 
       ValueError: shapes that do not fit.
       LibraryError: no library, or no such kernels.
     """
-    if x.ndim < 1 or x.shape[-1] != w.shape[1]:
-        raise ValueError(f"matmul: activations {x.shape} do not fit a matrix of shape {w.shape} [out, in]")
-    name = chosen_kernels(kernels)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    y = _product(name, w.int8_activations, threads)(rows, w)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[0])
+    return matmul_all(x, [w], kernels=kernels, threads=threads)[0]
 
 
 def take_rows(w: Packed, index: jax.Array) -> jax.Array:
@@ -106,7 +124,7 @@ def take_rows(w: Packed, index: jax.Array) -> jax.Array:
 @custom_vmap
 def _rows(index: jax.Array, w: Packed) -> jax.Array:
     result = jax.ShapeDtypeStruct((index.shape[0], w.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call("spqr_take_rows", result)(index, *w.leaves(), **_format(w), rows=np.int64(w.shape[0]))
+    return jax.ffi.ffi_call("spqr_take_rows", result)(index, w.data, rows=np.int64(w.shape[0]))
 
 
 @_rows.def_vmap

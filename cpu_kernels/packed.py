@@ -21,6 +21,7 @@ FORMATS = (2, 3, 4, 8)
 """Bits a code that the kernels read; others are stored in the next wider."""
 
 _NIBBLES, _HALF, _FLOAT = 0, 1, 2
+_MAGIC, _HEADER_WORDS, _ALIGN = 0x315251534C425053, 16, 64  # as in csrc/blob.h
 
 
 @jax.tree_util.register_dataclass
@@ -29,33 +30,16 @@ class Packed:
     """A matrix [out, in] for :func:`matmul`. Make one with :func:`pack`, which checks what the kernels rely on.
 
     Attributes:
-      codes: uint32 [tiles, blocks, bits, 16], tiles of 16 rows, blocks of 32 columns.
-      stats: uint8 [tiles, groups, 24, 64 or 128].
-      outlier_start: int32 [tiles + 1], outliers before each tile.
-      outlier_counts: int32 [tiles, 16], of the tile's rows, falling.
-      lane_of_row: uint8 [tiles, 16], where in that order a row stands.
-      outlier_cols: uint16 or int32 [entries + 16], permuted columns.
-      outlier_values: float16 [entries + 16]; kernels read some past the end of a tile's.
-      perm: int32 [in]; ``x[perm]`` meets the codes. Empty for the identity.
+      data: uint8 [bytes], a header and all arrays (`csrc/blob.h`): a program that takes
+        one array for a matrix starts sooner than one that takes eight.
       shape: (out, in).
       bits: of a code as it is held, one of `FORMATS`.
-      group: columns that share a scale: 8, 16 or a multiple of 32.
-      kind: of the statistics.
       int8_activations: whether :func:`matmul` rounds activations to 8 bits.
     """
 
-    codes: Any
-    stats: Any
-    outlier_start: Any
-    outlier_counts: Any
-    lane_of_row: Any
-    outlier_cols: Any
-    outlier_values: Any
-    perm: Any
+    data: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
-    group: int = dataclasses.field(metadata={"static": True})
-    kind: int = dataclasses.field(metadata={"static": True})
     int8_activations: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -70,21 +54,8 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the leaves hold."""
-        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
-
-    def leaves(self) -> tuple[Any, ...]:
-        """In the order in which the library takes them."""
-        return (
-            self.codes,
-            self.stats,
-            self.outlier_start,
-            self.outlier_counts,
-            self.lane_of_row,
-            self.outlier_cols,
-            self.outlier_values,
-            self.perm,
-        )
+        """Bytes that are held."""
+        return math.prod(self.data.shape)
 
 
 def pack(
@@ -148,28 +119,33 @@ def pack(
     wanted = -(-_whole(inner, BLOCK) // group)
     stats = np.repeat(stats, group_size // group, axis=1)[:, :wanted]
     stats = np.pad(stats, ((0, 0), (0, wanted - stats.shape[1]), (0, 0)))
-    packed = Packed(
-        codes=_pack_codes(np.asarray(codes), out, inner, bits, width),
-        stats=jax.device_put(stats),
-        **_pack_outliers(out, np.asarray(row_ptr), np.asarray(cols), np.asarray(values, np.float16)),
-        perm=jax.device_put(np.zeros(0, np.int32))
-        if perm is None
-        else jax.device_put(np.asarray(perm).astype(np.int32)),
-        shape=(int(out), int(inner)),
-        bits=width,
-        group=int(group),
-        kind=kind,
-        int8_activations=int8_activations,
-    )
-    _check(packed)
-    return packed
+    outliers = _pack_outliers(out, np.asarray(row_ptr), np.asarray(cols), np.asarray(values, np.float16))
+    order = np.zeros(0, np.int32) if perm is None else np.asarray(perm).astype(np.int32)
+    if order.shape not in ((0,), (inner,)):
+        raise ValueError(f"perm has {order.shape[0]} entries, the matrix {inner} columns")
+    header = np.zeros(_HEADER_WORDS, np.int64)
+    header[:9] = (_MAGIC, out, inner, width, group, kind, outliers[0][-1], outliers[3].itemsize, perm is not None)
+    data = _joined([header, _pack_codes(np.asarray(codes), out, inner, bits, width), stats, *outliers, order])
+    if found := loaded().spqr_problem(data.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(data.size)):
+        raise ValueError(f"matrix of shape {shape}: {found.decode()}")
+    return Packed(jax.device_put(data), (int(out), int(inner)), width, int8_activations)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """Their bytes in one array, each from a multiple of 64 on."""
+    data = np.zeros(sum(_whole(array.nbytes, _ALIGN) for array in arrays), np.uint8)
+    at = 0
+    for array in arrays:
+        data[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        at += _whole(array.nbytes, _ALIGN)
+    return data
 
 
 def _whole(length: int, unit: int) -> int:
     return -(-length // unit) * unit
 
 
-def _pack_codes(stored: np.ndarray, out: int, inner: int, bits: int, width: int) -> jax.Array:
+def _pack_codes(stored: np.ndarray, out: int, inner: int, bits: int, width: int) -> np.ndarray:
     stored = np.ascontiguousarray(stored, np.uint16)
     if stored.ndim != 2 or stored.shape[0] != out or stored.shape[1] < -(-inner // 16) * bits:
         raise ValueError(f"codes {stored.shape} do not hold {out} rows of {inner} codes of {bits} bits")
@@ -183,7 +159,7 @@ def _pack_codes(stored: np.ndarray, out: int, inner: int, bits: int, width: int)
         ctypes.c_int32(width),
         packed.ctypes.data_as(ctypes.c_void_p),
     )
-    return jax.device_put(packed)
+    return packed
 
 
 def _nibble_stats(scale_codes: Any, zero_codes: Any, tile_stats: Any, out: int) -> np.ndarray:
@@ -207,7 +183,8 @@ def _plain_stats(scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
     return both.reshape(*both.shape[:2], -1).view(np.uint8)
 
 
-def _pack_outliers(out: int, row_ptr: np.ndarray, cols: np.ndarray, values: np.ndarray) -> dict[str, jax.Array]:
+def _pack_outliers(out: int, row_ptr: np.ndarray, cols: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    """Start, counts, lanes, columns and values, as `csrc/matrix.h` has them."""
     tiles = -(-out // TILE)
     if row_ptr.shape != (out + 1,) or row_ptr[0] != 0 or np.any(np.diff(row_ptr) < 0) or row_ptr[-1] > len(cols):
         raise ValueError(f"row_ptr does not rise from 0 to at most {len(cols)} in {out + 1} steps")
@@ -224,40 +201,10 @@ def _pack_outliers(out: int, row_ptr: np.ndarray, cols: np.ndarray, values: np.n
     at = np.argsort(key, kind="stable")
     cols, values = (np.pad(each[at], (0, TILE)) for each in (cols, values))
     by_tile = counts.reshape(tiles, TILE)
-    return {
-        "outlier_start": jax.device_put(np.concatenate([[0], np.cumsum(by_tile.sum(axis=1))]).astype(np.int32)),
-        "outlier_counts": jax.device_put(np.take_along_axis(by_tile, order, axis=1).astype(np.int32)),
-        "lane_of_row": jax.device_put(lane_of_row),
-        "outlier_cols": jax.device_put(cols.astype(np.uint16 if cols.dtype == np.uint16 else np.int32)),
-        "outlier_values": jax.device_put(values.astype(np.float16)),
-    }
-
-
-def _check(packed: Packed) -> None:
-    """Asks the library whether every index stays in its array."""
-
-    def held(leaf: Any, dtype: Any) -> np.ndarray:
-        return np.ascontiguousarray(np.asarray(leaf), dtype)
-
-    def pointer(array: np.ndarray) -> ctypes.c_void_p:
-        return array.ctypes.data_as(ctypes.c_void_p)
-
-    narrow = packed.outlier_cols.dtype == np.uint16
-    start, counts = held(packed.outlier_start, np.int32), held(packed.outlier_counts, np.int32)
-    lanes, perm = held(packed.lane_of_row, np.uint8), held(packed.perm, np.int32)
-    cols = held(packed.outlier_cols, np.uint16 if narrow else np.int32)
-    if perm.shape not in ((0,), (packed.shape[1],)):
-        raise ValueError(f"perm has {perm.shape[0]} entries, the matrix {packed.shape[1]} columns")
-    found = loaded().spqr_problem(
-        ctypes.c_int64(packed.shape[0]),
-        ctypes.c_int64(packed.shape[1]),
-        pointer(start),
-        pointer(counts),
-        pointer(lanes),
-        pointer(cols) if narrow else None,
-        None if narrow else pointer(cols),
-        ctypes.c_int64(int(start[-1])),
-        pointer(perm) if perm.size else None,
-    )
-    if found:
-        raise ValueError(f"matrix of shape {packed.shape}: {found.decode()}")
+    return [
+        np.concatenate([[0], np.cumsum(by_tile.sum(axis=1))]).astype(np.int32),
+        np.take_along_axis(by_tile, order, axis=1).astype(np.int32),
+        lane_of_row,
+        cols.astype(np.uint16 if cols.dtype == np.uint16 else np.int32),
+        values.astype(np.float16),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -36,6 +37,20 @@ def linear(w: jax.Array | SpQRArray | cpu_kernels.Packed, x: jax.Array) -> jax.A
     if isinstance(w, SpQRArray):
         w = w.to_dense(x.dtype)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+
+
+def linear_all(ws: Sequence[jax.Array | SpQRArray | cpu_kernels.Packed], x: jax.Array) -> list[jax.Array]:
+    """`linear` of several weights that read one input; prepared ones in one go.
+
+    Raises:
+      SpQRError: as `linear`.
+    """
+    packed = [w for w in ws if isinstance(w, cpu_kernels.Packed)]
+    if len(packed) == len(ws) and len({w.int8_activations for w in packed}) == 1:
+        if wrong := [w.shape for w in packed if x.shape[-1] != w.shape[1]]:
+            raise SpQRError(f"linear: activations {x.shape} do not fit a weight of shape {wrong[0]} [out, in]")
+        return cpu_kernels.matmul_all(x, packed)
+    return [linear(w, x) for w in ws]
 
 
 def take_rows(w: jax.Array | SpQRArray | cpu_kernels.Packed, index: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "blob.h"
 #include "half.h"
 #include "matmul.h"
 
@@ -180,6 +181,51 @@ void damage(Sample& s) {
   }
 }
 
+// The matrix as one array of bytes, some of them damaged, in a buffer of the exact size.
+void check_blob(const Sample& s, int64_t outliers) {
+  const Matrix& w = s.w;
+  const bool wide = w.outlier_cols32 != nullptr;
+  int64_t header[kHeaderWords] = {kBlobMagic, w.rows, w.columns, w.bits, w.group, static_cast<int64_t>(w.kind),
+                                  outliers, wide ? 4 : 2, w.perm != nullptr};
+  std::vector<uint8_t> bytes;
+  const auto put = [&](const void* from, size_t count) {
+    bytes.resize((bytes.size() + kBlobAlign - 1) / kBlobAlign * kBlobAlign);
+    const auto* begin = static_cast<const uint8_t*>(from);
+    bytes.insert(bytes.end(), begin, begin + count);
+  };
+  put(header, sizeof header);
+  put(s.codes.data(), 4 * s.codes.size());
+  put(s.stats.data(), s.stats.size());
+  put(s.start.data(), 4 * s.start.size());
+  put(s.counts.data(), 4 * s.counts.size());
+  put(s.lane_of_row.data(), s.lane_of_row.size());
+  const std::vector<uint8_t> cols(static_cast<size_t>((outliers + kTile) * (wide ? 4 : 2)));
+  put(cols.data(), cols.size());
+  put(s.values.data(), 2 * s.values.size());
+  put(s.perm.data(), 4 * s.perm.size());
+  Matrix read;
+  if (const std::string found = read_blob(bytes.data(), static_cast<int64_t>(bytes.size()), read); !found.empty()) {
+    std::printf("sound bytes are refused: %s\n", found.c_str());
+    std::exit(1);
+  }
+  for (int times = 0; times < 20; times++) {
+    std::vector<uint8_t> damaged = bytes;
+    if (pick(0, 3) == 0) damaged.resize(static_cast<size_t>(pick(0, static_cast<int64_t>(bytes.size()))));
+    const auto number = pick(0, 1) == 1 ? pick(-3, 70) : static_cast<int64_t>(rng());
+    if (damaged.size() >= sizeof header) std::memcpy(damaged.data() + 8 * pick(0, 8), &number, 8);
+    const std::vector<uint8_t> exact(damaged);
+    if (!read_blob(exact.data(), static_cast<int64_t>(exact.size()), read).empty()) continue;
+    volatile int64_t sum = 0;  // reads the ends of all that is said to be there
+    sum = sum + read.codes[read.tiles() * read.blocks() * read.bits * kTile - 1];
+    sum = sum + read.stats[read.tiles() * read.groups() * statistics_bytes(read.kind) - 1];
+    sum = sum + read.lane_of_row[read.tiles() * kTile - 1] + read.outlier_counts[read.tiles() * kTile - 1];
+    const int64_t last = read.outlier_start[read.tiles()] + kTile - 1;
+    sum = sum + read.outlier_values[last] + read.outlier_col(last);
+    if (read.perm != nullptr) sum = sum + read.perm[read.columns - 1];
+    problem(read, read.outlier_start[read.tiles()]);
+  }
+}
+
 Threads some_threads() {
   return {pick(1, 3), [](std::function<void()> task) { std::thread(std::move(task)).detach(); }};
 }
@@ -193,7 +239,7 @@ int check(const Sample& s, bool sound) {
   for (const Kernels* kernels : supported_kernels())
     for (const bool rounded : {false, true}) {
       std::fill(y.begin(), y.end(), NAN);
-      matmul(*kernels, w, x.data(), rows, y.data(), rounded, some_threads());
+      matmul(*kernels, {{w, y.data()}}, x.data(), rows, rounded, some_threads());
       if (!sound) continue;
       double error = 0, size = 0;
       for (int64_t m = 0; m < rows; m++)
@@ -237,6 +283,7 @@ int main(int argc, char** argv) {
       std::printf("a sound matrix is refused: %s\n", found.c_str());
       return 1;
     }
+    check_blob(s, entries);
     if (check(s, true) != 0) return 1;
     sound++;
     damage(s);

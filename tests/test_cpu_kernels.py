@@ -20,7 +20,7 @@ import spqr_jax
 from cpu_kernels import build
 from spqr_jax import SpQRArray, SpQRConfig, SpQRError, linear, prepare, quantize_weight
 from spqr_jax.layout import array_layout, column_dtype, leaf_specs
-from spqr_jax.linear import pack_for_cpu, take_rows
+from spqr_jax.linear import linear_all, pack_for_cpu, take_rows
 from spqr_jax.packing import pack_codes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +223,45 @@ def test_calls_at_the_same_time_do_not_wait_for_each_other():
             assert error(y, want) < 5e-6
 
 
+@pytest.mark.parametrize("rows", [1, 6, 20])
+def test_several_matrices_at_once(rows):
+    """With the same permutation and format, and with others."""
+    forms = ({}, {"bits": 4}, {"bits": 2, "permuted": False}, {"bits": 8, "group_size": 32}, {"seed": 5})
+    shapes = [(40, 96), (64, 96), (8, 96), (33, 96), (16, 96)]
+    arrays = [random_array(shape, **form) for shape, form in zip(shapes, forms, strict=True)]
+    arrays[1] = dataclasses.replace(arrays[1], perm=arrays[0].perm)
+    ws = [pack_for_cpu(array) for array in arrays]
+    x = jax.random.normal(jax.random.key(0), (rows, 96))
+    for y, w in zip(jax.jit(cpu_kernels.matmul_all)(x, ws), ws, strict=True):
+        np.testing.assert_array_equal(y, cpu_kernels.matmul(x, w))
+
+    def loss(x):
+        return sum(jnp.sum(y**2) for y in cpu_kernels.matmul_all(x, ws))
+
+    dense = [jnp.asarray(array.to_dense()) for array in arrays]
+    want = jax.grad(lambda x: sum(jnp.sum(jnp.dot(x, w.T, precision="highest") ** 2) for w in dense))(x)
+    assert error(jax.grad(loss)(x), np.asarray(want)) < 1e-5
+    with pytest.raises(ValueError, match="all round"):
+        cpu_kernels.matmul_all(x, [ws[0], dataclasses.replace(ws[0], int8_activations=True)])
+    with pytest.raises(SpQRError, match="do not fit"):
+        linear_all([ws[0], pack_for_cpu(random_array((8, 64)))], x)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("kernels", cpu_kernels.kernel_names())
+def test_what_is_not_finite_stays_so(bad, kernels):
+    """And what is tiny or huge comes out right."""
+    array = random_array((40, 96))
+    packed, dense = pack_for_cpu(array), np.asarray(array.to_dense(), np.float64)
+    x = np.random.default_rng(0).standard_normal((1, 96)).astype(np.float32)
+    for scale in (1e-20, 1.0, 1e30):
+        got = cpu_kernels.matmul(jnp.asarray(x * np.float32(scale)), packed, kernels=kernels)
+        assert error(np.asarray(got, np.float64) / np.float64(np.float32(scale)), x @ dense.T) < 5e-6
+    assert not np.any(np.asarray(cpu_kernels.matmul(jnp.zeros((1, 96)), packed, kernels=kernels)))
+    x[0, 5] = bad
+    assert np.all(np.isnan(cpu_kernels.matmul(jnp.asarray(x), packed, kernels=kernels)))
+
+
 # ---- a whole model ----------------------------------------------------------------------
 
 
@@ -317,11 +356,30 @@ def test_a_damaged_array_is_not_packed(damage):
         pack_for_cpu(dataclasses.replace(array, **{name: change(getattr(array, name))}))
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(cpu_kernels.Packed)][:8])
-def test_leaves_of_the_wrong_size_are_refused(name):
-    """By the library itself, before it reads them."""
+HEADER_DAMAGE = {
+    "another kind of data": (0, 7),
+    "more rows": (1, 400),
+    "negative rows": (1, -40),
+    "a huge number of columns": (2, 1 << 40),
+    "bits that there are not": (3, 5),
+    "groups that there are not": (4, 12),
+    "statistics that there are not": (5, 9),
+    "more outliers": (6, 10**6),
+    "columns of three bytes": (7, 3),
+    "half a permutation": (8, 2),
+}
+
+
+@pytest.mark.parametrize("change", [None, *HEADER_DAMAGE.values()], ids=["too short", *HEADER_DAMAGE])
+def test_damaged_bytes_are_refused(change):
+    """By the library itself, before it reads anything."""
     packed = pack_for_cpu(random_array((40, 64), outliers=0.1))
-    wrong = dataclasses.replace(packed, **{name: getattr(packed, name).reshape(-1)[:-1]})
+    data = np.array(packed.data)
+    if change is None:
+        data = data[:-200]
+    else:
+        data[: 8 * 16].view(np.int64)[change[0]] = change[1]
+    wrong = dataclasses.replace(packed, data=jnp.asarray(data))
     with pytest.raises(Exception, match="spqr: "):
         jax.block_until_ready(cpu_kernels.matmul(jnp.zeros((1, 64)), wrong))
     with pytest.raises(Exception, match="spqr: "):

@@ -2,7 +2,9 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "blob.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -11,65 +13,14 @@ namespace ffi = xla::ffi;
 namespace {
 
 using spqr::Matrix;
-
-// The leaves of a packed matrix, in the order in which every handler takes them.
-struct Leaves {
-  ffi::Buffer<ffi::U32> codes;
-  ffi::Buffer<ffi::U8> stats;
-  ffi::Buffer<ffi::S32> outlier_start, outlier_counts;
-  ffi::Buffer<ffi::U8> lane_of_row;
-  ffi::AnyBuffer outlier_cols;
-  ffi::Buffer<ffi::F16> outlier_values;
-  ffi::Buffer<ffi::S32> perm;
-};
+using Blob = ffi::Buffer<ffi::U8>;
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("spqr: " + what); }
 
-bool known_format(const Matrix& w) {
-  const bool bits = w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8;
-  const bool group = w.group == 8 || w.group == 16 || (w.group > 0 && w.group % spqr::kBlock == 0);
-  const bool kind = w.kind == spqr::Statistics::kNibbles || w.kind == spqr::Statistics::kHalf ||
-                    w.kind == spqr::Statistics::kFloat;
-  return bits && group && kind && w.rows > 0 && w.columns > 0;
-}
-
-// Fills `w` in; every size is compared with what the kernels will read.
-ffi::Error read_matrix(const Leaves& leaves, int64_t rows, int64_t columns, int64_t bits, int64_t group, int64_t kind,
-                       Matrix& w) {
-  w.rows = rows;
-  w.columns = columns;
-  w.bits = static_cast<int32_t>(bits);
-  w.group = group;
-  w.kind = static_cast<spqr::Statistics>(kind);
-  if (!known_format(w)) return invalid("no such format");
-  const auto differs = [](size_t have, int64_t want) { return have != static_cast<size_t>(want); };
-  if (differs(leaves.codes.element_count(), w.tiles() * w.blocks() * w.bits * spqr::kTile))
-    return invalid("codes have the wrong size");
-  if (differs(leaves.stats.element_count(), w.tiles() * w.groups() * spqr::statistics_bytes(w.kind)))
-    return invalid("stats have the wrong size");
-  if (differs(leaves.outlier_start.element_count(), w.tiles() + 1) ||
-      differs(leaves.outlier_counts.element_count(), w.tiles() * spqr::kTile) ||
-      differs(leaves.lane_of_row.element_count(), w.tiles() * spqr::kTile))
-    return invalid("outlier_start, outlier_counts or lane_of_row has the wrong size");
-  if (leaves.outlier_cols.element_count() != leaves.outlier_values.element_count())
-    return invalid("outlier_cols and outlier_values differ in size");
-  if (leaves.perm.element_count() != 0 && differs(leaves.perm.element_count(), columns))
-    return invalid("perm has the wrong size");
-  w.codes = leaves.codes.typed_data();
-  w.stats = leaves.stats.typed_data();
-  w.outlier_start = leaves.outlier_start.typed_data();
-  w.outlier_counts = leaves.outlier_counts.typed_data();
-  w.lane_of_row = leaves.lane_of_row.typed_data();
-  if (leaves.outlier_cols.element_type() == ffi::U16)
-    w.outlier_cols16 = leaves.outlier_cols.typed_data<uint16_t>();
-  else if (leaves.outlier_cols.element_type() == ffi::S32)
-    w.outlier_cols32 = leaves.outlier_cols.typed_data<int32_t>();
-  else
-    return invalid("outlier_cols must be uint16 or int32");
-  w.outlier_values = static_cast<const uint16_t*>(leaves.outlier_values.untyped_data());
-  w.perm = leaves.perm.element_count() != 0 ? leaves.perm.typed_data() : nullptr;
-  if (w.outlier_start[w.tiles()] + static_cast<size_t>(spqr::kTile) > leaves.outlier_values.element_count())
-    return invalid("outlier_start points past the outliers");
+ffi::Error read(const Blob& blob, int64_t rows, int64_t columns, Matrix& w) {
+  const std::string found = spqr::read_blob(blob.typed_data(), static_cast<int64_t>(blob.element_count()), w);
+  if (!found.empty()) return invalid(found);
+  if (w.rows != rows || w.columns != columns) return invalid("a matrix of another shape was expected");
   return ffi::Error::Success();
 }
 
@@ -79,35 +30,35 @@ spqr::Threads threads_of(ffi::ThreadPool& pool, int64_t threads) {
           [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); }};
 }
 
-ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U32> codes,
-                  ffi::Buffer<ffi::U8> stats, ffi::Buffer<ffi::S32> outlier_start,
-                  ffi::Buffer<ffi::S32> outlier_counts, ffi::Buffer<ffi::U8> lane_of_row, ffi::AnyBuffer outlier_cols,
-                  ffi::Buffer<ffi::F16> outlier_values, ffi::Buffer<ffi::S32> perm, ffi::ResultBuffer<ffi::F32> y,
-                  int64_t bits, int64_t group, int64_t kind, std::string_view kernels, bool rounded, int64_t threads) {
-  if (x.dimensions().size() != 2 || y->dimensions().size() != 2 || x.dimensions()[0] != y->dimensions()[0])
-    return invalid("x and y must be [rows, columns] and [rows, out]");
-  Matrix w;
-  const Leaves leaves{codes, stats, outlier_start, outlier_counts, lane_of_row, outlier_cols, outlier_values, perm};
-  if (ffi::Error error = read_matrix(leaves, y->dimensions()[1], x.dimensions()[1], bits, group, kind, w);
-      error.failure())
-    return error;
+// x, then matrices; a result for each.
+ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs matrices, ffi::RemainingRets results,
+                  std::string_view kernels, bool rounded, int64_t threads) {
+  if (x.dimensions().size() != 2 || matrices.size() != results.size())
+    return invalid("x must be [rows, columns], with a result for each matrix");
+  const int64_t rows = x.dimensions()[0];
+  std::vector<spqr::Product> products(matrices.size());
+  for (size_t i = 0; i < matrices.size(); i++) {
+    const ffi::ErrorOr<Blob> blob = matrices.get<Blob>(i);
+    ffi::ErrorOr<ffi::Result<ffi::Buffer<ffi::F32>>> result = results.get<ffi::Buffer<ffi::F32>>(i);
+    if (!blob.has_value()) return blob.error();
+    if (!result.has_value()) return result.error();
+    ffi::Buffer<ffi::F32>& y = **result;
+    if (y.dimensions().size() != 2 || y.dimensions()[0] != rows) return invalid("a result must be [rows, out]");
+    if (ffi::Error error = read(*blob, y.dimensions()[1], x.dimensions()[1], products[i].w); error.failure()) return error;
+    products[i].y = y.typed_data();
+  }
   const spqr::Kernels* found = spqr::find_kernels(std::string(kernels));
   if (found == nullptr) return invalid("this processor has no kernels called " + std::string(kernels));
-  spqr::matmul(*found, w, x.typed_data(), x.dimensions()[0], y->typed_data(), rounded, threads_of(pool, threads));
+  spqr::matmul(*found, products, x.typed_data(), rows, rounded, threads_of(pool, threads));
   return ffi::Error::Success();
 }
 
-ffi::Error take_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, ffi::Buffer<ffi::U32> codes,
-                     ffi::Buffer<ffi::U8> stats, ffi::Buffer<ffi::S32> outlier_start,
-                     ffi::Buffer<ffi::S32> outlier_counts, ffi::Buffer<ffi::U8> lane_of_row,
-                     ffi::AnyBuffer outlier_cols, ffi::Buffer<ffi::F16> outlier_values, ffi::Buffer<ffi::S32> perm,
-                     ffi::ResultBuffer<ffi::F32> y, int64_t rows, int64_t bits, int64_t group, int64_t kind) {
+ffi::Error take_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Blob matrix, ffi::ResultBuffer<ffi::F32> y,
+                     int64_t rows) {
   if (index.dimensions().size() != 1 || y->dimensions().size() != 2 || index.dimensions()[0] != y->dimensions()[0])
     return invalid("index and y must be [rows] and [rows, columns]");
   Matrix w;
-  const Leaves leaves{codes, stats, outlier_start, outlier_counts, lane_of_row, outlier_cols, outlier_values, perm};
-  if (ffi::Error error = read_matrix(leaves, rows, y->dimensions()[1], bits, group, kind, w); error.failure())
-    return error;
+  if (ffi::Error error = read(matrix, rows, y->dimensions()[1], w); error.failure()) return error;
   spqr::take_rows(w, index.typed_data(), index.dimensions()[0], y->typed_data(), threads_of(pool, 0));
   return ffi::Error::Success();
 }
@@ -116,24 +67,12 @@ ffi::Error take_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, ffi::Buf
 
 #pragma GCC visibility push(default)
 
-#define SPQR_LEAVES             \
-  Arg<ffi::Buffer<ffi::U32>>()  \
-      .Arg<ffi::Buffer<ffi::U8>>()  \
-      .Arg<ffi::Buffer<ffi::S32>>() \
-      .Arg<ffi::Buffer<ffi::S32>>() \
-      .Arg<ffi::Buffer<ffi::U8>>()  \
-      .Arg<ffi::AnyBuffer>()        \
-      .Arg<ffi::Buffer<ffi::F16>>() \
-      .Arg<ffi::Buffer<ffi::S32>>()
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SpqrMatmul, matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .SPQR_LEAVES.Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group")
-                                  .Attr<int64_t>("kind")
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<std::string_view>("kernels")
                                   .Attr<bool>("rounded")
                                   .Attr<int64_t>("threads"));
@@ -142,11 +81,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpqrTakeRows, take_rows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .SPQR_LEAVES.Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("rows")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group")
-                                  .Attr<int64_t>("kind"));
+                                  .Arg<Blob>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("rows"));
 
 extern "C" {
 
@@ -166,21 +103,12 @@ const char* spqr_kernel_names() {
   return names.c_str();
 }
 
-// What is wrong with a matrix's outliers and permutation; "" if nothing. The text lives until the next call.
-const char* spqr_problem(int64_t rows, int64_t columns, const int32_t* outlier_start, const int32_t* outlier_counts,
-                         const uint8_t* lane_of_row, const uint16_t* cols16, const int32_t* cols32, int64_t entries,
-                         const int32_t* perm) {
+// What is wrong with a matrix as one array; "" if nothing. The text lives until the next call.
+const char* spqr_problem(const uint8_t* data, int64_t size) {
   static thread_local std::string found;
   Matrix w;
-  w.rows = rows;
-  w.columns = columns;
-  w.outlier_start = outlier_start;
-  w.outlier_counts = outlier_counts;
-  w.lane_of_row = lane_of_row;
-  w.outlier_cols16 = cols16;
-  w.outlier_cols32 = cols32;
-  w.perm = perm;
-  found = spqr::problem(w, entries);
+  found = spqr::read_blob(data, size, w);
+  if (found.empty()) found = spqr::problem(w, w.outlier_start[w.tiles()]);
   return found.c_str();
 }
 

@@ -145,31 +145,62 @@ int64_t grain_of(int64_t units, const Threads& threads) {
   return std::max<int64_t>(1, units / (threads.count * kPartsPerThread));
 }
 
-void multiply_few(const Kernels& kernels, const Matrix& w, const float* x, int64_t rows, float* y, bool rounded,
+// Activations as a matrix wants them.
+struct Prepared {
+  std::unique_ptr<float[]> x, step, sums;
+  std::unique_ptr<int32_t[]> fixed;
+  Input input;
+
+  Prepared(const FewRows& few, const Matrix& w, const float* from, int64_t rows) {
+    const int64_t padded = w.padded_columns(), blocks = w.blocks(), groups = w.groups();
+    x = space_for<float>(rows * padded);
+    step = space_for<float>(rows * blocks);
+    sums = space_for<float>(rows * groups);
+    fixed = space_for<int32_t>(rows * blocks * few.words);
+    for (int64_t m = 0; m < rows; m++) {
+      permute_row(w, from + m * w.columns, x.get() + m * padded);
+      few.fix(w, x.get() + m * padded, fixed.get() + m * blocks * few.words, step.get() + m * blocks,
+              sums.get() + m * groups);
+    }
+    input.rows = rows;
+    input.stride = padded;
+    input.x = x.get();
+    input.fixed = fixed.get();
+    input.step = step.get();
+    input.sums = sums.get();
+  }
+};
+
+// Whether two matrices want activations in the same way, as those that read one input mostly do.
+bool read_alike(const Matrix& a, const Matrix& b) {
+  if (a.group != b.group || (a.bits == 8) != (b.bits == 8) || (a.perm == nullptr) != (b.perm == nullptr)) return false;
+  return a.perm == b.perm || std::memcmp(a.perm, b.perm, sizeof(int32_t) * static_cast<size_t>(a.columns)) == 0;
+}
+
+void multiply_few(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows, bool rounded,
                   const Threads& threads) {
   const FewRows& few = rounded ? kernels.few_rounded : kernels.few;
-  const int64_t padded = w.padded_columns(), blocks = w.blocks(), groups = w.groups();
-  const auto permuted = space_for<float>(rows * padded), step = space_for<float>(rows * blocks);
-  const auto sums = space_for<float>(rows * groups);
-  const auto fixed = space_for<int32_t>(rows * blocks * few.words);
-  for (int64_t m = 0; m < rows; m++) {
-    permute_row(w, x + m * w.columns, permuted.get() + m * padded);
-    few.fix(w, permuted.get() + m * padded, fixed.get() + m * blocks * few.words, step.get() + m * blocks,
-            sums.get() + m * groups);
+  std::vector<std::shared_ptr<Prepared>> prepared;
+  std::vector<int64_t> begin = {0};  // each product's first tile among all, even: kernels take tiles in pairs
+  int64_t multiplications = 0, groups = 0;
+  for (const Product& product : products) {
+    size_t like = 0;
+    while (like < prepared.size() && !read_alike(product.w, products[like].w)) like++;
+    prepared.push_back(like < prepared.size() ? prepared[like] : std::make_shared<Prepared>(few, product.w, x, rows));
+    begin.push_back(begin.back() + (product.w.tiles() + 1) / 2 * 2);
+    multiplications += product.w.rows * product.w.columns * rows;
+    groups = std::max(groups, product.w.groups());
   }
-  Input input;
-  input.rows = rows;
-  input.stride = padded;
-  input.x = permuted.get();
-  input.fixed = fixed.get();
-  input.step = step.get();
-  input.sums = sums.get();
   const Threads alone;
-  const Threads& used = w.rows * w.columns * rows < kWorthAThread ? alone : threads;
-  const int64_t grain = (grain_of(w.tiles(), used) + 1) / 2 * 2;  // kernels take tiles in pairs
-  parallel_for(used, w.tiles(), grain, [&](int64_t first, int64_t last) {
+  const Threads& used = multiplications < kWorthAThread ? alone : threads;
+  const int64_t grain = (grain_of(begin.back(), used) + 1) / 2 * 2;
+  parallel_for(used, begin.back(), grain, [&](int64_t first, int64_t last) {
     const auto scratch = space_for<float>(kScratch * groups);
-    few.run(w, input, y, first, last, scratch.get());
+    for (size_t i = 0; i < products.size(); i++) {
+      const Matrix& w = products[i].w;
+      const int64_t from = std::max(first - begin[i], int64_t{0}), to = std::min(last - begin[i], w.tiles());
+      if (from < to) few.run(w, prepared[i]->input, products[i].y, from, to, scratch.get());
+    }
   });
 }
 
@@ -195,13 +226,11 @@ void multiply_many(const Kernels& kernels, const Matrix& w, const float* x, int6
 
 }  // namespace
 
-void matmul(const Kernels& kernels, const Matrix& w, const float* x, int64_t rows, float* y, bool rounded,
+void matmul(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows, bool rounded,
             const Threads& threads) {
-  if (rows == 0) return;
-  if (rows <= kFewRows)
-    multiply_few(kernels, w, x, rows, y, rounded, threads);
-  else
-    multiply_many(kernels, w, x, rows, y, threads);
+  if (rows == 0 || products.empty()) return;
+  if (rows <= kFewRows) return multiply_few(kernels, products, x, rows, rounded, threads);
+  for (const Product& product : products) multiply_many(kernels, product.w, x, rows, product.y, threads);
 }
 
 // ---- rows of the matrix -----------------------------------------------------------------

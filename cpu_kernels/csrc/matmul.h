@@ -25,9 +25,14 @@ std::string problem(const Matrix& w, int64_t entries);
 void pack_codes(const uint16_t* stored, int64_t rows, int64_t columns, int64_t words, int32_t bits, int32_t width,
                 uint32_t* to);
 
-// x: [rows][w.columns] in the matrix's own column order; y: [rows][w.rows].
-// `rounded`: activations of 8 bits, one scale for 32 columns, where the kernels can.
-void matmul(const Kernels& kernels, const Matrix& w, const float* x, int64_t rows, float* y, bool rounded,
+struct Product {
+  Matrix w;
+  float* y = nullptr;  // [rows][w.rows]
+};
+
+// Products of one x with matrices of as many columns. x: [rows][columns], in the matrices' own column order.
+// `rounded`: for few rows, activations of 8 bits, one scale for 32 columns.
+void matmul(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows, bool rounded,
             const Threads& threads);
 
 // Rows of the matrix, dequantized: y [count][w.columns]; rows outside it are clipped to it.

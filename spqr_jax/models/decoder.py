@@ -9,7 +9,7 @@ calibration passes a `linear` that records what each matrix is given.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spqr_jax.linear import linear as apply_linear
-from spqr_jax.linear import take_rows
+from spqr_jax.linear import linear_all, take_rows
 from spqr_jax.models.attention import KVCache, Positions, attend, positions, rotate
 from spqr_jax.models.config import DecoderConfig
 
@@ -93,12 +93,19 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return (y * gain.astype(jnp.float32)).astype(x.dtype)
 
 
+def _products(linear: Linear, block: Block, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+    """Products of weights that read one input; inference makes them in one go."""
+    if linear is plain_linear:
+        return linear_all([getattr(block, name) for name in names], x)
+    return [linear(name, getattr(block, name), x) for name in names]
+
+
 def _attention(config: DecoderConfig, block: Block, state: State, where: Positions, linear: Linear) -> State:
     x = rms_norm(state.residual, block.attention_norm, config.norm_eps)
     batch, tokens, _ = x.shape
-    q = linear("q_proj", block.q_proj, x).reshape(batch, tokens, config.num_heads, config.head_dim)
-    k = linear("k_proj", block.k_proj, x).reshape(batch, tokens, config.num_kv_heads, config.head_dim)
-    v = linear("v_proj", block.v_proj, x).reshape(batch, tokens, config.num_kv_heads, config.head_dim)
+    q, k, v = _products(linear, block, ("q_proj", "k_proj", "v_proj"), x)
+    q = q.reshape(batch, tokens, config.num_heads, config.head_dim)
+    k, v = (each.reshape(batch, tokens, config.num_kv_heads, config.head_dim) for each in (k, v))
     inner, cache = attend(rotate(q, where), rotate(k, where), v, where, state.cache)
     return State(state.residual, inner, cache)
 
@@ -110,8 +117,8 @@ def _attention_output(config: DecoderConfig, block: Block, state: State, where: 
 
 def _mlp(config: DecoderConfig, block: Block, state: State, where: Positions, linear: Linear) -> State:
     x = rms_norm(state.residual, block.mlp_norm, config.norm_eps)
-    gate = linear("gate_proj", block.gate_proj, x)
-    return State(state.residual, jax.nn.silu(gate) * linear("up_proj", block.up_proj, x), state.cache)
+    gate, up = _products(linear, block, ("gate_proj", "up_proj"), x)
+    return State(state.residual, jax.nn.silu(gate) * up, state.cache)
 
 
 def _mlp_output(config: DecoderConfig, block: Block, state: State, where: Positions, linear: Linear) -> State:
