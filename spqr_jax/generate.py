@@ -47,7 +47,7 @@ class Generation:
 
 def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
     """A cache of `length` positions for every block."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
     return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 

@@ -18,7 +18,7 @@ _MASKED = -1e30  # a finite minimum: a row with no key at all gives a mean, not 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one block, [batch, length, kv_heads, head_dim] each."""
+    """Keys and values of one block, [batch, kv_heads, length, head_dim] each: a step reads them as they lie."""
 
     keys: jax.Array
     values: jax.Array
@@ -68,26 +68,50 @@ def attend(
 ) -> tuple[jax.Array, KVCache | None]:
     """Causal attention, softmax in float32.
 
-    More than one token at a time is a prefill and starts an empty cache.
+    More than one token at a time is a prefill and starts an empty cache; one reads what is cached.
 
     Returns:
       [batch, tokens, heads * head_dim] and the cache with the new keys and values.
     """
-    if cache is not None:
-        cache = KVCache(
-            lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), where.start, axis=1),
-            lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), where.start, axis=1),
-        )
-    if cache is None or q.shape[1] > 1:
-        return _attend_self(q, k, v, where.padding), cache
-    query = where.start + jnp.arange(q.shape[1])
-    heads = jax.vmap(jax.vmap(_attend_head, (0, 0, 0, None, None)), (0, 0, 0, None, 0))
-    return _merge_heads(heads(*_split_heads(q, cache.keys, cache.values), query, where.padding)), cache
+    q, k, v = _split_heads(q, k, v)
+    if cache is None:
+        return _attend_self(q, k, v, where.padding), None
+    if q.shape[3] > 1:
+        return _attend_self(q, k, v, where.padding), _extended(cache, k, v, where.start)
+    out = _attend_cache(q[..., 0, :], k, v, where, cache)
+    # Nothing, but it depends on `out`: only after the old cache was read can the new one be written in its place.
+    # Without it XLA copies the cache of every block in every step.
+    nothing = 0.0 * out[..., :1].reshape(*k.shape[:2], -1)[..., :1, None]
+    cache = _extended(cache, k + nothing.astype(k.dtype), v + nothing.astype(v.dtype), where.start)
+    return _merge_heads(out[..., None, :]), cache
+
+
+def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
+    """With keys and values from position `start` on."""
+    return KVCache(
+        lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), start, axis=2),
+        lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), start, axis=2),
+    )
+
+
+def _attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache) -> jax.Array:
+    """One token [batch, kv_heads, share, head_dim] against what is cached, and against itself."""
+    scores = jnp.einsum("bhsd,bhld->bhsl", q, cache.keys, preferred_element_type=jnp.float32)
+    key = jnp.arange(cache.keys.shape[2])
+    seen = (key < where.start) & (key >= where.padding[:, None])  # [batch, length]
+    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
+    weights, own = jnp.exp(scores - top), jnp.exp(own - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own
+    out = jnp.einsum(
+        "bhsl,bhld->bhsd", weights.astype(v.dtype), cache.values, preferred_element_type=jnp.float32
+    )
+    return ((out + own * v.astype(jnp.float32)) / total).astype(v.dtype)
 
 
 def _attend_self(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
-    """Self-attention of whole sequences."""
-    q, k, v = _split_heads(q, k, v)
+    """Self-attention of whole sequences, heads split."""
     batch, kv_heads = k.shape[:2]
     each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
     each = (*each, jnp.repeat(padding, kv_heads))
