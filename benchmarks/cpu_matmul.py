@@ -2,12 +2,13 @@
 """The native CPU kernels against dense products, at the shapes of real models.
 
     python benchmarks/cpu_matmul.py                       # SmolLM2-135M and Llama-7B shapes, batch 1, 4, 16, 512
-    python benchmarks/cpu_matmul.py --shapes 4096x4096 --batch 1 8 --bits 4
+    python benchmarks/cpu_matmul.py --shapes 4096x4096 --batch 1 8 --bits 4 --plot roofline.png
 
 All rivals run in one process, one after the other, round after round; a ratio is of
 medians. A turn lasts some 50 ms after a warm-up, as generation goes on for a while, too.
 A rival multiplies as many different matrices as exceed the cache, so batch 1 measures
-memory as well. The dense float32 rival is the faster of XLA's two layouts.
+memory as well. The plot sets what was reached beside what memory and arithmetic allow. The
+dense float32 rival is the faster of XLA's two layouts.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import cpu_kernels
 from spqr_jax import SpQRArray
 from spqr_jax.cli.display import console, number, table
+from spqr_jax.evaluate.speed import read_bandwidth
 from spqr_jax.layout import array_layout
 from spqr_jax.linear import linear, pack_for_cpu
 from spqr_jax.packing import pack_codes
@@ -115,6 +117,44 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.nda
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A rival at one shape and batch: seconds a product (median), bytes of weights and operations in it."""
+
+    shape: str
+    batch: int
+    name: str
+    seconds: float
+    read: float
+    operations: float
+
+
+def roofline(points: list[Point], bandwidth: float, path: Path) -> None:
+    """Operations a second against operations a byte of weights, under the roof of this machine's memory.
+
+    The flat part is the best dense float32 product of the largest batch: what XLA gets out of the arithmetic.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    flat = max(p.operations / p.seconds for p in points if p.name.startswith("dense float32")) / 1e9
+    intensity = np.geomspace(0.2, 4000, 200)
+    axes.plot(intensity, np.minimum(bandwidth * intensity, flat), color="black", linewidth=1, label="roof")
+    names = sorted({p.name for p in points}, key=lambda name: next(i for i, p in enumerate(points) if p.name == name))
+    for name, colour in zip(names, pyplot.get_cmap("tab10").colors * 2, strict=False):
+        own = [p for p in points if p.name == name]
+        reached = [p.operations / p.seconds / 1e9 for p in own]
+        axes.scatter([p.operations / p.read for p in own], reached, s=18, color=colour, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte of weights", ylabel="10⁹ operations a second")
+    axes.set_title(f"{bandwidth:.0f} GB/s of memory; flat: best dense float32 product, {flat:.0f}", fontsize=10)
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[s for group in SHAPES.values() for s in group])
@@ -123,11 +163,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--megabytes", type=int, default=64, help="of packed weights that a rival goes through")
     parser.add_argument("--out", type=Path, help="write the table here as Markdown")
+    parser.add_argument("--plot", type=Path, help="write the roofline plot here (needs matplotlib)")
     given = parser.parse_args()
     if why := cpu_kernels.why_unavailable():
         parser.exit(1, f"cpu_matmul: {why}\n")
-    console.print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}; kernels {cpu_kernels.kernel_names()}")
-    lines = []
+    bandwidth = read_bandwidth()
+    machine = f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, {bandwidth:.1f} GB/s of memory"
+    console.print(f"{machine}; kernels {', '.join(cpu_kernels.kernel_names())}")
+    lines: list[list[str]] = []
+    points: list[Point] = []
     for text in given.shapes:
         out, _, inner = text.partition("x")
         shape = (int(out), int(inner))
@@ -138,6 +182,8 @@ def main() -> None:
             base = min(float(np.median(seconds[name])) for name in runs if name.startswith("dense float32"))
             for name, values in seconds.items():
                 median, least = float(np.median(values)), float(values.min())
+                operations = 2.0 * batch * shape[0] * shape[1]
+                points.append(Point(text, batch, name, median / count, read[name] / count, operations))
                 lines.append(
                     [
                         text,
@@ -155,7 +201,9 @@ def main() -> None:
     if given.out:
         ruler = "|---|---:|---|" + "---:|" * 4
         rows = ["| " + " | ".join(line) + " |" for line in [columns, *lines]]
-        given.out.write_text("\n".join([rows[0], ruler, *rows[1:]]) + "\n")
+        given.out.write_text("\n".join([machine, "", rows[0], ruler, *rows[1:]]) + "\n")
+    if given.plot:
+        roofline(points, bandwidth, given.plot)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,15 @@ def _step(
     start: jax.Array,
     key: jax.Array,
     sampling: Sampling,
-) -> tuple[jax.Array, Cache]:
-    """Reads `tokens` [batch, n] at positions start.. and draws the next token of each row."""
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """Reads `tokens` [batch, n] at positions start.. and draws the next token of each row.
+
+    Returns:
+      The tokens [batch, 1], the cache, and where the next step starts: what it is called with.
+    """
     scores, cache = _forward(params, cache, tokens, padding, start)
-    return sample(scores, jax.random.fold_in(key, start), sampling), cache
+    drawn = sample(scores, jax.random.fold_in(key, start), sampling)
+    return drawn[:, None], cache, start + tokens.shape[1]
 
 
 class Generator:
@@ -127,17 +132,20 @@ class Generator:
         compile_seconds = time.perf_counter() - begun
 
         begun = time.perf_counter()
-        drawn, cache = prefill(self._params, cache, jnp.asarray(tokens), *rest)
-        made: list[list[int]] = [[] for _ in prompts]
-        running = _take(np.asarray(drawn), made, set(range(len(prompts))), stops, on_token)
+        drawn, cache, start = prefill(self._params, cache, jnp.asarray(tokens), *rest)
+        jax.block_until_ready(drawn)
         first_token_seconds = time.perf_counter() - begun
+        made: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
         begun, decoded = time.perf_counter(), 0
-        for step in range(steps - 1):
+        for step in range(steps):
+            current = drawn
+            if step + 1 < steps:  # begun before the last one's tokens are looked at, so that none waits for Python
+                drawn, cache, start = decode(self._params, cache, current, rest[0], start, rest[2])
+            decoded += len(running) if step else 0
+            running = _take(np.asarray(current)[:, 0], made, running, stops, on_token)
             if not running:
                 break
-            drawn, cache = decode(self._params, cache, drawn[:, None], rest[0], jnp.int32(width + step), rest[2])
-            decoded += len(running)
-            running = _take(np.asarray(drawn), made, running, stops, on_token)
         seconds = time.perf_counter() - begun
         return Generation(
             tokens=made,

@@ -133,6 +133,25 @@ def test_generate_streams_text_and_reports(folder, quantized):
     assert "tokens/s" in result.stderr
 
 
+def test_bench_compares_what_takes_turns(folder, quantized):
+    options = ["--dense", "model", "--turns", 2, "--prompt-tokens", 8, "--new-tokens", 4, "--json", "b.json"]
+    result = spqr("bench", "small", *options, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    values = json.loads((folder / "b.json").read_text())
+    assert values["read_bandwidth_gb_s"] > 0.1
+    results = values["results"]
+    assert next(iter(results)) == "dense float32"
+    assert len(results) >= 2
+    for each in results.values():
+        assert len(each["decode_turns"]) == len(each["prefill_turns"]) == 2
+        assert min(each["decode_turns"]) <= each["decode_tokens_per_second"] <= max(each["decode_turns"])
+        assert each["bytes"] > 0
+    assert "tokens/s" in result.stdout
+    too_long = spqr("bench", "small", "--prompt-tokens", 100000, cwd=folder)
+    assert too_long.returncode == 2
+    assert "do not fit" in too_long.stderr
+
+
 def test_chat_applies_the_template_and_stdin_is_a_prompt(folder, quantized):
     result = spqr("generate", "small", "--chat", "--max-new-tokens", 2, "--json", "c.json", cwd=folder, stdin="hi\n")
     assert result.returncode == 0, result.stderr
@@ -167,6 +186,8 @@ def test_gguf_files_are_models(folder, tiny_model):
 
 
 BAD = {
+    "tuning options without tuning": (["quantize", "model", "--out", "x", "--tune-epochs", 3], "--tune logits"),
+    "a head of no bits": (["quantize", "model", "--out", "x", "--head-bits", "some"], "--head-bits"),
     "no such model": (["perplexity", "nowhere", "--data", "ids.npy"], "no model 'nowhere'"),
     "no such data": (["perplexity", "model", "--data", "nothing"], "no data 'nothing'"),
     "window too long": (["perplexity", "model", "--data", "ids.npy", "--seqlen", "1000"], "model's context of 128"),

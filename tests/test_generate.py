@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spqr_jax import DataError, Generator, Sampling, SpQRConfig, SpQRError, forward, generate, quantize
+from spqr_jax.evaluate.speed import take_turns
 from spqr_jax.sampling import sample
 
 
@@ -137,3 +138,22 @@ def test_impossible_sampling_is_refused(bad):
 
 def test_sampling_is_static():
     assert hash(Sampling()) == hash(dataclasses.replace(Sampling()))
+
+
+def test_rivals_take_turns():
+    calls = []
+
+    def rival(name, prefill, decode):
+        def run(prompt, new_tokens):
+            calls.append((name, len(prompt), new_tokens))
+            return prefill, decode
+
+        return run
+
+    told = []
+    speeds = take_turns({"a": rival("a", 0.5, 2.0), "b": rival("b", 1.0, 1.0)}, [1, 2, 3, 4], 5, 2, told.append)
+    assert calls == [("a", 4, 5), ("b", 4, 5)] * 3  # the first turn warms up
+    assert told == ["a", "b"] * 3
+    np.testing.assert_allclose(speeds["a"].prefill, [8.0, 8.0])
+    np.testing.assert_allclose(speeds["a"].decode, [2.0, 2.0])
+    np.testing.assert_allclose(speeds["b"].decode, [4.0, 4.0])

@@ -145,6 +145,20 @@ int64_t grain_of(int64_t units, const Threads& threads) {
   return std::max<int64_t>(1, units / (threads.count * kPartsPerThread));
 }
 
+void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+// Fetches what is read first of a pair of tiles; the rest is fetched while these are multiplied.
+void fetch_start(const Matrix& w, int64_t tile) {
+  constexpr int64_t kStart = 4096;
+  const int64_t codes = w.blocks() * w.bits * kTile, stats = w.groups() * statistics_bytes(w.kind);
+  for (int64_t own = tile; own < std::min(tile + 2, w.tiles()); own++) {
+    fetch(w.stats + own * stats, std::min(stats, kStart));
+    fetch(w.codes + own * codes, std::min(4 * codes, kStart));
+  }
+}
+
 // Activations as a matrix wants them.
 struct Prepared {
   std::unique_ptr<float[]> x, step, sums;
@@ -179,6 +193,7 @@ bool read_alike(const Matrix& a, const Matrix& b) {
 
 void multiply_few(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows, bool rounded,
                   const Threads& threads) {
+  fetch_start(products[0].w, 0);
   const FewRows& few = rounded ? kernels.few_rounded : kernels.few;
   std::vector<std::shared_ptr<Prepared>> prepared;
   std::vector<int64_t> begin = {0};  // each product's first tile among all, even: kernels take tiles in pairs
@@ -199,7 +214,9 @@ void multiply_few(const Kernels& kernels, const std::vector<Product>& products, 
     for (size_t i = 0; i < products.size(); i++) {
       const Matrix& w = products[i].w;
       const int64_t from = std::max(first - begin[i], int64_t{0}), to = std::min(last - begin[i], w.tiles());
-      if (from < to) few.run(w, prepared[i]->input, products[i].y, from, to, scratch.get());
+      if (from >= to) continue;
+      fetch_start(w, from);
+      few.run(w, prepared[i]->input, products[i].y, from, to, scratch.get());
     }
   });
 }

@@ -104,9 +104,7 @@ def _attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, ca
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + own
-    out = jnp.einsum(
-        "bhsl,bhld->bhsd", weights.astype(v.dtype), cache.values, preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("bhsl,bhld->bhsd", weights.astype(v.dtype), cache.values, preferred_element_type=jnp.float32)
     return ((out + own * v.astype(jnp.float32)) / total).astype(v.dtype)
 
 
