@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
-
-from spqr_jax.blocks import collect
 from spqr_jax.cli.display import console, number, table
+from spqr_jax.cli.stream import load_generator
 from spqr_jax.evaluate.speed import generating
 from spqr_jax.generate import Generator
-from spqr_jax.linear import prepare
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.resolve import open_model
 
@@ -44,20 +40,17 @@ def measure(model: str, tiny: bool) -> dict[str, float]:
     opened = open_model(model, "float32", lambda message: None)
     if tiny:
         small = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32}
-        params = random_decoder(dataclasses.replace(opened.source.config, vocab_size=64, **small), 0)
+        generator = Generator(random_decoder(dataclasses.replace(opened.source.config, vocab_size=64, **small), 0))
     else:
-        params = prepare(collect(opened.source))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    run = generating(Generator(params))
-    del params
-    gc.collect()
+        generator = load_generator(opened.source, int8_activations=False)  # as `spqr generate` does
+    run = generating(generator)
     prompt = [token % 60 for token in range(PROMPT)]
     for _ in range(2):
         run(prompt, NEW)
     config = opened.source.config
     cache = 0 if tiny else 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * (PROMPT + NEW)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return {"resident": resident(), "peak": peak, "weights": weights / 1e6, "cache": cache / 1e6}
+    return {"resident": resident(), "peak": peak, "weights": generator.weight_bytes / 1e6, "cache": cache / 1e6}
 
 
 def in_process(model: str, kind: str) -> dict[str, float]:

@@ -102,6 +102,11 @@ class Generator:
         self._params = prepare(params, int8_activations=int8_activations)
         self._programs: dict[Any, Any] = {}
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the prepared weights take."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from cpu_kernels import chosen_kernels
+from spqr_jax._compat import give_back_memory
 from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.cli.display import console, say
@@ -35,7 +36,10 @@ def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
     quantized = any(isinstance(leaf, SpQRArray) for leaf in arrays)
     if quantized and jax.default_backend() == "cpu" and (why := why_no_kernels()):
         say(f"generating the slow way, from dequantized weights: {why}")
-    return Generator(params, int8_activations=int8_activations)
+    generator = Generator(params, int8_activations=int8_activations)
+    del params, arrays  # what was read is no longer needed: with a small model it is half of what the process holds
+    give_back_memory()
+    return generator
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
