@@ -143,11 +143,13 @@ def roofline(points: list[Point], bandwidth: float, path: Path) -> None:
     flat = max(p.operations / p.seconds for p in points if p.name.startswith("dense float32")) / 1e9
     intensity = np.geomspace(0.2, 4000, 200)
     axes.plot(intensity, np.minimum(bandwidth * intensity, flat), color="black", linewidth=1, label="roof")
-    names = sorted({p.name for p in points}, key=lambda name: next(i for i, p in enumerate(points) if p.name == name))
-    for name, colour in zip(names, pyplot.get_cmap("tab10").colors * 2, strict=False):
-        own = [p for p in points if p.name == name]
+    shown = [p for p in points if not p.name.endswith("1 thread") and "transposed" not in p.name]
+    names = list(dict.fromkeys(p.name for p in shown))
+    for name, colour, marker in zip(names, pyplot.get_cmap("tab10").colors, "osD^vPX*<>", strict=False):
+        own = [p for p in shown if p.name == name]
         reached = [p.operations / p.seconds / 1e9 for p in own]
-        axes.scatter([p.operations / p.read for p in own], reached, s=18, color=colour, label=name)
+        intensity = [p.operations / p.read for p in own]
+        axes.scatter(intensity, reached, s=22, color=colour, marker=marker, alpha=0.8, label=name)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte of weights", ylabel="10⁹ operations a second")
     axes.set_title(f"{bandwidth:.0f} GB/s of memory; flat: best dense float32 product, {flat:.0f}", fontsize=10)
     axes.grid(which="both", alpha=0.2)
