@@ -23,9 +23,9 @@ import numpy as np
 from spqr_jax.cli.bench import candidates, show, summary
 from spqr_jax.cli.display import console, progress_bar, say, write_json
 from spqr_jax.cli.stream import describe_products
-from spqr_jax.evaluate.speed import Rival, generating, read_bandwidth, take_turns
 from spqr_jax.generate import Generator
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.speed import Rival, generating, read_bandwidth, take_turns
 
 
 def torch_rival(config: DecoderConfig, threads: int) -> Rival:

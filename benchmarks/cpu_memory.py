@@ -21,10 +21,10 @@ from pathlib import Path
 
 from spqr_jax.cli.display import console, number, table
 from spqr_jax.cli.stream import load_generator
-from spqr_jax.evaluate.speed import generating
 from spqr_jax.generate import Generator
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.resolve import open_model
+from spqr_jax.speed import generating
 
 PROMPT, NEW = 64, 64
 

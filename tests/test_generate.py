@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from spqr_jax import DataError, Generator, Sampling, SpQRConfig, SpQRError, forward, generate, quantize
-from spqr_jax.evaluate.speed import take_turns
 from spqr_jax.sampling import sample
+from spqr_jax.speed import take_turns
 
 
 def greedy_without_cache(model, prompt, count):

@@ -16,11 +16,11 @@ from spqr_jax.cli.display import console, number, progress_bar, say, size, table
 from spqr_jax.cli.options import Json, Model
 from spqr_jax.cli.stream import describe_products
 from spqr_jax.errors import DataError
-from spqr_jax.evaluate.speed import Speed, generating, read_bandwidth, take_turns
 from spqr_jax.generate import Generator
 from spqr_jax.linear import default_implementation, prepare
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.resolve import open_model
+from spqr_jax.speed import Speed, generating, read_bandwidth, take_turns
 
 
 def bench(
