@@ -52,15 +52,26 @@ def test_one_level_error_is_at_most_half_a_step(seed, bits, log_size):
     assert np.all(np.abs(dequantized(w, found, maxq) - w) <= bound)
 
 
+def search_and_minmax(seed, stats_bits):
+    """Sums of squared errors of one tile with heavy tails."""
+    w = np.random.default_rng(seed).standard_t(4, (16, 32))
+    grids = (spec(name, stats_bits=stats_bits) for name in ("search", "minmax"))
+    return [np.sum((dequantized(w, fit(w, grid), 7.0) - w) ** 2) for grid in grids]
+
+
 @given(seed=st.integers(0, 10**6))
 def test_search_is_never_worse_than_minmax_on_what_it_minimizes(seed):
-    w = np.random.default_rng(seed).standard_t(4, (16, 32))
-    for stats_bits in (3, 16):
-        errors = []
-        for name in ("search", "minmax"):
-            grid = spec(name, stats_bits=stats_bits)
-            errors.append(np.sum((dequantized(w, fit(w, grid), 7.0) - w) ** 2))
-        assert errors[0] <= errors[1] * (1 + 0.02 * (stats_bits == 3))  # tiles differ: a row may lose a little
+    search, minmax = search_and_minmax(seed, 16)
+    assert search <= minmax
+
+
+def test_search_under_a_second_level_is_better_by_far_if_not_always():
+    """Its steps are greedy there, so a tile may lose: 1 in some hundreds does, by a few percent (seed 17357: 4%)."""
+    errors = np.array([search_and_minmax(seed, 3) for seed in [17357, *range(100)]])
+    ratio = errors[:, 0] / errors[:, 1]
+    assert np.sum(errors[:, 0]) < 0.88 * np.sum(errors[:, 1])
+    assert np.mean(ratio > 1) < 0.03
+    assert np.max(ratio) < 1.1
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -0.75, 3.0])
