@@ -15,7 +15,7 @@ from cpu_kernels.library import chosen_kernels, loaded
 from cpu_kernels.packed import Packed
 
 
-def _one_by_one(call: Callable[..., jax.Array], axis_size: int, in_batched: Any, arguments: Any) -> jax.Array:
+def _one_by_one(call: Callable[..., Any], axis_size: int, in_batched: Any, arguments: Any) -> Any:
     """vmap of a call where the matrix itself is batched: matrix after matrix."""
     batched = jax.tree.map(
         lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
@@ -25,11 +25,11 @@ def _one_by_one(call: Callable[..., jax.Array], axis_size: int, in_batched: Any,
     return jax.lax.map(lambda each: call(*each), batched)
 
 
-Products = Callable[[jax.Array, tuple[Packed, ...]], tuple[jax.Array, ...]]
+_Products = Callable[[jax.Array, tuple[Packed, ...]], tuple[jax.Array, ...]]
 
 
 @lru_cache
-def _products(kernels: str, rounded: bool, threads: int) -> Products:
+def _products(kernels: str, rounded: bool, threads: int) -> _Products:
     """x f32 [rows, in], matrices -> f32 [rows, out] each, with rules for vmap and for gradients by x."""
 
     @custom_vmap
@@ -68,6 +68,15 @@ def _products(kernels: str, rounded: bool, threads: int) -> Products:
 
 def matmul_all(x: jax.Array, ws: Sequence[Packed], *, kernels: str | None = None, threads: int = 0) -> list[jax.Array]:
     """The products of one x with several matrices, in one call: as :func:`matmul` of each, only sooner done.
+
+    Args:
+      x: activations [..., in] of any float type, as in `matmul`.
+      ws: matrices [out, in] with the same `in`; `out` and formats may differ.
+      kernels: as in `matmul`.
+      threads: as in `matmul`.
+
+    Returns:
+      [..., out] for each matrix, in the type of x.
 
     Raises:
       ValueError: as `matmul`; no matrices; or some that round activations beside some that do not.
