@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 KERNELS_VARIABLE = "SPQR_CPU_KERNELS"
 """Environment variable that names the kernels to use, or `none`."""
 
-_HANDLERS = {"spqr_matmul": "SpqrMatmul", "spqr_take_rows": "SpqrTakeRows"}
+_HANDLERS = {"spqr_matmul": "SpqrMatmul", "spqr_take_rows": "SpqrTakeRows", "spqr_attend": "SpqrAttend"}
 
 
 class LibraryError(RuntimeError):

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spqr_jax.models.attention import KVCache, Positions, _attend_queries, _attend_self, _split_heads, attend
+import cpu_kernels
+from spqr_jax.models.attention import KVCache, Positions, _attend_queries, _attend_self, _split_heads, attend, rotate
+
+needs_library = pytest.mark.skipif(
+    not cpu_kernels.kernel_names(), reason="the native CPU kernels are not built (python -m cpu_kernels)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +68,115 @@ def test_an_accelerator_gets_no_loop_over_heads(inputs):
     assert loops("tpu") == loops("cuda") == 0
 
 
-def test_one_token_at_a_time_gives_the_same(inputs):
-    """From an empty cache, and after a prefill of 100 tokens."""
-    q, k, v, padding = inputs
-    want = self_attention(*inputs)
+def token_by_token(q, k, v, padding, angle, prefill):
+    """Outputs from `prefill` on and the cache, token by token after a prefill."""
 
     @jax.jit
-    def step(q, k, v, start, cache):
-        nothing = jnp.zeros(0)
-        return attend(q, k, v, Positions(nothing, nothing, padding, start), cache)
+    def step(q, k, v, angle, start, cache):
+        return attend(q, k, v, Positions(jnp.cos(angle), jnp.sin(angle), padding, start), cache)
 
-    for prefill in (0, 100):
-        cache = KVCache(*(jnp.full((2, 2, 160, 8), 7.0) for _ in range(2)))  # what is not yet written does not count
-        if prefill:
-            _, cache = step(q[:, :prefill], k[:, :prefill], v[:, :prefill], jnp.int32(0), cache)
-        for token in range(prefill, 150):
-            here = slice(token, token + 1)
-            got, cache = step(q[:, here], k[:, here], v[:, here], jnp.int32(token), cache)
-            if token >= 7:  # the second sequence's padding is over
-                np.testing.assert_allclose(got, want[:, here], atol=1e-5)
-        np.testing.assert_array_equal(cache.keys[:, :, :150], k.transpose(0, 2, 1, 3))
-        np.testing.assert_array_equal(cache.values[:, :, :150], v.transpose(0, 2, 1, 3))
+    # what is not yet written does not count
+    cache = KVCache(*(jnp.full((2, 2, 160, q.shape[-1]), 7.0) for _ in range(2)))
+    if prefill:
+        _, cache = step(q[:, :prefill], k[:, :prefill], v[:, :prefill], angle[:, :prefill], jnp.int32(0), cache)
+    outputs = []
+    for token in range(prefill, 150):
+        here = slice(token, token + 1)
+        out, cache = step(q[:, here], k[:, here], v[:, here], angle[:, here], jnp.int32(token), cache)
+        outputs.append(out)
+    return jnp.concatenate(outputs, axis=1), cache
+
+
+@pytest.fixture(params=["xla", *cpu_kernels.kernel_names()])
+def implementation(request, monkeypatch):
+    """XLA's formula or one of the native kernels."""
+    monkeypatch.setenv(cpu_kernels.KERNELS_VARIABLE, "none" if request.param == "xla" else request.param)
+    jax.clear_caches()
+    return request.param
+
+
+@pytest.mark.parametrize("prefill", [0, 100])
+@pytest.mark.parametrize(("dim", "share"), [(8, 3), (32, 3), (48, 1), (16, 6)])
+def test_one_token_at_a_time_gives_the_same(implementation, dim, share, prefill):
+    rng = np.random.default_rng(dim)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    q, k, v = draw(2, 150, 2 * share, dim), draw(2, 150, 2, dim), draw(2, 150, 2, dim)
+    padding, angle = jnp.array([0, 7]), draw(2, 150, dim // 2)
+    got, cache = token_by_token(q, k, v, padding, angle, prefill)
+    where = Positions(jnp.cos(angle), jnp.sin(angle), padding, jnp.int32(0))
+    want = self_attention(rotate(q, where), rotate(k, where), v, padding)
+    np.testing.assert_allclose(got[0], want[0, prefill:], atol=1e-5)
+    real = max(prefill, 7)  # from here on the second sequence's padding is over
+    np.testing.assert_allclose(got[1, real - prefill :], want[1, real:], atol=1e-5)
+    np.testing.assert_allclose(cache.keys[:, :, :150], rotate(k, where).transpose(0, 2, 1, 3), atol=1e-6)
+    np.testing.assert_array_equal(cache.values[:, :, :150], v.transpose(0, 2, 1, 3))
+
+
+@needs_library
+def test_large_scores_and_long_caches_are_right():
+    """Scores in the hundreds over some spans of positions, against float64."""
+    rng = np.random.default_rng(1)
+    keys, values = (rng.standard_normal((1, 1, 1000, 16)).astype(np.float32) for _ in range(2))
+    q = (100 * rng.standard_normal((1, 1, 2, 16))).astype(np.float32)
+    nothing, padding = jnp.zeros((1, 8)), jnp.array([130])
+    out, *_ = cpu_kernels.attend(
+        *(jnp.asarray(q), jnp.asarray(keys[:, :, 900]), jnp.asarray(values[:, :, 900]), nothing + 1, nothing),
+        *(jnp.asarray(keys), jnp.asarray(values), padding, jnp.int32(900)),
+    )
+    scores = q[0, 0].astype(np.float64) @ keys[0, 0, 130:901].T.astype(np.float64) / 4
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    want = weights @ values[0, 0, 130:901] / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(out[0, 0], want, rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+def test_native_attention_under_transformations():
+    """vmap, and the gradient, which XLA's formula gives."""
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    q, k, v, angle = draw(3, 2, 1, 4, 16), draw(3, 2, 1, 2, 16), draw(3, 2, 1, 2, 16), draw(3, 2, 1, 8)
+    keys, values = draw(3, 2, 2, 40, 16), draw(3, 2, 2, 40, 16)
+
+    def out(q, k, v, angle, keys, values):
+        where = Positions(jnp.cos(angle), jnp.sin(angle), jnp.array([0, 3]), jnp.int32(20))
+        return attend(q, k, v, where, KVCache(keys, values))[0]
+
+    each = [out(*(a[i] for a in (q, k, v, angle, keys, values))) for i in range(3)]
+    np.testing.assert_allclose(jax.vmap(out)(q, k, v, angle, keys, values), jnp.stack(each), atol=1e-6)
+    probe = 1e-2 * draw(2, 2, 40, 16)
+
+    def value(keys):
+        return jnp.sum(jnp.sin(out(q[0], k[0], v[0], angle[0], keys, values[0])))
+
+    difference = float(value(keys[0] + probe) - value(keys[0] - probe)) / 2
+    assert float(jnp.vdot(jax.grad(value)(keys[0]), probe)) == pytest.approx(difference, rel=1e-2)
+
+
+@needs_library
+def test_the_cache_is_written_in_place():
+    """A donated cache is not copied: no copy of its shape in the compiled step."""
+    cache = KVCache(*(jnp.zeros((1, 2, 160, 16)) for _ in range(2)))
+    one = jnp.zeros((1, 1, 2, 16))
+
+    def step(x, cache, start):
+        angle = jnp.zeros((1, 1, 8))
+        return attend(x, x, x, Positions(jnp.cos(angle), jnp.sin(angle), jnp.zeros(1, jnp.int32), start), cache)
+
+    compiled = jax.jit(step, donate_argnums=1).lower(one, cache, jnp.int32(3)).compile()
+    assert "spqr_attend" in compiled.as_text()
+    assert "f32[1,2,160,16]{3,2,1,0} copy(" not in compiled.as_text()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * 2 * 160 * 16 * 4
+    assert memory.temp_size_in_bytes < 160 * 16 * 4
+
+
+@needs_library
+def test_what_does_not_fit_is_named():
+    q, k, angle, cache = jnp.zeros((1, 1, 1, 16)), jnp.zeros((1, 1, 16)), jnp.zeros((1, 8)), jnp.zeros((1, 1, 4, 16))
+    rest = (jnp.zeros(1, jnp.int32), jnp.int32(0))
+    with pytest.raises(ValueError, match=r"v must be float32 \(1, 1, 16\)"):
+        cpu_kernels.attend(q, k, k[..., :8], angle, angle, cache, cache, *rest)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        cpu_kernels.attend(
+            q[..., :8], k[..., :8], k[..., :8], angle[:, :4], angle[:, :4], cache[..., :8], cache[..., :8], *rest
+        )

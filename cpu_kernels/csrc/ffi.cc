@@ -1,9 +1,13 @@
-// What XLA calls: the handlers SpqrMatmul and SpqrTakeRows; and what Python asks by ctypes.
+// What XLA calls: the handlers SpqrMatmul, SpqrTakeRows and SpqrAttend; and what Python asks by ctypes.
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "attention.h"
 #include "blob.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
@@ -63,6 +67,48 @@ ffi::Error take_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> index, Blob mat
   return ffi::Error::Success();
 }
 
+using Floats = ffi::Buffer<ffi::F32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+
+bool has_shape(ffi::AnyBuffer::Dimensions dimensions, std::initializer_list<int64_t> shape) {
+  return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
+}
+
+// `keys` and `values` are given and returned: XLA is told that the results are written in place of the arguments.
+ffi::Error attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats cos, Floats sin, Floats keys, Floats values,
+                  ffi::Buffer<ffi::S32> padding, ffi::Buffer<ffi::S32> position, Result out, Result new_keys,
+                  Result new_values, std::string_view kernels) {
+  if (q.dimensions().size() != 4 || keys.dimensions().size() != 4) return invalid("q and keys must have four axes");
+  spqr::Attention a;
+  a.batch = q.dimensions()[0];
+  a.kv_heads = q.dimensions()[1];
+  a.share = q.dimensions()[2];
+  a.dim = q.dimensions()[3];
+  a.length = keys.dimensions()[2];
+  bool fits = a.dim % spqr::kTile == 0 && has_shape(padding.dimensions(), {a.batch}) && has_shape(position.dimensions(), {});
+  for (const Floats& each : {keys, values, *new_keys, *new_values})
+    fits = fits && has_shape(each.dimensions(), {a.batch, a.kv_heads, a.length, a.dim});
+  for (const Floats& each : {k, v}) fits = fits && has_shape(each.dimensions(), {a.batch, a.kv_heads, a.dim});
+  for (const Floats& each : {cos, sin}) fits = fits && has_shape(each.dimensions(), {a.batch, a.dim / 2});
+  if (!fits || !has_shape(out->dimensions(), {a.batch, a.kv_heads, a.share, a.dim})) return invalid("shapes of attention");
+  a.q = q.typed_data();
+  a.k = k.typed_data();
+  a.v = v.typed_data();
+  a.cos = cos.typed_data();
+  a.sin = sin.typed_data();
+  a.padding = padding.typed_data();
+  a.position = *position.typed_data();
+  a.keys = new_keys->typed_data();
+  a.values = new_values->typed_data();
+  a.out = out->typed_data();
+  if (a.keys != keys.typed_data()) std::memcpy(a.keys, keys.typed_data(), keys.size_bytes());
+  if (a.values != values.typed_data()) std::memcpy(a.values, values.typed_data(), values.size_bytes());
+  const spqr::Kernels* found = spqr::find_kernels(std::string(kernels));
+  if (found == nullptr) return invalid("this processor has no kernels called " + std::string(kernels));
+  spqr::attend(*found, a, threads_of(pool, 0));
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -84,6 +130,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpqrTakeRows, take_rows,
                                   .Arg<Blob>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("rows"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SpqrAttend, attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()  // q, k, v
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // cos, sin
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // keys, values
+                                  .Arg<Floats>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // padding, position
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<Floats>()  // out, keys, values
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<std::string_view>("kernels"));
 
 extern "C" {
 

@@ -6,4 +6,6 @@
 #include "few.h"
 #include "many.h"
 
-constexpr Kernels kKernels = {SPQR_NAME, kFewExact, kFewRounded, kMicroRows, many};
+#include "attend.h"
+
+constexpr Kernels kKernels = {SPQR_NAME, kFewExact, kFewRounded, kMicroRows, many, attend_span};

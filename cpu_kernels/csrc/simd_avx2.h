@@ -18,6 +18,12 @@ SPQR_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 SPQR_INLINE F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
 SPQR_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 
+SPQR_INLINE float sum_of(F a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
 SPQR_INLINE I words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 SPQR_INLINE I bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

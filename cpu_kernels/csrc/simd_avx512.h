@@ -23,6 +23,8 @@ SPQR_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SPQR_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 SPQR_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 
+SPQR_INLINE float sum_of(F a) { return _mm512_reduce_add_ps(a); }
+
 SPQR_INLINE I words(const uint32_t* p) {
   I a = _mm512_loadu_si512(p);
   asm("" : "+v"(a));  // one load, not one for each use: loads are what is scarce

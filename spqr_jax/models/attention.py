@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import cpu_kernels
+from spqr_jax.linear import why_no_kernels
 from spqr_jax.models.config import DecoderConfig
 
 _QUERY_CHUNK = 128  # queries whose scores are held at once; later keys are skipped, not masked
@@ -66,24 +68,18 @@ def attend(
     where: Positions,
     cache: KVCache | None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Causal attention, softmax in float32.
+    """Rotary embedding of queries and keys, then causal attention, softmax in float32.
 
     More than one token at a time is a prefill and starts an empty cache; one reads what is cached.
 
     Returns:
       [batch, tokens, heads * head_dim] and the cache with the new keys and values.
     """
-    q, k, v = _split_heads(q, k, v)
-    if cache is None:
-        return _attend_self(q, k, v, where.padding), None
-    if q.shape[3] > 1:
-        return _attend_self(q, k, v, where.padding), _extended(cache, k, v, where.start)
-    out = _attend_cache(q[..., 0, :], k, v, where, cache)
-    # Nothing, but it depends on `out`: only after the old cache was read can the new one be written in its place.
-    # Without it XLA copies the cache of every block in every step.
-    nothing = 0.0 * out[..., :1].reshape(*k.shape[:2], -1)[..., :1, None]
-    cache = _extended(cache, k + nothing.astype(k.dtype), v + nothing.astype(v.dtype), where.start)
-    return _merge_heads(out[..., None, :]), cache
+    if cache is not None and q.shape[1] == 1:
+        out, cache = _attend_cache(q, k, v, where, cache)
+        return _merge_heads(out[..., None, :]), cache
+    q, k, v = _split_heads(rotate(q, where), rotate(k, where), v)
+    return _attend_self(q, k, v, where.padding), None if cache is None else _extended(cache, k, v, where.start)
 
 
 def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
@@ -94,8 +90,32 @@ def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> K
     )
 
 
-def _attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache) -> jax.Array:
-    """One token [batch, kv_heads, share, head_dim] against what is cached, and against itself."""
+def _attend_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """One token against what is cached and itself: [batch, kv_heads, share, head_dim], and the cache with it."""
+    if not cpu_kernels.can_attend(q, cache.keys) or why_no_kernels():
+        return _attend_cache_by_xla(q, k, v, where, cache)
+    return lax.platform_dependent(q, k, v, where, cache, cpu=_attend_cache_natively, default=_attend_cache_by_xla)
+
+
+@jax.custom_jvp
+def _attend_cache_natively(
+    q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    batch, _, kv_heads, head_dim = k.shape
+    q, k, v = q.reshape(batch, kv_heads, -1, head_dim), k[:, 0], v[:, 0]
+    out, keys, values = cpu_kernels.attend(
+        q, k, v, where.cos[:, 0], where.sin[:, 0], cache.keys, cache.values, where.padding, where.start
+    )
+    return out, KVCache(keys, values)
+
+
+def _attend_cache_by_xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    q, k, v = _split_heads(rotate(q, where), rotate(k, where), v)
+    q = q[..., 0, :]
     scores = jnp.einsum("bhsd,bhld->bhsl", q, cache.keys, preferred_element_type=jnp.float32)
     key = jnp.arange(cache.keys.shape[2])
     seen = (key < where.start) & (key >= where.padding[:, None])  # [batch, length]
@@ -105,7 +125,14 @@ def _attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, ca
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + own
     out = jnp.einsum("bhsl,bhld->bhsd", weights.astype(v.dtype), cache.values, preferred_element_type=jnp.float32)
-    return ((out + own * v.astype(jnp.float32)) / total).astype(v.dtype)
+    out = ((out + own * v.astype(jnp.float32)) / total).astype(v.dtype)
+    # Nothing, but it depends on `out`: only after the old cache was read can the new one be written in its place.
+    # Without it XLA copies the cache of every block in every step.
+    nothing = 0.0 * out[..., :1].reshape(*k.shape[:2], -1)[..., :1, None]
+    return out, _extended(cache, k + nothing.astype(k.dtype), v + nothing.astype(v.dtype), where.start)
+
+
+_attend_cache_natively.defjvp(partial(jax.jvp, _attend_cache_by_xla))
 
 
 def _attend_self(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:

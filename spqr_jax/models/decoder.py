@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from spqr_jax.linear import linear as apply_linear
 from spqr_jax.linear import linear_all, take_rows
-from spqr_jax.models.attention import KVCache, Positions, attend, positions, rotate
+from spqr_jax.models.attention import KVCache, Positions, attend, positions
 from spqr_jax.models.config import DecoderConfig
 
 Weight = Any
@@ -106,7 +106,7 @@ def _attention(config: DecoderConfig, block: Block, state: State, where: Positio
     q, k, v = _products(linear, block, ("q_proj", "k_proj", "v_proj"), x)
     q = q.reshape(batch, tokens, config.num_heads, config.head_dim)
     k, v = (each.reshape(batch, tokens, config.num_kv_heads, config.head_dim) for each in (k, v))
-    inner, cache = attend(rotate(q, where), rotate(k, where), v, where, state.cache)
+    inner, cache = attend(q, k, v, where, state.cache)
     return State(state.residual, inner, cache)
 
 
