@@ -1,8 +1,9 @@
 """Matrix products with packed SpQR weights on a CPU: C++ behind XLA's FFI, raw arrays in and out.
 
 `pack` turns a matrix's canonical parts into the layout that the kernels read
-(`csrc/matrix.h`), `matmul` multiplies by it, `matmul_all` by several, `take_rows` reads rows of it;
-`attend` is one token's attention over a cache of keys and values. The library is compiled when the package is installed, if there is a C++ compiler, or
+(`csrc/matrix.h`), `matmul` multiplies by it, `matmul_all` by several, `take_rows`
+reads rows of it; `attend` is one token's attention over a cache of keys and values.
+The library is compiled when the package is installed, if there is a C++ compiler, or
 later with ``python -m cpu_kernels``.
 """
 
