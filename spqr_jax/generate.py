@@ -1,4 +1,4 @@
-"""Text generation: prefill, then one jitted decode step with a donated KV cache."""
+"""Text generation: prefill, then a jitted loop that decodes some tokens at a time into a donated KV cache."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from spqr_jax.models.decoder import Decoder, State, embed, logits, run_block
 from spqr_jax.sampling import Sampling, sample
 
 Cache = tuple[KVCache, ...]
+
+_AT_ONCE = 16  # tokens of a prompt that one call decodes at most: each call costs Python and XLA time of its own
+_SHOWN_EVERY = 0.1  # seconds: a slow model decodes fewer at once, so that text appears as it is made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +69,74 @@ def _forward(
     return logits(config, params.outer, residual[:, -1]), tuple(filled)
 
 
-@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """What stays the same while a prompt is continued.
+
+    Attributes:
+      padding: int32 [batch], left-padding tokens.
+      key: of the random draws.
+      stops: int32 [n], tokens that end a text.
+    """
+
+    padding: jax.Array
+    key: jax.Array
+    stops: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """How far a text has come.
+
+    Attributes:
+      tokens: int32 [batch, n], what the next step reads: the prompt, or the last token drawn.
+      start: int32, position of the first of them.
+      running: bool [batch], whether a row has not met a stop token.
+    """
+
+    tokens: jax.Array
+    start: jax.Array
+    running: jax.Array
+
+
 def _step(
-    params: Decoder,
-    cache: Cache,
-    tokens: jax.Array,
-    padding: jax.Array,
-    start: jax.Array,
-    key: jax.Array,
-    sampling: Sampling,
-) -> tuple[jax.Array, Cache, jax.Array]:
-    """Reads `tokens` [batch, n] at positions start.. and draws the next token of each row.
+    params: Decoder, cache: Cache, progress: _Progress, rest: _Rest, sampling: Sampling
+) -> tuple[Cache, _Progress]:
+    """Reads the tokens at hand and draws the next one of each row."""
+    scores, cache = _forward(params, cache, progress.tokens, rest.padding, progress.start)
+    drawn = sample(scores, jax.random.fold_in(rest.key, progress.start), sampling)
+    running = progress.running & ~jnp.isin(drawn, rest.stops)
+    return cache, _Progress(drawn[:, None], progress.start + progress.tokens.shape[1], running)
+
+
+_prefill = jax.jit(_step, static_argnames="sampling", donate_argnames="cache")
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def _decode(
+    params: Decoder, cache: Cache, progress: _Progress, rest: _Rest, count: jax.Array, sampling: Sampling
+) -> tuple[Cache, _Progress, jax.Array, jax.Array]:
+    """Up to `count` steps, fewer if no row is running any more.
 
     Returns:
-      The tokens [batch, 1], the cache, and where the next step starts: what it is called with.
+      The cache, where the text stands, int32 [batch, _AT_ONCE] with the tokens drawn in its
+      first columns, and how many columns these are.
     """
-    scores, cache = _forward(params, cache, tokens, padding, start)
-    drawn = sample(scores, jax.random.fold_in(key, start), sampling)
-    return drawn[:, None], cache, start + tokens.shape[1]
+
+    def going_on(carry: Any) -> jax.Array:
+        done, _, _, progress = carry
+        return (done < count) & jnp.any(progress.running)
+
+    def step(carry: Any) -> Any:
+        done, made, cache, progress = carry
+        cache, progress = _step(params, cache, progress, rest, sampling)
+        return done + 1, jax.lax.dynamic_update_slice_in_dim(made, progress.tokens, done, axis=1), cache, progress
+
+    made = jnp.zeros((progress.running.shape[0], _AT_ONCE), jnp.int32)
+    done, made, cache, progress = jax.lax.while_loop(going_on, step, (jnp.int32(0), made, cache, progress))
+    return cache, progress, made, done
 
 
 class Generator:
@@ -129,44 +182,82 @@ class Generator:
             tokens[row, padding[row] :] = prompt
 
         begun = time.perf_counter()
-        length = _bucket(width + steps)
-        cache = empty_cache(config, len(prompts), length, self._params.outer.final_norm.dtype)
-        rest = (jnp.asarray(padding), jnp.int32(0), jax.random.key(seed))
-        prefill = self._program(cache, jnp.asarray(tokens), rest, sampling)
-        decode = self._program(cache, jnp.zeros((len(prompts), 1), jnp.int32), rest, sampling)
+        cache = empty_cache(config, len(prompts), _bucket(width + steps), self._params.outer.final_norm.dtype)
+        rest = _Rest(jnp.asarray(padding), jax.random.key(seed), jnp.array(sorted(stops) or [-1], jnp.int32))
+        progress = _Progress(jnp.asarray(tokens), jnp.int32(0), jnp.ones(len(prompts), bool))
+        prefill = self._program(_prefill, cache, progress, rest, sampling=sampling)
+        last = dataclasses.replace(progress, tokens=jnp.zeros((len(prompts), 1), jnp.int32))
+        decode = self._program(_decode, cache, last, rest, jnp.int32(1), sampling=sampling)
         compile_seconds = time.perf_counter() - begun
 
         begun = time.perf_counter()
-        drawn, cache, start = prefill(self._params, cache, jnp.asarray(tokens), *rest)
-        jax.block_until_ready(drawn)
+        cache, progress = prefill(self._params, cache, progress, rest)
+        text = _Text(progress.tokens, stops, on_token)
         first_token_seconds = time.perf_counter() - begun
-        made: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        begun, decoded = time.perf_counter(), 0
-        for step in range(steps):
-            current = drawn
-            if step + 1 < steps:  # begun before the last one's tokens are looked at, so that none waits for Python
-                drawn, cache, start = decode(self._params, cache, current, rest[0], start, rest[2])
-            decoded += len(running) if step else 0
-            running = _take(np.asarray(current)[:, 0], made, running, stops, on_token)
-            if not running:
-                break
+        begun, ordered, count = time.perf_counter(), 1, 1
+        coming: list[tuple[jax.Array, jax.Array]] = []
+        while (ordered < steps or coming) and text.running:
+            if ordered < steps:  # before the last ones are looked at, so that no step waits for Python
+                count = min(count, steps - ordered)
+                cache, progress, made, done = decode(self._params, cache, progress, rest, jnp.int32(count))
+                coming.append((made, done))
+                ordered += count
+            if len(coming) > 1 or ordered >= steps:
+                made, done = coming.pop(0)
+                text.add(np.asarray(made)[:, : int(done)])
+                step_seconds = (time.perf_counter() - begun) / text.steps
+                count = max(1, min(_AT_ONCE, int(_SHOWN_EVERY / step_seconds)))
         seconds = time.perf_counter() - begun
         return Generation(
-            tokens=made,
+            tokens=text.rows,
             prompt_tokens=lengths,
             compile_seconds=compile_seconds,
             prefill_seconds=first_token_seconds,
             first_token_seconds=first_token_seconds,
-            decode_tokens_per_second=decoded / seconds if decoded else float("nan"),
+            decode_tokens_per_second=text.decoded / seconds if text.decoded else float("nan"),
         )
 
-    def _program(self, cache: Cache, tokens: jax.Array, rest: tuple[jax.Array, ...], sampling: Sampling) -> Any:
-        """The compiled step for arguments of these shapes, apart from their timing."""
-        key = (tokens.shape, cache[0].keys.shape, sampling)
+    def _program(self, function: Any, cache: Cache, progress: _Progress, *rest: Any, sampling: Sampling) -> Any:
+        """A compiled function for arguments of these shapes, apart from its timing."""
+        key = (function, *(leaf.shape for leaf in jax.tree.leaves((cache[0], progress, rest))), sampling)
         if key not in self._programs:
-            self._programs[key] = _step.lower(self._params, cache, tokens, *rest, sampling=sampling).compile()
+            self._programs[key] = function.lower(self._params, cache, progress, *rest, sampling=sampling).compile()
         return self._programs[key]
+
+
+class _Text:
+    """Tokens made so far, row by row.
+
+    Attributes:
+      rows: new tokens of each prompt, without the stop token.
+      running: rows that met no stop token.
+      steps: made after the first token.
+      decoded: tokens in these, of rows that were running.
+    """
+
+    def __init__(self, first: jax.Array, stops: frozenset[int], on_token: Callable[[int, int], None] | None) -> None:
+        self.rows: list[list[int]] = [[] for _ in range(first.shape[0])]
+        self.running = set(range(first.shape[0]))
+        self._stops, self._on_token = stops, on_token
+        self.steps = self.decoded = 0
+        self.add(np.asarray(first))
+        self.steps = self.decoded = 0  # only what comes after the first token is timed
+
+    def add(self, made: np.ndarray) -> None:
+        """Takes what was drawn in some steps, [batch, steps]."""
+        for drawn in made.T:
+            self.steps += 1
+            self.decoded += len(self.running)
+            for row in sorted(self.running):
+                self._add_token(row, int(drawn[row]))
+
+    def _add_token(self, row: int, token: int) -> None:
+        if token in self._stops:
+            self.running.discard(row)
+            return
+        self.rows[row].append(token)
+        if self._on_token is not None:
+            self._on_token(row, token)
 
 
 def _bucket(length: int) -> int:
@@ -191,26 +282,6 @@ def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) 
         ids outside the vocabulary.
     """
     return Generator(params)(prompts, **options)
-
-
-def _take(
-    drawn: np.ndarray,
-    made: list[list[int]],
-    running: set[int],
-    stops: frozenset[int],
-    on_token: Callable[[int, int], None] | None,
-) -> set[int]:
-    """Appends each running prompt's token; returns those that go on."""
-    going_on = set()
-    for row in sorted(running):
-        token = int(drawn[row])
-        if token in stops:
-            continue
-        made[row].append(token)
-        going_on.add(row)
-        if on_token is not None:
-            on_token(row, token)
-    return going_on
 
 
 def _checked_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, max_new_tokens: int) -> list[int]:
