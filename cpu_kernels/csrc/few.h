@@ -171,6 +171,11 @@ template <int kBits, int kStep, int kRows, int kLimbs>
 void multiply_rows(const Matrix& w, const Input& in, int64_t first_row, int64_t tile, int64_t last_tile,
                    const float* of_tile, float* y) {
   alignas(64) float out[kTiles][kRows][kTile];
+  MetByOutliers<kRows> met[kTiles];
+  const float* x[kRows];
+  for (int m = 0; m < kRows; m++) x[m] = in.x + (first_row + m < in.rows ? first_row + m : in.rows - 1) * in.stride;
+  for (int i = 0; i < kTiles && tile + i < last_tile; i++)
+    met[i].lay_out(w, x, w.outlier_start[tile + i], w.outlier_start[tile + i + 1]);
   for (int lane = 0; lane < kTile; lane += kLanes) {
     F total[kRows][kTiles];
     Source from[kTiles];
@@ -185,10 +190,8 @@ void multiply_rows(const Matrix& w, const Input& in, int64_t first_row, int64_t 
     for (int i = 0; i < kTiles; i++)
       for (int m = 0; m < kRows; m++) store(out[i][m] + lane, total[m][i]);
   }
-  const float* x[kRows];
-  for (int m = 0; m < kRows; m++) x[m] = in.x + (first_row + m < in.rows ? first_row + m : in.rows - 1) * in.stride;
   for (int i = 0; i < kTiles && tile + i < last_tile; i++) {
-    add_outliers<kRows>(w, x, out[i], tile + i);
+    add_outliers<kRows>(w, x, met[i], out[i], tile + i);
     const size_t wide = sizeof(float) * static_cast<size_t>(w.rows_in_tile(tile + i));
     for (int64_t m = first_row; m < first_row + kRows && m < in.rows; m++)
       std::memcpy(y + m * w.rows + (tile + i) * kTile, out[i][m - first_row], wide);

@@ -23,7 +23,7 @@ void dequantize(const Matrix& w, int64_t tile, int64_t first, int64_t last, floa
           group = wanted;
           F zero_point;
           float of_tile[4] = {};
-          if (w.kind == Statistics::kNibbles) four_halves(stats + group * size + kTile, of_tile);
+          if (w.kind == Statistics::kNibbles) factors_and_products(stats + group * size + kTile, of_tile);
           read_statistics(w.kind, stats + group * size, lane, of_tile, scale, zero_point);
           offset = mul(scale, zero_point);
         }

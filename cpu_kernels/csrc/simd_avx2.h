@@ -50,8 +50,10 @@ SPQR_INLINE F nibble(I a, int i) {
 SPQR_INLINE F halves(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-SPQR_INLINE void four_halves(const uint8_t* p, float* out) {
-  _mm_storeu_ps(out, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+// Four float16 a, b, c, d to a, a b, c, c d.
+SPQR_INLINE void factors_and_products(const uint8_t* p, float* out) {
+  const __m128 each = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  _mm_storeu_ps(out, _mm_blend_ps(each, _mm_mul_ps(each, _mm_moveldup_ps(each)), 0b1010));
 }
 
 SPQR_INLINE void nearest(F a, int32_t* out) {

@@ -58,7 +58,10 @@ SPQR_INLINE float half_at(const uint8_t* p) {
   return half_to_float(half);
 }
 SPQR_INLINE F halves(const uint8_t* p) { return F{half_at(p), half_at(p + 2), half_at(p + 4), half_at(p + 6)}; }
-SPQR_INLINE void four_halves(const uint8_t* p, float* out) { store(out, halves(p)); }
+SPQR_INLINE void factors_and_products(const uint8_t* p, float* out) {  // four float16 a, b, c, d to a, a b, c, c d
+  const F each = halves(p);
+  store(out, F{each[0], each[0] * each[1], each[2], each[2] * each[3]});
+}
 
 SPQR_INLINE void nearest(F a, int32_t* out) {
   for (int i = 0; i < kLanes; i++) out[i] = static_cast<int32_t>(__builtin_lrintf(a[i]));

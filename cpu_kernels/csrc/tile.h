@@ -43,13 +43,14 @@ struct Codes {
   }
 };
 
-// Scale and zero point of kLanes rows in one group, whose statistics start at `p`; `of_tile` are its four float16, if any.
+// Scale and zero point of kLanes rows in one group, whose statistics start at `p`; `of_tile` is what
+// read_tile_statistics made of the four float16, if there are any.
 SPQR_INLINE void read_statistics(Statistics kind, const uint8_t* p, int lane, const float* of_tile, F& scale,
                                  F& zero_point) {
   if (__builtin_expect(kind == Statistics::kNibbles, 1)) {
     const I codes = bytes(p + lane);
-    scale = mul(sub(nibble(codes, 0), splat(of_tile[1])), splat(of_tile[0]));
-    zero_point = mul(sub(nibble(codes, 1), splat(of_tile[3])), splat(of_tile[2]));
+    scale = fms(nibble(codes, 0), splat(of_tile[0]), splat(of_tile[1]));
+    zero_point = fms(number(right<4>(codes)), splat(of_tile[2]), splat(of_tile[3]));
   } else if (kind == Statistics::kHalf) {
     scale = halves(p + 2 * lane);
     zero_point = halves(p + 2 * (kTile + lane));
@@ -59,45 +60,73 @@ SPQR_INLINE void read_statistics(Statistics kind, const uint8_t* p, int lane, co
   }
 }
 
-// What all rows of a tile have in common, group by group: to [groups][4].
+// What all rows of a tile have in common, group by group: to [groups][4] = ss, ss sz, zs, zs zz. Products of two float16
+// are exact in float32, so a scale is rounded once.
 inline void read_tile_statistics(const Matrix& w, int64_t tile, float* to) {
   if (w.kind != Statistics::kNibbles) return;
   const int64_t groups = w.groups(), size = statistics_bytes(w.kind);
   const uint8_t* p = w.stats + tile * groups * size + kTile;
-  for (int64_t group = 0; group < groups; group++) four_halves(p + group * size, to + 4 * group);
+  for (int64_t group = 0; group < groups; group++) factors_and_products(p + group * size, to + 4 * group);
 }
 
-// Adds a tile's outliers to `out` [kRows][16]; x[m][k] is row m's column k. Activations are first laid out in the
-// order of the outliers: gathering them in the loop that multiplies would be slower by far.
+// Activations laid out in the order of the outliers that they meet: gathering them in the loop that multiplies would be
+// slower by far. It is done before a tile is multiplied, so that what was written one by one can be read sixteen at once.
 template <int kRows>
-void add_outliers(const Matrix& w, const float* const* x, float (*out)[kTile], int64_t tile) {
-  constexpr int64_t kAtATime = 512;
+struct MetByOutliers {
+  static constexpr int64_t kAtATime = 512;
+  alignas(64) float x[kRows][kAtATime + kTile];
+  int64_t there;
+
+  // For outliers from `first` on; x_of[m][k] is row m's column k.
+  SPQR_INLINE void lay_out(const Matrix& w, const float* const* x_of, int64_t first, int64_t end) {
+    there = end - first < kAtATime ? end - first : kAtATime;
+    if (w.outlier_cols16 != nullptr)
+      lay_out_columns(w.outlier_cols16 + first, x_of);
+    else
+      lay_out_columns(w.outlier_cols32 + first, x_of);
+  }
+
+ private:
+  template <typename Column>
+  SPQR_INLINE void lay_out_columns(const Column* columns, const float* const* x_of) {
+    for (int m = 0; m < kRows; m++) {
+      const float* from = x_of[m];
+      for (int64_t i = 0; i < there; i++) x[m][i] = from[columns[i]];
+      for (int64_t i = there; i < there + kTile; i++) x[m][i] = 0.0f;
+    }
+  }
+};
+
+// Adds a tile's outliers to `out` [kRows][16]; `met` has been laid out for the first of them.
+template <int kRows>
+SPQR_INLINE void add_outliers(const Matrix& w, const float* const* x_of, MetByOutliers<kRows>& met, float (*out)[kTile],
+                              int64_t tile) {
+  constexpr int kVectors = kTile / kLanes;
   const int64_t start = w.outlier_start[tile], end = w.outlier_start[tile + 1];
   if (start == end) return;
   const int32_t* counts = w.outlier_counts + kTile * tile;
-  alignas(64) float met[kAtATime + kTile], by_lane[kTile];
-  for (int m = 0; m < kRows; m++) {
-    F sum[kTile / kLanes];
-    for (F& each : sum) each = zero();
-    int32_t slot = 0;
-    for (int64_t first = start; first < end;) {
-      const int64_t there = end - first < kAtATime ? end - first : kAtATime;
-      for (int64_t i = 0; i < there; i++) met[i] = x[m][w.outlier_col(first + i)];
-      for (int64_t i = there; i < there + kTile; i++) met[i] = 0.0f;
-      const auto* values = reinterpret_cast<const uint8_t*>(w.outlier_values + first);
-      int64_t at = 0;
-      for (int lanes = 0; at < there; slot++, at += lanes) {
-        lanes = count_above(counts, slot);
-        if (lanes == 0 || at + lanes > there) break;
-        for (int i = 0; i < kTile / kLanes; i++) {
-          const F value = where_above(halves(values + 2 * (at + kLanes * i)), counts + kLanes * i, slot);
-          sum[i] = fma(value, load(met + at + kLanes * i), sum[i]);
-        }
+  F sum[kRows][kVectors];
+  for (int m = 0; m < kRows; m++)
+    for (F& each : sum[m]) each = zero();
+  int32_t slot = 0;
+  for (int64_t first = start; first < end;) {
+    if (first > start) met.lay_out(w, x_of, first, end);
+    const auto* values = reinterpret_cast<const uint8_t*>(w.outlier_values + first);
+    int64_t at = 0;
+    for (int lanes = 0; at < met.there; slot++, at += lanes) {
+      lanes = count_above(counts, slot);
+      if (lanes == 0 || at + lanes > met.there) break;
+      for (int i = 0; i < kVectors; i++) {
+        const F value = where_above(halves(values + 2 * (at + kLanes * i)), counts + kLanes * i, slot);
+        for (int m = 0; m < kRows; m++) sum[m][i] = fma(value, load(met.x[m] + at + kLanes * i), sum[m][i]);
       }
-      if (at == 0) break;  // counts that do not add up
-      first += at;
     }
-    for (int i = 0; i < kTile / kLanes; i++) store(by_lane + kLanes * i, sum[i]);
+    if (at == 0) break;  // counts that do not add up
+    first += at;
+  }
+  for (int m = 0; m < kRows; m++) {
+    alignas(64) float by_lane[kTile];
+    for (int i = 0; i < kVectors; i++) store(by_lane + kLanes * i, sum[m][i]);
     for (int row = 0; row < kTile; row++) out[m][row] += by_lane[w.lane_of_row[kTile * tile + row]];
   }
 }
