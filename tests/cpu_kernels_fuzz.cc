@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention.h"
 #include "blob.h"
 #include "half.h"
 #include "matmul.h"
@@ -268,6 +269,62 @@ int check(const Sample& s, bool sound) {
   return 0;
 }
 
+// Attention in buffers of the exact size, positions and padding at will, against float64 where they are sound.
+int check_attention() {
+  Attention a;
+  a.batch = pick(1, 2);
+  a.kv_heads = pick(1, 3);
+  a.share = pick(1, 6);
+  a.dim = kTile * pick(1, 5);
+  a.length = pick(1, 200);
+  const bool sound = pick(0, 2) > 0;
+  a.position = sound ? pick(0, a.length - 1) : static_cast<int64_t>(rng());
+  const int64_t heads = a.batch * a.kv_heads, half = a.dim / 2;
+  const auto draw = [](int64_t count) {
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& value : values) value = uniform(-2, 2);
+    return values;
+  };
+  std::vector<float> q = draw(heads * a.share * a.dim), k = draw(heads * a.dim), v = draw(heads * a.dim), out(q.size());
+  const std::vector<float> cos(static_cast<size_t>(a.batch * half), 1.0f), sin(cos.size(), 0.0f);
+  const std::vector<float> keys = draw(heads * a.length * a.dim), values = draw(heads * a.length * a.dim);
+  std::vector<int32_t> padding(static_cast<size_t>(a.batch));
+  for (int32_t& each : padding) each = static_cast<int32_t>(sound ? pick(0, a.position) : pick(INT32_MIN, INT32_MAX));
+  a.padding = padding.data();
+  a.cos = cos.data();
+  a.sin = sin.data();
+  a.q = q.data();
+  a.k = k.data();
+  a.v = v.data();
+  a.out = out.data();
+  for (const Kernels* kernels : supported_kernels()) {
+    std::vector<float> own_keys = keys, own_values = values;
+    a.keys = own_keys.data();
+    a.values = own_values.data();
+    std::fill(out.begin(), out.end(), NAN);
+    attend(*kernels, a, some_threads());
+    for (int64_t query = 0; sound && query < heads * a.share; query++) {
+      const int64_t head = query / a.share, first = padding[head / a.kv_heads];
+      std::vector<double> want(static_cast<size_t>(a.dim), 0.0);
+      double total = 0;
+      for (int64_t i = first; i <= a.position; i++) {
+        double score = 0;
+        for (int64_t d = 0; d < a.dim; d++)
+          score += q[query * a.dim + d] * double{own_keys[(head * a.length + i) * a.dim + d]};
+        const double weight = std::exp(score / std::sqrt(static_cast<double>(a.dim)));
+        total += weight;
+        for (int64_t d = 0; d < a.dim; d++) want[d] += weight * own_values[(head * a.length + i) * a.dim + d];
+      }
+      for (int64_t d = 0; d < a.dim; d++)
+        if (!(std::fabs(out[query * a.dim + d] - want[d] / total) < 1e-4)) {
+          std::printf("%s attention: %g instead of %g\n", kernels->name, out[query * a.dim + d], want[d] / total);
+          return 1;
+        }
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -284,7 +341,7 @@ int main(int argc, char** argv) {
       return 1;
     }
     check_blob(s, entries);
-    if (check(s, true) != 0) return 1;
+    if (check(s, true) != 0 || check_attention() != 0) return 1;
     sound++;
     damage(s);
     damaged++;

@@ -68,48 +68,47 @@ def test_an_accelerator_gets_no_loop_over_heads(inputs):
     assert loops("tpu") == loops("cuda") == 0
 
 
-def token_by_token(q, k, v, padding, angle, prefill):
-    """Outputs from `prefill` on and the cache, token by token after a prefill."""
+CASES = [("xla", 8, 3), ("xla", 32, 3)] + [
+    (kernels, *shape) for kernels in cpu_kernels.kernel_names() for shape in ((32, 3), (48, 1), (16, 6))
+]
+
+
+@pytest.mark.parametrize(("implementation", "dim", "share"), CASES)
+def test_one_token_at_a_time_gives_the_same(monkeypatch, implementation, dim, share):
+    """XLA's formula and each native kernel, after a prefill; the cache is longer than what kernels look at together."""
+    monkeypatch.setenv(cpu_kernels.KERNELS_VARIABLE, "none" if implementation == "xla" else implementation)
+    jax.clear_caches()
+    rng, tokens, prefill = np.random.default_rng(dim), 80, 50
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    q, k, v = draw(2, tokens, 2 * share, dim), draw(2, tokens, 2, dim), draw(2, tokens, 2, dim)
+    padding, angle = jnp.array([0, 7]), draw(2, tokens, dim // 2)
 
     @jax.jit
     def step(q, k, v, angle, start, cache):
         return attend(q, k, v, Positions(jnp.cos(angle), jnp.sin(angle), padding, start), cache)
 
     # what is not yet written does not count
-    cache = KVCache(*(jnp.full((2, 2, 160, q.shape[-1]), 7.0) for _ in range(2)))
-    if prefill:
-        _, cache = step(q[:, :prefill], k[:, :prefill], v[:, :prefill], angle[:, :prefill], jnp.int32(0), cache)
+    cache = KVCache(*(jnp.full((2, 2, tokens + 10, dim), 7.0) for _ in range(2)))
     outputs = []
-    for token in range(prefill, 150):
-        here = slice(token, token + 1)
-        out, cache = step(q[:, here], k[:, here], v[:, here], angle[:, here], jnp.int32(token), cache)
+    for first, last in [(0, prefill), *((token, token + 1) for token in range(prefill, tokens))]:
+        out, cache = step(*(a[:, first:last] for a in (q, k, v, angle)), jnp.int32(first), cache)
         outputs.append(out)
-    return jnp.concatenate(outputs, axis=1), cache
-
-
-@pytest.fixture(params=["xla", *cpu_kernels.kernel_names()])
-def implementation(request, monkeypatch):
-    """XLA's formula or one of the native kernels."""
-    monkeypatch.setenv(cpu_kernels.KERNELS_VARIABLE, "none" if request.param == "xla" else request.param)
-    jax.clear_caches()
-    return request.param
-
-
-@pytest.mark.parametrize("prefill", [0, 100])
-@pytest.mark.parametrize(("dim", "share"), [(8, 3), (32, 3), (48, 1), (16, 6)])
-def test_one_token_at_a_time_gives_the_same(implementation, dim, share, prefill):
-    rng = np.random.default_rng(dim)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    q, k, v = draw(2, 150, 2 * share, dim), draw(2, 150, 2, dim), draw(2, 150, 2, dim)
-    padding, angle = jnp.array([0, 7]), draw(2, 150, dim // 2)
-    got, cache = token_by_token(q, k, v, padding, angle, prefill)
+    got = jnp.concatenate(outputs, axis=1)
     where = Positions(jnp.cos(angle), jnp.sin(angle), padding, jnp.int32(0))
     want = self_attention(rotate(q, where), rotate(k, where), v, padding)
-    np.testing.assert_allclose(got[0], want[0, prefill:], atol=1e-5)
-    real = max(prefill, 7)  # from here on the second sequence's padding is over
-    np.testing.assert_allclose(got[1, real - prefill :], want[1, real:], atol=1e-5)
-    np.testing.assert_allclose(cache.keys[:, :, :150], rotate(k, where).transpose(0, 2, 1, 3), atol=1e-6)
-    np.testing.assert_array_equal(cache.values[:, :, :150], v.transpose(0, 2, 1, 3))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1, 7:], want[1, 7:], atol=1e-5)  # after the second sequence's padding
+    np.testing.assert_allclose(cache.keys[:, :, :tokens], rotate(k, where).transpose(0, 2, 1, 3), atol=1e-6)
+    np.testing.assert_array_equal(cache.values[:, :, :tokens], v.transpose(0, 2, 1, 3))
+
+
+def test_a_text_may_start_from_an_empty_cache():
+    """Without a prefill: the first token sees itself only."""
+    rng = np.random.default_rng(3)
+    k, v = (jnp.asarray(rng.standard_normal((1, 1, 2, 16)), jnp.float32) for _ in range(2))
+    where = Positions(jnp.ones((1, 1, 8)), jnp.zeros((1, 1, 8)), jnp.zeros(1, jnp.int32), jnp.int32(0))
+    out, _ = attend(k, k, v, where, KVCache(*(jnp.full((1, 2, 4, 16), 9.0) for _ in range(2))))
+    np.testing.assert_allclose(out, v.reshape(1, 1, 32), rtol=1e-6)
 
 
 @needs_library

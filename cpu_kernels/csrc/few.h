@@ -72,9 +72,10 @@ struct Fetches {
     cols = (w.outlier_cols16 != nullptr ? reinterpret_cast<const char*>(w.outlier_cols16)
                                         : reinterpret_cast<const char*>(w.outlier_cols32)) + start * col_bytes;
     values = reinterpret_cast<const char*>(w.outlier_values + start);
-    stats_step = bytes / blocks + 1;
-    cols_step = entries * col_bytes / blocks + 1;
-    values_step = entries * 2 / blocks + 1;
+    const auto each = static_cast<uint32_t>(blocks);  // divides much faster than 64 bits
+    stats_step = static_cast<uint32_t>(bytes) / each + 1;
+    values_step = static_cast<uint32_t>(2 * entries) / each + 1;
+    cols_step = values_step * (col_bytes / 2);
   }
 
   template <int kBits>

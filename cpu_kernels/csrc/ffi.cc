@@ -51,7 +51,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     if (ffi::Error error = read(*blob, y.dimensions()[1], x.dimensions()[1], products[i].w); error.failure()) return error;
     products[i].y = y.typed_data();
   }
-  const spqr::Kernels* found = spqr::find_kernels(std::string(kernels));
+  const spqr::Kernels* found = spqr::find_kernels(kernels);
   if (found == nullptr) return invalid("this processor has no kernels called " + std::string(kernels));
   spqr::matmul(*found, products, x.typed_data(), rows, rounded, threads_of(pool, threads));
   return ffi::Error::Success();
@@ -103,7 +103,7 @@ ffi::Error attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats cos
   a.out = out->typed_data();
   if (a.keys != keys.typed_data()) std::memcpy(a.keys, keys.typed_data(), keys.size_bytes());
   if (a.values != values.typed_data()) std::memcpy(a.values, values.typed_data(), values.size_bytes());
-  const spqr::Kernels* found = spqr::find_kernels(std::string(kernels));
+  const spqr::Kernels* found = spqr::find_kernels(kernels);
   if (found == nullptr) return invalid("this processor has no kernels called " + std::string(kernels));
   spqr::attend(*found, a, threads_of(pool, 0));
   return ffi::Error::Success();

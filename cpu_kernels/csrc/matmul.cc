@@ -13,7 +13,9 @@ namespace spqr {
 
 // ---- which kernels ----------------------------------------------------------------------
 
-std::vector<const Kernels*> supported_kernels() {
+namespace {
+
+std::vector<const Kernels*> look_for_kernels() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -29,7 +31,14 @@ std::vector<const Kernels*> supported_kernels() {
   return found;
 }
 
-const Kernels* find_kernels(const std::string& name) {
+}  // namespace
+
+const std::vector<const Kernels*>& supported_kernels() {
+  static const std::vector<const Kernels*> found = look_for_kernels();
+  return found;
+}
+
+const Kernels* find_kernels(std::string_view name) {
   for (const Kernels* kernels : supported_kernels())
     if (name == kernels->name) return kernels;
   return nullptr;
@@ -128,6 +137,17 @@ std::unique_ptr<T[]> space_for(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
 }
 
+// Memory that a thread keeps, at least so much, for use until it is asked for again.
+float* scratch_of_thread(int64_t count) {
+  static thread_local std::unique_ptr<float[]> space;
+  static thread_local int64_t size = 0;
+  if (size < count) {
+    space = space_for<float>(count);
+    size = count;
+  }
+  return space.get();
+}
+
 // Rows [m, m + width) column by column; `row` holds one permuted row.
 void interleave_panel(const Matrix& w, const float* x, int64_t rows, int64_t m, int64_t width, float* row, float* panel) {
   const int64_t padded = w.padded_columns(), there = std::min(width, rows - m);
@@ -161,27 +181,25 @@ void fetch_start(const Matrix& w, int64_t tile) {
 
 // Activations as a matrix wants them.
 struct Prepared {
-  std::unique_ptr<float[]> x, step, sums;
+  std::unique_ptr<float[]> floats;
   std::unique_ptr<int32_t[]> fixed;
   Input input;
 
   Prepared(const FewRows& few, const Matrix& w, const float* from, int64_t rows) {
     const int64_t padded = w.padded_columns(), blocks = w.blocks(), groups = w.groups();
-    x = space_for<float>(rows * padded);
-    step = space_for<float>(rows * blocks);
-    sums = space_for<float>(rows * groups);
+    floats = space_for<float>(rows * (padded + blocks + groups));
     fixed = space_for<int32_t>(rows * blocks * few.words);
+    float *x = floats.get(), *step = x + rows * padded, *sums = step + rows * blocks;
     for (int64_t m = 0; m < rows; m++) {
-      permute_row(w, from + m * w.columns, x.get() + m * padded);
-      few.fix(w, x.get() + m * padded, fixed.get() + m * blocks * few.words, step.get() + m * blocks,
-              sums.get() + m * groups);
+      permute_row(w, from + m * w.columns, x + m * padded);
+      few.fix(w, x + m * padded, fixed.get() + m * blocks * few.words, step + m * blocks, sums + m * groups);
     }
     input.rows = rows;
     input.stride = padded;
-    input.x = x.get();
+    input.x = x;
     input.fixed = fixed.get();
-    input.step = step.get();
-    input.sums = sums.get();
+    input.step = step;
+    input.sums = sums;
   }
 };
 
@@ -196,7 +214,10 @@ void multiply_few(const Kernels& kernels, const std::vector<Product>& products, 
   fetch_start(products[0].w, 0);
   const FewRows& few = rounded ? kernels.few_rounded : kernels.few;
   std::vector<std::shared_ptr<Prepared>> prepared;
-  std::vector<int64_t> begin = {0};  // each product's first tile among all, even: kernels take tiles in pairs
+  prepared.reserve(products.size());
+  std::vector<int64_t> begin;  // each product's first tile among all, even: kernels take tiles in pairs
+  begin.reserve(products.size() + 1);
+  begin.push_back(0);
   int64_t multiplications = 0, groups = 0;
   for (const Product& product : products) {
     size_t like = 0;
@@ -210,13 +231,13 @@ void multiply_few(const Kernels& kernels, const std::vector<Product>& products, 
   const Threads& used = multiplications < kWorthAThread ? alone : threads;
   const int64_t grain = (grain_of(begin.back(), used) + 1) / 2 * 2;
   parallel_for(used, begin.back(), grain, [&](int64_t first, int64_t last) {
-    const auto scratch = space_for<float>(kScratch * groups);
+    float* scratch = scratch_of_thread(kScratch * groups);
     for (size_t i = 0; i < products.size(); i++) {
       const Matrix& w = products[i].w;
       const int64_t from = std::max(first - begin[i], int64_t{0}), to = std::min(last - begin[i], w.tiles());
       if (from >= to) continue;
       fetch_start(w, from);
-      few.run(w, prepared[i]->input, products[i].y, from, to, scratch.get());
+      few.run(w, prepared[i]->input, products[i].y, from, to, scratch);
     }
   });
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "matrix.h"
@@ -11,10 +12,10 @@
 namespace spqr {
 
 // Kernels that this processor can run, best first.
-std::vector<const Kernels*> supported_kernels();
+const std::vector<const Kernels*>& supported_kernels();
 
 // The kernels called `name`; null if there are none of that name here.
-const Kernels* find_kernels(const std::string& name);
+const Kernels* find_kernels(std::string_view name);
 
 // What is wrong with the parts of a matrix that its shape does not show (the order of
 // outlier columns is left alone); empty if nothing. `entries` outliers are there.
