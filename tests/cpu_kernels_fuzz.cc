@@ -1,6 +1,6 @@
 // Random matrices, sound and damaged, through every kernel, in buffers of the exact size: for the
 // sanitizers. Prints what went wrong and fails.
-//   fuzz SECONDS SEED
+//   fuzz SECONDS SEED [MOST THREADS]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -22,6 +22,7 @@ using namespace spqr;
 namespace {
 
 std::mt19937_64 rng;
+int64_t most_threads = 3;
 
 int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
 float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(rng); }
@@ -228,7 +229,7 @@ void check_blob(const Sample& s, int64_t outliers) {
 }
 
 Threads some_threads() {
-  return {pick(1, 3), [](std::function<void()> task) { std::thread(std::move(task)).detach(); }};
+  return {pick(1, most_threads), [](std::function<void()> task) { std::thread(std::move(task)).detach(); }};
 }
 
 int check(const Sample& s, bool sound) {
@@ -330,6 +331,7 @@ int check_attention() {
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
   rng.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
+  if (argc > 3) most_threads = std::atol(argv[3]);
   const auto begun = std::chrono::steady_clock::now();
   long sound = 0, damaged = 0, refused = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count() < seconds) {
@@ -348,6 +350,8 @@ int main(int argc, char** argv) {
     if (problem(s.w, entries).empty()) check(s, false);
     else refused++;
   }
+  for (const Kernels* each : supported_kernels())
+    std::printf("%s%s", each->name, each == supported_kernels().back() ? ": " : ", ");
   std::printf("%ld sound, %ld damaged of which %ld refused\n", sound, damaged, refused);
   std::this_thread::sleep_for(std::chrono::milliseconds(100));  // threads that came too late
   return sound > 0 && refused > 0 ? 0 : 1;

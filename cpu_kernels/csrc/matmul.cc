@@ -7,6 +7,12 @@
 #include <memory>
 #include <thread>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "half.h"
 
 namespace spqr {
@@ -14,6 +20,21 @@ namespace spqr {
 // ---- which kernels ----------------------------------------------------------------------
 
 namespace {
+
+#if defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__APPLE__)
+  int there = 0;
+  size_t size = sizeof there;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &there, &size, nullptr, 0) == 0 && there == 1;
+#elif defined(__linux__)
+  constexpr unsigned long kAsimdDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kAsimdDotProduct) != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> look_for_kernels() {
   std::vector<const Kernels*> found;
@@ -26,6 +47,8 @@ std::vector<const Kernels*> look_for_kernels() {
   if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(kAvx512Vnni);
   if (avx512) found.push_back(kAvx512);
   if (avx2) found.push_back(kAvx2);
+#elif defined(__aarch64__)
+  if (has_dotprod()) found.push_back(kNeonDot);
 #endif
   found.push_back(kPortable);
   return found;

@@ -103,7 +103,8 @@ struct Kernels {
 };
 
 // Null where they are of another family of processors. Whether this one has them is for the caller to ask.
-extern const Kernels* const kPortable;
+extern const Kernels* const kPortable;  // on ARM, NEON's
+extern const Kernels* const kNeonDot;
 extern const Kernels* const kAvx2;
 extern const Kernels* const kAvx512;
 extern const Kernels* const kAvx512Vnni;

@@ -1,11 +1,16 @@
-// Four lanes in the compiler's own vector types: SSE2 on x86-64, NEON on ARM, plain code elsewhere.
+// Four lanes in the compiler's own vector types: SSE2 on x86-64, NEON on ARM (with SPQR_DOTPROD also its dot products
+// of bytes), plain code elsewhere.
 
 typedef float F __attribute__((vector_size(16)));
 typedef uint32_t I __attribute__((vector_size(16)));
 typedef int32_t SignedI __attribute__((vector_size(16)));
 
 constexpr int kLanes = 4;
+#if defined(SPQR_DOTPROD)
+constexpr int kPerDot = 4, kLimbBits = 8;
+#else
 constexpr int kPerDot = 2, kLimbBits = 12;
+#endif
 constexpr bool kWholeBytes = false;
 #if defined(__aarch64__)
 constexpr int kMicroRows = 6, kMicroVectors = 4;  // of 32 registers
@@ -52,27 +57,43 @@ SPQR_INLINE I left(I a) {
 SPQR_INLINE F number(I a) { return __builtin_convertvector((SignedI)a, F); }
 SPQR_INLINE F nibble(I a, int i) { return number((a >> static_cast<uint32_t>(4 * i)) & 15u); }
 
+#if defined(__aarch64__)
+SPQR_INLINE F halves(const uint8_t* p) {
+  uint16x4_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (F)vcvt_f32_f16(vreinterpret_f16_u16(bits));
+}
+#else
 SPQR_INLINE float half_at(const uint8_t* p) {
   uint16_t half;
   std::memcpy(&half, p, 2);
   return half_to_float(half);
 }
 SPQR_INLINE F halves(const uint8_t* p) { return F{half_at(p), half_at(p + 2), half_at(p + 4), half_at(p + 6)}; }
+#endif
 SPQR_INLINE void factors_and_products(const uint8_t* p, float* out) {  // four float16 a, b, c, d to a, a b, c, c d
   const F each = halves(p);
   store(out, F{each[0], each[0] * each[1], each[2], each[2] * each[3]});
 }
 
 SPQR_INLINE void nearest(F a, int32_t* out) {
+#if defined(__aarch64__)
+  vst1q_s32(out, vcvtnq_s32_f32((float32x4_t)a));
+#else
   for (int i = 0; i < kLanes; i++) out[i] = static_cast<int32_t>(__builtin_lrintf(a[i]));
+#endif
 }
 SPQR_INLINE I plus(I a, I b) { return a + b; }
 
-// Adds up dot products of each lane's two codes, which are below 16, with two signed numbers of 16 bits.
+// Adds up dot products of each lane's kPerDot codes, which are below 16, with as many signed numbers.
 struct Dots {
   I total = {};
   SPQR_INLINE I sum() const { return total; }
-#if defined(__SSE2__)
+#if defined(SPQR_DOTPROD)
+  SPQR_INLINE void add(I codes, int32_t x) {
+    total = (I)vdotq_s32((int32x4_t)total, (int8x16_t)codes, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+  }
+#elif defined(__SSE2__)
   SPQR_INLINE void add(I codes, int32_t x) {
     total += (I)_mm_madd_epi16((__m128i)codes, _mm_set1_epi32(x));
   }
