@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def wheel(tmp_path_factory):
     pytest.importorskip("build", reason="the package `build` is not installed (test extra)")
     out = tmp_path_factory.mktemp("wheel")
+    # from a copy: building leaves files beside the sources, and another run of the tests may do the same
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "demo-output")
+    tree = shutil.copytree(ROOT, out / "tree", ignore=unwanted)
     result = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "build", "--wheel", "--outdir", out, tree], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = out.glob("*.whl")
