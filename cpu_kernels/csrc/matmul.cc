@@ -265,23 +265,38 @@ void multiply_few(const Kernels& kernels, const std::vector<Product>& products, 
   });
 }
 
-void multiply_many(const Kernels& kernels, const Matrix& w, const float* x, int64_t rows, float* y,
-                   const Threads& threads) {
-  const int64_t width = kernels.many_width, padded = w.padded_columns();
-  const int64_t count = (rows + width - 1) / width;
-  const auto panels = space_for<float>(count * padded * width);
+// All rows as panels of `width`, in a matrix's own order of columns.
+std::shared_ptr<float> panels_of(const Matrix& w, const float* x, int64_t rows, int64_t width, const Threads& threads) {
+  const int64_t padded = w.padded_columns(), count = (rows + width - 1) / width;
+  const std::shared_ptr<float> panels(space_for<float>(count * padded * width).release(), std::default_delete<float[]>());
   parallel_for(threads, count, grain_of(count, threads), [&](int64_t first, int64_t last) {
     std::vector<float> row(static_cast<size_t>(padded));
     for (int64_t i = first; i < last; i++)
       interleave_panel(w, x, rows, i * width, width, row.data(), panels.get() + i * padded * width);
   });
-  Input input;
-  input.rows = rows;
-  input.panels = panels.get();
-  const int64_t units = (w.tiles() + kUnitTiles - 1) / kUnitTiles;
-  parallel_for(threads, units, grain_of(units, threads), [&](int64_t first, int64_t last) {
+  return panels;
+}
+
+void multiply_many(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows,
+                   const Threads& threads) {
+  std::vector<std::shared_ptr<float>> panels;
+  std::vector<int64_t> begin = {0};  // each product's first unit among all
+  for (const Product& product : products) {
+    size_t like = 0;
+    while (like < panels.size() && !read_alike(product.w, products[like].w)) like++;
+    panels.push_back(like < panels.size() ? panels[like]
+                                          : panels_of(product.w, x, rows, kernels.many_width, threads));
+    begin.push_back(begin.back() + (product.w.tiles() + kUnitTiles - 1) / kUnitTiles);
+  }
+  parallel_for(threads, begin.back(), grain_of(begin.back(), threads), [&](int64_t first, int64_t last) {
     alignas(64) float scratch[kDepth * kUnitTiles * kTile];
-    kernels.many(w, input, y, first, last, scratch);
+    for (size_t i = 0; i < products.size(); i++) {
+      Input input;
+      input.rows = rows;
+      input.panels = panels[i].get();
+      const int64_t from = std::max(first, begin[i]) - begin[i], to = std::min(last, begin[i + 1]) - begin[i];
+      if (from < to) kernels.many(products[i].w, input, products[i].y, from, to, scratch);
+    }
   });
 }
 
@@ -291,7 +306,7 @@ void matmul(const Kernels& kernels, const std::vector<Product>& products, const 
             const Threads& threads) {
   if (rows == 0 || products.empty()) return;
   if (rows <= kFewRows) return multiply_few(kernels, products, x, rows, rounded, threads);
-  for (const Product& product : products) multiply_many(kernels, product.w, x, rows, product.y, threads);
+  multiply_many(kernels, products, x, rows, threads);
 }
 
 // ---- rows of the matrix -----------------------------------------------------------------
