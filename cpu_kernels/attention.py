@@ -53,6 +53,8 @@ def attend(
       ValueError: types, shapes, or a head size that is no multiple of 16.
       LibraryError: no library, or no such kernels.
     """
+    if q.ndim != 4 or keys.ndim != 4:
+        raise ValueError(f"attend: q and keys must have four axes, got {q.shape} and {keys.shape}")
     batch, kv_heads, _, dim = q.shape
     length = keys.shape[2]
     wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -69,6 +71,10 @@ def attend(
     if not can_attend(q, keys):
         raise ValueError(
             f"attend: q must be float32 with a last axis that is a multiple of {TILE}, got {q.dtype} {q.shape}"
+        )
+    if padding.shape != (batch,) or position.shape != ():
+        raise ValueError(
+            f"attend: padding and position must be integers {(batch,)} and (), got {padding.shape} and {position.shape}"
         )
     results = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, keys.shape, values.shape))
     call = jax.ffi.ffi_call("spqr_attend", results, vmap_method="sequential", input_output_aliases={5: 1, 6: 2})

@@ -194,19 +194,8 @@ class Generator:
         cache, progress = prefill(self._params, cache, progress, rest)
         text = _Text(progress.tokens, stops, on_token)
         first_token_seconds = time.perf_counter() - begun
-        begun, ordered, count = time.perf_counter(), 1, 1
-        coming: list[tuple[jax.Array, jax.Array]] = []
-        while (ordered < steps or coming) and text.running:
-            if ordered < steps:  # before the last ones are looked at, so that no step waits for Python
-                count = min(count, steps - ordered)
-                cache, progress, made, done = decode(self._params, cache, progress, rest, jnp.int32(count))
-                coming.append((made, done))
-                ordered += count
-            if len(coming) > 1 or ordered >= steps:
-                made, done = coming.pop(0)
-                text.add(np.asarray(made)[:, : int(done)])
-                step_seconds = (time.perf_counter() - begun) / text.steps
-                count = max(1, min(_AT_ONCE, int(_SHOWN_EVERY / step_seconds)))
+        begun = time.perf_counter()
+        self._decode_into(text, decode, cache, progress, rest, steps - 1)
         seconds = time.perf_counter() - begun
         return Generation(
             tokens=text.rows,
@@ -216,6 +205,24 @@ class Generator:
             first_token_seconds=first_token_seconds,
             decode_tokens_per_second=text.decoded / seconds if text.decoded else float("nan"),
         )
+
+    def _decode_into(
+        self, text: _Text, decode: Any, cache: Cache, progress: _Progress, rest: _Rest, steps: int
+    ) -> None:
+        """Adds the tokens of up to `steps` steps. A call is begun before the last one's tokens are looked at."""
+        begun, ordered, count = time.perf_counter(), 0, 1
+        coming: list[tuple[jax.Array, jax.Array]] = []
+        while (ordered < steps or coming) and text.running:
+            if ordered < steps:
+                count = min(count, steps - ordered)
+                cache, progress, made, done = decode(self._params, cache, progress, rest, jnp.int32(count))
+                coming.append((made, done))
+                ordered += count
+            if len(coming) > 1 or ordered >= steps:
+                made, done = coming.pop(0)
+                text.add(np.asarray(made)[:, : int(done)])
+                step_seconds = (time.perf_counter() - begun) / text.steps
+                count = max(1, min(_AT_ONCE, int(_SHOWN_EVERY / step_seconds)))
 
     def _program(self, function: Any, cache: Cache, progress: _Progress, *rest: Any, sampling: Sampling) -> Any:
         """A compiled function for arguments of these shapes, apart from its timing."""

@@ -128,6 +128,29 @@ def test_large_scores_and_long_caches_are_right():
     np.testing.assert_allclose(out[0, 0], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", cpu_kernels.kernel_names())
+@pytest.mark.parametrize("where", ["q", "keys", "values"])
+def test_what_is_no_number_stays_so(kernels, where):
+    """NaN in the query, in one key or in one value that is looked at, and nothing of what is not."""
+    arrays = {"q": np.ones((1, 1, 1, 16), np.float32)} | {
+        n: np.ones((1, 1, 100, 16), np.float32) for n in ("keys", "values")
+    }
+
+    def out(position):
+        nothing, one = jnp.zeros((1, 8)), jnp.ones((1, 1, 16))
+        given = {name: jnp.asarray(array) for name, array in arrays.items()}
+        return cpu_kernels.attend(
+            *(given["q"], one, one, nothing + 1, nothing, given["keys"], given["values"]),
+            *(jnp.zeros(1, jnp.int32), jnp.int32(position)),
+            kernels=kernels,
+        )[0]
+
+    assert jnp.all(jnp.isfinite(out(90)))
+    arrays[where][0, 0, 70 if where != "q" else 0] = np.nan
+    assert jnp.all(jnp.isnan(out(90)))
+    assert where == "q" or jnp.all(jnp.isfinite(out(60)))
+
+
 @needs_library
 def test_native_attention_under_transformations():
     """vmap, and the gradient, which XLA's formula gives."""
@@ -175,6 +198,10 @@ def test_what_does_not_fit_is_named():
     rest = (jnp.zeros(1, jnp.int32), jnp.int32(0))
     with pytest.raises(ValueError, match=r"v must be float32 \(1, 1, 16\)"):
         cpu_kernels.attend(q, k, k[..., :8], angle, angle, cache, cache, *rest)
+    with pytest.raises(ValueError, match="padding and position"):
+        cpu_kernels.attend(q, k, k, angle, angle, cache, cache, jnp.zeros(2, jnp.int32), jnp.int32(0))
+    with pytest.raises(ValueError, match="four axes"):
+        cpu_kernels.attend(q[0], k, k, angle, angle, cache, cache, *rest)
     with pytest.raises(ValueError, match="multiple of 16"):
         cpu_kernels.attend(
             q[..., :8], k[..., :8], k[..., :8], angle[:, :4], angle[:, :4], cache[..., :8], cache[..., :8], *rest

@@ -2,7 +2,7 @@
 
 // e^x for x <= 0, to some 1e-7 of it: e^x = 2^n e^r with |r| <= ln 2 / 2, and e^r by its series.
 SPQR_INLINE F exp_of(F x) {
-  x = larger(x, splat(-87.0f));  // 2^-126: nothing beside 1
+  x = larger(splat(-87.0f), x);  // 2^-126: nothing beside 1. In this order NaN stays NaN: `larger` gives its second then
   alignas(64) int32_t nearest_int[kLanes];
   nearest(mul(x, splat(1.44269504088896341f)), nearest_int);
   const I n = words(reinterpret_cast<const uint32_t*>(nearest_int));
@@ -19,7 +19,7 @@ SPQR_INLINE F exp_of(F x) {
   return with_bits(plus(left<23>(n), bits_of(series)));  // n more in the exponent
 }
 
-// scores[s][i] = q_s key_i, for kQueries queries; of `scores` whole fours of positions are written.
+// scores[s][i] = q_s key_i, for kQueries queries; some positions past `count` may be written, up to a multiple of 4.
 template <int kQueries>
 SPQR_INLINE void score(const float* q, const float* keys, int64_t count, int64_t dim, float (*scores)[kSpan]) {
   constexpr int64_t kKeys = kQueries == 1 ? 4 : 2;

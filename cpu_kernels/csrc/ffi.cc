@@ -90,7 +90,7 @@ ffi::Error attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats cos
     fits = fits && has_shape(each.dimensions(), {a.batch, a.kv_heads, a.length, a.dim});
   for (const Floats& each : {k, v}) fits = fits && has_shape(each.dimensions(), {a.batch, a.kv_heads, a.dim});
   for (const Floats& each : {cos, sin}) fits = fits && has_shape(each.dimensions(), {a.batch, a.dim / 2});
-  if (!fits || !has_shape(out->dimensions(), {a.batch, a.kv_heads, a.share, a.dim})) return invalid("shapes of attention");
+  if (!fits || !has_shape(out->dimensions(), {a.batch, a.kv_heads, a.share, a.dim})) return invalid("arrays of attention do not fit together");
   a.q = q.typed_data();
   a.k = k.typed_data();
   a.v = v.typed_data();

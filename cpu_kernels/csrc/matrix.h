@@ -99,7 +99,7 @@ struct Kernels {
   // y of units [first, last) of kUnitTiles tiles, for many rows; scratch holds
   // kDepth * kUnitTiles * kTile floats, aligned to 64 bytes.
   void (*many)(const Matrix&, const Input&, float* y, int64_t first, int64_t last, float* scratch);
-  SpanOfPositions attend;
+  SpanOfPositions attend;  // see attention.h
 };
 
 // Null where they are of another family of processors. Whether this one has them is for the caller to ask.

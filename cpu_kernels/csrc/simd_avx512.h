@@ -23,6 +23,7 @@ SPQR_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SPQR_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 SPQR_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 
+// The second if one is NaN.
 SPQR_INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
 SPQR_INLINE I bits_of(F a) { return _mm512_castps_si512(a); }
 SPQR_INLINE F with_bits(I a) { return _mm512_castsi512_ps(a); }

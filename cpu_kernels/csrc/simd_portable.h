@@ -33,6 +33,7 @@ SPQR_INLINE F fma(F a, F b, F c) { return a * b + c; }  // one instruction where
 SPQR_INLINE F fms(F a, F b, F c) { return a * b - c; }
 SPQR_INLINE F fnma(F a, F b, F c) { return c - a * b; }
 
+// The second if one is NaN.
 SPQR_INLINE F larger(F a, F b) { return (F)(((SignedI)a & (a > b)) | ((SignedI)b & ~(a > b))); }
 SPQR_INLINE I bits_of(F a) { return (I)a; }
 SPQR_INLINE F with_bits(I a) { return (F)a; }
