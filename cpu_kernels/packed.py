@@ -94,7 +94,7 @@ def pack(
       scale: [out, groups], or None with codes.
       zero: the same.
       row_ptr: int32 [out + 1], outliers before each row.
-      cols: integers [entries], at least one.
+      cols: integers [entries], at least one, rising within a row.
       values: float16 [entries].
       perm: integers [in], or None for the identity.
       int8_activations: see `Packed`.

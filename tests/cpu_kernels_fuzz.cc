@@ -97,6 +97,7 @@ void make_outliers(Sample& s, double share) {
       s.counts.push_back(static_cast<int32_t>(sizes[i]));
       total += sizes[i];
       for (int64_t k = 0; k < sizes[i]; k++) of_lane[i].push_back(pick(0, w.columns - 1));
+      std::sort(of_lane[i].begin(), of_lane[i].end());
     }
     std::vector<uint8_t> lanes(kTile);
     for (int64_t i = 0; i < kTile; i++) lanes[row_of_lane[i]] = static_cast<uint8_t>(i);

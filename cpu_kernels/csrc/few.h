@@ -236,5 +236,5 @@ void few(const Matrix& w, const Input& in, float* y, int64_t first, int64_t last
   return few_of_bits<8, kLimbs>(w, in, y, first, last, of_tile);
 }
 
-constexpr FewRows kFewExact = {limbs_of(false) * kXWords, fix_row<false>, few<false>};
-constexpr FewRows kFewRounded = {limbs_of(true) * kXWords, fix_row<true>, few<true>};
+constexpr FewRows kFewExact = {kFewExactRows, limbs_of(false) * kXWords, fix_row<false>, few<false>};
+constexpr FewRows kFewRounded = {kFewRows, limbs_of(true) * kXWords, fix_row<true>, few<true>};

@@ -4,8 +4,13 @@
 #include "fixed.h"
 
 #include "few.h"
+#ifdef SPQR_SOME
+#include "some.h"
+#else
+constexpr Panels kSome = {};
+#endif
 #include "many.h"
 
 #include "attend.h"
 
-constexpr Kernels kKernels = {SPQR_NAME, kFewExact, kFewRounded, kMicroRows, many, attend_span};
+constexpr Kernels kKernels = {SPQR_NAME, kFewExact, kFewRounded, kSome, kMany, attend_span};

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #define SPQR_NAME "avx2"
+#define SPQR_SOME
 
 SPQR_BEGIN_TARGET("popcnt,avx2,fma,f16c")
 namespace spqr {

@@ -21,11 +21,7 @@ void dequantize(const Matrix& w, int64_t tile, int64_t first, int64_t last, floa
         const int64_t wanted = (block * kBlock + part * 8) / w.group;
         if (wanted != group) {
           group = wanted;
-          F zero_point;
-          float of_tile[4] = {};
-          if (w.kind == Statistics::kNibbles) factors_and_products(stats + group * size + kTile, of_tile);
-          read_statistics(w.kind, stats + group * size, lane, of_tile, scale, zero_point);
-          offset = mul(scale, zero_point);
+          read_scale_and_offset(w.kind, stats + group * size, lane, scale, offset);
         }
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++, to += kWide) store(to, fms(code[part * 8 + k], scale, offset));
@@ -34,20 +30,37 @@ void dequantize(const Matrix& w, int64_t tile, int64_t first, int64_t last, floa
   }
 }
 
-inline void scatter_outliers(const Matrix& w, int64_t tile, int64_t first, int64_t last, float* panel) {
-  int64_t entry = w.outlier_start[tile];
+// Where a tile's outliers are first to be looked at: all those before belong to columns that have been dequantized.
+struct Cursor {
+  int64_t entry;
+  int32_t slot;
+};
+
+// Adds the outliers of columns [first, last), a part of the panel that begins where the last call's ended.
+inline void scatter_outliers(const Matrix& w, int64_t tile, int64_t first, int64_t last, float* panel, Cursor* cursor) {
   const int64_t end = w.outlier_start[tile + 1];
   const int32_t* counts = w.outlier_counts + kTile * tile;
   int row_of_lane[kTile] = {};
   for (int row = 0; row < kTile; row++) row_of_lane[w.lane_of_row[kTile * tile + row]] = row;
   int lanes = kTile;
-  for (int32_t slot = 0; entry < end; slot++, entry += lanes) {
+  bool all_done = true;
+  int64_t entry = cursor->entry;
+  for (int32_t slot = cursor->slot; entry < end;) {
     while (lanes > 1 && counts[lanes - 1] <= slot) lanes--;
+    alignas(64) float value[kTile];
+    const auto* values = reinterpret_cast<const uint8_t*>(w.outlier_values + entry);
+    for (int i = 0; i < kTile; i += kLanes) store(value + i, halves(values + 2 * i));
+    int later = 0;
     for (int lane = 0; lane < lanes; lane++) {
       const int64_t column = w.outlier_col(entry + lane);
-      if (column >= first && column < last)
-        panel[(column - first) * kWide + row_of_lane[lane]] += half_to_float(w.outlier_values[entry + lane]);
+      later += column >= last;
+      if (column >= first && column < last) panel[(column - first) * kWide + row_of_lane[lane]] += value[lane];
     }
+    if (later == lanes) break;  // columns rise from slot to slot
+    entry += lanes;
+    slot++;
+    all_done = all_done && later == 0;
+    if (all_done) *cursor = {entry, slot};
   }
 }
 
@@ -94,12 +107,15 @@ void many_of_bits(const Matrix& w, const Input& in, float* y, int64_t first, int
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t top = unit * kWide;
     const int64_t wide = w.rows - top < kWide ? w.rows - top : kWide;
+    Cursor cursor[kUnitTiles];
+    for (int64_t tile = 0; tile * kTile < wide; tile++) cursor[tile] = {w.outlier_start[unit * kUnitTiles + tile], 0};
     for (int64_t block = 0; block < blocks; block += kBlocksDeep) {
       const int64_t end = blocks - block < kBlocksDeep ? blocks : block + kBlocksDeep;
       for (int64_t tile = 0; tile * kTile < wide; tile++) {
         float* part = panel + tile * kTile;
         dequantize<kBits>(w, unit * kUnitTiles + tile, block, end, part);
-        scatter_outliers(w, unit * kUnitTiles + tile, block * kBlock, end * kBlock, part);
+        scatter_outliers(w, unit * kUnitTiles + tile, block * kBlock, end * kBlock, part,
+                         cursor + tile);
       }
       const int64_t depth = (end - block) * kBlock;
       const float* x = in.panels + block * kBlock * kMicroRows;
@@ -123,3 +139,5 @@ void many(const Matrix& w, const Input& in, float* y, int64_t first, int64_t las
   if (w.bits == 4) return many_of_bits<4>(w, in, y, first, last, scratch);
   return many_of_bits<8>(w, in, y, first, last, scratch);
 }
+
+constexpr Panels kMany = {INT64_MAX, kMicroRows, kUnitTiles, many};

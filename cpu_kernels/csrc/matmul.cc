@@ -69,6 +69,26 @@ const Kernels* find_kernels(std::string_view name) {
 
 // ---- what a matrix must be --------------------------------------------------------------
 
+namespace {
+
+bool columns_rise(const Matrix& w, int64_t tile) {
+  const int32_t* counts = w.outlier_counts + kTile * tile;
+  int64_t last[kTile] = {};
+  int lanes = kTile;
+  int64_t entry = w.outlier_start[tile];
+  for (int32_t slot = 0; entry < w.outlier_start[tile + 1]; slot++, entry += lanes) {
+    while (lanes > 1 && counts[lanes - 1] <= slot) lanes--;
+    for (int lane = 0; lane < lanes; lane++) {
+      const int64_t column = w.outlier_col(entry + lane);
+      if (column < last[lane]) return false;
+      last[lane] = column;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
 std::string problem(const Matrix& w, int64_t entries) {
   if (w.outlier_start[0] != 0 || w.outlier_start[w.tiles()] != entries) return "outlier_start does not span all outliers";
   for (int64_t tile = 0; tile < w.tiles(); tile++) {
@@ -88,6 +108,8 @@ std::string problem(const Matrix& w, int64_t entries) {
   }
   for (int64_t entry = 0; entry < entries; entry++)
     if (w.outlier_col(entry) < 0 || w.outlier_col(entry) >= w.columns) return "an outlier's column is not in the matrix";
+  for (int64_t tile = 0; tile < w.tiles(); tile++)
+    if (!columns_rise(w, tile)) return "outliers of a row are not in the order of their columns";
   if (w.perm != nullptr)
     for (int64_t k = 0; k < w.columns; k++)
       if (w.perm[k] < 0 || w.perm[k] >= w.columns) return "perm is not in the matrix";
@@ -232,10 +254,9 @@ bool read_alike(const Matrix& a, const Matrix& b) {
   return a.perm == b.perm || std::memcmp(a.perm, b.perm, sizeof(int32_t) * static_cast<size_t>(a.columns)) == 0;
 }
 
-void multiply_few(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows, bool rounded,
+void multiply_few(const FewRows& few, const std::vector<Product>& products, const float* x, int64_t rows,
                   const Threads& threads) {
   fetch_start(products[0].w, 0);
-  const FewRows& few = rounded ? kernels.few_rounded : kernels.few;
   std::vector<std::shared_ptr<Prepared>> prepared;
   prepared.reserve(products.size());
   std::vector<int64_t> begin;  // each product's first tile among all, even: kernels take tiles in pairs
@@ -277,25 +298,29 @@ std::shared_ptr<float> panels_of(const Matrix& w, const float* x, int64_t rows, 
   return panels;
 }
 
-void multiply_many(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows,
-                   const Threads& threads) {
+void multiply_panels(const Panels& kernel, const std::vector<Product>& products, const float* x, int64_t rows,
+                     const Threads& threads) {
   std::vector<std::shared_ptr<float>> panels;
   std::vector<int64_t> begin = {0};  // each product's first unit among all
+  int64_t multiplications = 0;
+  for (const Product& product : products) multiplications += product.w.rows * product.w.columns * rows;
+  const Threads alone;
+  const Threads& used = multiplications < kWorthAThread ? alone : threads;
   for (const Product& product : products) {
     size_t like = 0;
     while (like < panels.size() && !read_alike(product.w, products[like].w)) like++;
     panels.push_back(like < panels.size() ? panels[like]
-                                          : panels_of(product.w, x, rows, kernels.many_width, threads));
-    begin.push_back(begin.back() + (product.w.tiles() + kUnitTiles - 1) / kUnitTiles);
+                                          : panels_of(product.w, x, rows, kernel.width, used));
+    begin.push_back(begin.back() + (product.w.tiles() + kernel.tiles - 1) / kernel.tiles);
   }
-  parallel_for(threads, begin.back(), grain_of(begin.back(), threads), [&](int64_t first, int64_t last) {
+  parallel_for(used, begin.back(), grain_of(begin.back(), used), [&](int64_t first, int64_t last) {
     alignas(64) float scratch[kDepth * kUnitTiles * kTile];
     for (size_t i = 0; i < products.size(); i++) {
       Input input;
       input.rows = rows;
       input.panels = panels[i].get();
       const int64_t from = std::max(first, begin[i]) - begin[i], to = std::min(last, begin[i + 1]) - begin[i];
-      if (from < to) kernels.many(products[i].w, input, products[i].y, from, to, scratch);
+      if (from < to) kernel.run(products[i].w, input, products[i].y, from, to, scratch);
     }
   });
 }
@@ -305,8 +330,9 @@ void multiply_many(const Kernels& kernels, const std::vector<Product>& products,
 void matmul(const Kernels& kernels, const std::vector<Product>& products, const float* x, int64_t rows, bool rounded,
             const Threads& threads) {
   if (rows == 0 || products.empty()) return;
-  if (rows <= kFewRows) return multiply_few(kernels, products, x, rows, rounded, threads);
-  multiply_many(kernels, products, x, rows, threads);
+  const FewRows& few = rounded ? kernels.few_rounded : kernels.few;
+  if (rows <= few.most) return multiply_few(few, products, x, rows, threads);
+  multiply_panels(rows <= kernels.some.most ? kernels.some : kernels.many, products, x, rows, threads);
 }
 
 // ---- rows of the matrix -----------------------------------------------------------------

@@ -34,8 +34,8 @@ constexpr int64_t statistics_bytes(Statistics kind) {
 // t holds columns 4t..4t+3, one a byte.
 //
 // Outliers of a tile: its rows, sorted by falling number of outliers, are lanes;
-// slot k holds the k-th outlier of each lane that has one, lanes in order. So 16
-// entries at a time belong to 16 rows, and none is padding.
+// slot k holds the k-th outlier of each lane that has one, lanes in order; columns
+// rise. So 16 entries at a time belong to 16 rows, and none is padding.
 struct Matrix {
   int64_t rows = 0, columns = 0;
   int32_t bits = 4;  // 2, 3, 4 or 8
@@ -64,29 +64,39 @@ struct Matrix {
 // Activations, columns in permuted order, padded with zeros to whole blocks.
 struct Input {
   int64_t rows = 0;
-  // For up to kFewRows rows, row by row, as floats and as `FewRows::fix` leaves them:
+  // For few rows, row by row, as floats and as `FewRows::fix` leaves them:
   int64_t stride = 0;                // floats from row to row
   const float* x = nullptr;          // [rows][stride]
   const int32_t* fixed = nullptr;    // [rows][blocks][words]
   const float* step = nullptr;       // [rows][blocks]
   const float* sums = nullptr;       // [rows][groups], of the fixed-point numbers times their step
   // For more rows, column by column, so that what is multiplied together lies together:
-  // [panels of `many_width` rows][padded columns][many_width], zeros where there is no row.
+  // [panels of `Panels::width` rows][padded columns][width], zeros where there is no row.
   const float* panels = nullptr;
 };
 
-constexpr int64_t kFewRows = 16;    // up to here codes are multiplied as they are; above, weights are made, a panel at once
+constexpr int64_t kFewRows = 16;    // up to here int8 activations meet codes as they are; above, weights are made
 constexpr int64_t kRowsAtOnce = 4;  // of few rows, those that go through a tile together
 constexpr int64_t kScratch = 8;     // floats a group that this takes
 constexpr int64_t kUnitTiles = 2;   // tiles of a panel of weights
 constexpr int64_t kDepth = 512;     // its columns
 
-// Products with up to kFewRows rows of activations, in fixed point.
+// Products with few rows of activations, in fixed point.
 struct FewRows {
+  int64_t most;   // rows
   int64_t words;  // 32-bit words that a block of activations becomes
   // One row of activations to `fixed` [blocks][words], `step` [blocks] and `sums` [groups].
   void (*fix)(const Matrix&, const float* x, int32_t* fixed, float* step, float* sums);
   // y [input.rows][matrix.rows] of tiles [first, last); scratch holds kScratch floats a group.
+  void (*run)(const Matrix&, const Input&, float* y, int64_t first, int64_t last, float* scratch);
+};
+
+// Products with more rows, in float32, by panels of activations.
+struct Panels {
+  int64_t most;   // rows
+  int64_t width;  // rows of a panel
+  int64_t tiles;  // of a unit of the matrix
+  // y of units [first, last); scratch holds kDepth * kUnitTiles * kTile floats, aligned to 64 bytes.
   void (*run)(const Matrix&, const Input&, float* y, int64_t first, int64_t last, float* scratch);
 };
 
@@ -95,10 +105,7 @@ struct Kernels {
   const char* name;
   FewRows few;          // as exact as products in float32
   FewRows few_rounded;  // with activations of 8 bits
-  int64_t many_width;   // rows of a panel of activations for `many`
-  // y of units [first, last) of kUnitTiles tiles, for many rows; scratch holds
-  // kDepth * kUnitTiles * kTile floats, aligned to 64 bytes.
-  void (*many)(const Matrix&, const Input&, float* y, int64_t first, int64_t last, float* scratch);
+  Panels some, many;    // the first may take no rows
   SpanOfPositions attend;  // see attention.h
 };
 

@@ -3,6 +3,7 @@
 constexpr int kLanes = 8;
 constexpr int kPerDot = 4, kLimbBits = 8;
 constexpr bool kWholeBytes = false;
+constexpr int64_t kFewExactRows = 2;  // two products in floats take no longer than those of three limbs
 constexpr int kMicroRows = 6, kMicroVectors = 2;
 using F = __m256;
 using I = __m256i;

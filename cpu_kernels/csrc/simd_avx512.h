@@ -8,6 +8,7 @@ constexpr bool kWholeBytes = true;
 #else
 constexpr bool kWholeBytes = false;  // sums of 16 bits would overflow
 #endif
+constexpr int64_t kFewExactRows = kFewRows;
 constexpr int kMicroRows = 12, kMicroVectors = 2;
 using F = __m512;
 using I = __m512i;

@@ -12,6 +12,7 @@ constexpr int kPerDot = 4, kLimbBits = 8;
 constexpr int kPerDot = 2, kLimbBits = 12;
 #endif
 constexpr bool kWholeBytes = false;
+constexpr int64_t kFewExactRows = kFewRows;
 #if defined(__aarch64__)
 constexpr int kMicroRows = 6, kMicroVectors = 4;  // of 32 registers
 #else

@@ -60,6 +60,15 @@ SPQR_INLINE void read_statistics(Statistics kind, const uint8_t* p, int lane, co
   }
 }
 
+// The same for weights that are made one by one: w = scale code - offset.
+SPQR_INLINE void read_scale_and_offset(Statistics kind, const uint8_t* p, int lane, F& scale, F& offset) {
+  alignas(16) float of_tile[4] = {};
+  if (kind == Statistics::kNibbles) factors_and_products(p + kTile, of_tile);
+  F zero_point;
+  read_statistics(kind, p, lane, of_tile, scale, zero_point);
+  offset = mul(scale, zero_point);
+}
+
 // What all rows of a tile have in common, group by group: to [groups][4] = ss, ss sz, zs, zs zz. Products of two float16
 // are exact in float32, so a scale is rounded once.
 inline void read_tile_statistics(const Matrix& w, int64_t tile, float* to) {
