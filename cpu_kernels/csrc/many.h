@@ -92,6 +92,16 @@ void micro(const float* strip, int64_t depth, const float* x, float* y, int64_t 
       for (int v = 0; v < kMicroVectors; v++) sum[m][v] = fma(of_row, weight[v], sum[m][v]);
     }
   }
+  if (wide == kStrip) {
+#pragma GCC unroll 12
+    for (int m = 0; m < kRows; m++, y += y_stride) {
+      if (m >= rows) break;
+#pragma GCC unroll 4
+      for (int v = 0; v < kMicroVectors; v++)
+        store(y + kLanes * v, onto ? add(load(y + kLanes * v), sum[m][v]) : sum[m][v]);
+    }
+    return;
+  }
   alignas(64) float out[kRows][kStrip];
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; m++)
@@ -120,15 +130,16 @@ inline void multiply_strip(const Matrix& w, int64_t first, int64_t last, const f
 
 template <int kBits>
 void many_of_bits(const Matrix& w, const Input& in, float* y, int64_t first, int64_t last, float* panel) {
-  constexpr int64_t kBlocksDeep = kDepth / kBlock;
-  const int64_t blocks = w.blocks();
+  constexpr int64_t kMostBlocks = kDepth / kBlock;
+  const int64_t blocks = w.blocks(), panels = (blocks + kMostBlocks - 1) / kMostBlocks;
+  const int64_t deep = (blocks + panels - 1) / panels;  // blocks of a panel
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t top = unit * kWide;
     const int64_t wide = w.rows - top < kWide ? w.rows - top : kWide;
     Cursor cursor[kUnitTiles];
     for (int64_t tile = 0; tile * kTile < wide; tile++) cursor[tile] = {w.outlier_start[unit * kUnitTiles + tile], 0};
-    for (int64_t block = 0; block < blocks; block += kBlocksDeep) {
-      const int64_t end = blocks - block < kBlocksDeep ? blocks : block + kBlocksDeep;
+    for (int64_t block = 0; block < blocks; block += deep) {
+      const int64_t end = blocks - block < deep ? blocks : block + deep;
       for (int64_t i = 0; i * kTile < wide; i++) {
         const int64_t tile = unit * kUnitTiles + i;
         dequantize<kBits>(w, tile, block, end, panel, i * kTile);
