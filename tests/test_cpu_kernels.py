@@ -125,6 +125,18 @@ def test_every_kernel_multiplies_by_the_dense_matrix(form, shape):
             assert error(got, x[:rows] @ dense.T) < 5e-6, (rows, kernels)
 
 
+@pytest.mark.parametrize("outliers", [0.01, 0.3])
+def test_more_rows_and_columns_than_a_panel_has(outliers):
+    """Panels take outliers up where the last one left off; of some rows only, so that lanes are at different places."""
+    array = random_array((70, 1400), outliers=outliers)
+    packed, dense = pack_for_cpu(array), np.asarray(array.to_dense(), np.float64)
+    x = np.random.default_rng(1).standard_normal((203, 1400)).astype(np.float32)
+    for rows in (7, 16, 97, 203):
+        for kernels in cpu_kernels.kernel_names():
+            got = cpu_kernels.matmul(jnp.asarray(x[:rows]), packed, kernels=kernels)
+            assert error(got, x[:rows] @ dense.T) < 5e-6, (rows, kernels)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_a_bit(threads):
     packed = pack_for_cpu(random_array((600, 640)))
@@ -340,6 +352,7 @@ DAMAGE = {
     "column past the end": ("outlier_cols", lambda a: a.at[0].set(60000)),
     "row pointers that fall": ("outlier_row_ptr", lambda a: a.at[3].set(10**6)),
     "row pointers past the entries": ("outlier_row_ptr", lambda a: a.at[-1].add(5)),
+    "columns out of order": ("outlier_cols", lambda a: a[::-1]),
     "permutation past the end": ("perm", lambda a: a.at[0].set(65535)),
     "permutation too short": ("perm", lambda a: a[:-1]),
     "codes missing": ("codes", lambda a: a[:, :-1]),
