@@ -99,7 +99,7 @@ def matmul(x: jax.Array, w: Packed, *, kernels: str | None = None, threads: int 
     Works under `jit`, `vmap`, `shard_map` and `grad` (by x; W counts as constant).
 
     Args:
-      x: activations [..., in] of any float type. For up to 16 rows they are held in
+      x: activations [..., in] of any float type. For few rows (up to 16; exact with AVX2, 2) they are held in
         fixed point, 24 bits with one scale for 32 of a row, and sums of a group are
         exact; for more rows the product is made in float32.
       w: the packed matrix. With `int8_activations`, 8 bits instead of 24.
