@@ -1,0 +1,57 @@
+"""Where a code of 2, 3 or 4 bits stands in a 16-bit half-word, and how it becomes a float without a conversion.
+
+A half-word plane holds the codes of up to eight k-steps, one field each; three-bit codes
+leave one bit over, and the spare bits of three planes are the code of a sixteenth step.
+
+A field that stands at bit p of a float16's mantissa becomes a number by one AND and one
+OR: with the exponent of 2^(10-p) above it, the half-word reads as 2^(10-p) + code. That
+offset is a power of two, so taking it off again is exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+STEPS = 16
+"""k-steps whose codes share a block of planes."""
+
+_MANTISSA = 10  # bits of a float16's mantissa
+_BIAS = 15  # of its exponent
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One k-step's codes: in half-words of `plane`, shifted right by `shift`, from bit `position` on."""
+
+    plane: int
+    shift: int
+    position: int
+
+    @property
+    def offset(self) -> int:
+        """What is added to the code when its half-word is read as a float16: 2^(10 - position)."""
+        return 1 << (_MANTISSA - self.position)
+
+    @property
+    def exponent(self) -> int:
+        """The bits of a float16 that make that so."""
+        return (_BIAS + _MANTISSA - self.position) << _MANTISSA
+
+
+def fields(bits: int) -> list[Field | None]:
+    """The field of each of the 16 steps; None for the one that is spread over the planes' highest bits.
+
+    Args:
+      bits: of a code, 2 to 4.
+    """
+    per_plane = STEPS // bits
+    first_shifted = next(f for f in range(per_plane) if (f + 1) * bits > _MANTISSA)
+    found: list[Field | None] = []
+    for step in range(STEPS):
+        plane, f = divmod(step, per_plane)
+        if plane == bits:
+            found.append(None)
+            continue
+        shift = first_shifted * bits if f >= first_shifted else 0
+        found.append(Field(plane, shift, f * bits - shift))
+    return found
