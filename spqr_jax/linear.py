@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,14 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import cpu_kernels
+from pallas_kernels import spqr_matmul
 from spqr_jax.array import SpQRArray
 from spqr_jax.errors import SpQRError
 from spqr_jax.packing import unpack_codes
 
-Implementation = Literal["cpu", "xla"]
+Implementation = Literal["cpu", "mosaic_gpu", "triton", "tpu", "xla"]
+Weight = jax.Array | SpQRArray | cpu_kernels.Packed | spqr_matmul.Prepared
+
+_LAYOUTS: dict[str, spqr_matmul.Layout] = {"mosaic_gpu": "fragments", "triton": "rows", "tpu": "lanes"}
+"""What each of the Pallas kernels reads."""
 
 
-def linear(w: jax.Array | SpQRArray | cpu_kernels.Packed, x: jax.Array) -> jax.Array:
+def linear(w: Weight, x: jax.Array) -> jax.Array:
     """y = x · Wᵀ.
 
     Args:
@@ -34,42 +40,60 @@ def linear(w: jax.Array | SpQRArray | cpu_kernels.Packed, x: jax.Array) -> jax.A
         raise SpQRError(f"linear: activations {x.shape} do not fit a weight of shape {w.shape} [out, in]")
     if isinstance(w, cpu_kernels.Packed):
         return cpu_kernels.matmul(x, w)
+    if isinstance(w, spqr_matmul.Prepared):
+        return spqr_matmul.matmul(x, w)
     if isinstance(w, SpQRArray):
         w = w.to_dense(x.dtype)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
 
 
-def linear_all(ws: Sequence[jax.Array | SpQRArray | cpu_kernels.Packed], x: jax.Array) -> list[jax.Array]:
+def linear_all(ws: Sequence[Weight], x: jax.Array) -> list[jax.Array]:
     """`linear` of several weights that read one input; prepared ones in one go.
 
     Raises:
       SpQRError: as `linear`.
     """
+    if wrong := [w.shape for w in ws if x.shape[-1] != w.shape[1]]:
+        raise SpQRError(f"linear: activations {x.shape} do not fit a weight of shape {wrong[0]} [out, in]")
     packed = [w for w in ws if isinstance(w, cpu_kernels.Packed)]
     if len(packed) == len(ws) and len({w.int8_activations for w in packed}) == 1:
-        if wrong := [w.shape for w in packed if x.shape[-1] != w.shape[1]]:
-            raise SpQRError(f"linear: activations {x.shape} do not fit a weight of shape {wrong[0]} [out, in]")
         return cpu_kernels.matmul_all(x, packed)
+    prepared = [w for w in ws if isinstance(w, spqr_matmul.Prepared)]
+    if len(prepared) == len(ws):
+        return spqr_matmul.matmul_all(x, prepared)
     return [linear(w, x) for w in ws]
 
 
-def take_rows(w: jax.Array | SpQRArray | cpu_kernels.Packed, index: jax.Array) -> jax.Array:
+def take_rows(w: Weight, index: jax.Array) -> jax.Array:
     """Rows of a matrix, as an embedding is read: [out, in], int [...] -> [..., in].
 
     Indices outside 0..out-1 are clipped. Rows of a quantized matrix are float32.
     """
     if isinstance(w, cpu_kernels.Packed):
         return cpu_kernels.take_rows(w, index)
+    if isinstance(w, spqr_matmul.Prepared):
+        return spqr_matmul.take_rows(w, index)
     return jnp.take(w.to_dense() if isinstance(w, SpQRArray) else w, index, axis=0, mode="clip")
 
 
 def default_implementation() -> Implementation:
-    """``cpu`` where JAX runs on a CPU and the native kernels are there, else ``xla``.
+    """The kernels for the device that JAX runs on: ``xla`` where there are none.
+
+    ``mosaic_gpu`` on NVIDIA GPUs from compute capability 8.0 with a JAX that has it,
+    ``triton`` on others while JAX has that; ``tpu`` on TPUs; ``cpu`` where the native
+    kernels are there.
 
     Raises:
-      SpQRError: the environment names kernels that are not here.
+      SpQRError: the environment names CPU kernels that are not here.
     """
-    return "cpu" if jax.default_backend() == "cpu" and not why_no_kernels() else "xla"
+    target = spqr_matmul.target()
+    if target.platform == "gpu" and target.capability >= (8, 0):
+        if not spqr_matmul.why_no_mosaic(target):
+            return "mosaic_gpu"
+        return "xla" if spqr_matmul.why_no_triton() else "triton"
+    if target.platform == "tpu":
+        return "tpu"
+    return "cpu" if target.platform == "cpu" and not why_no_kernels() else "xla"
 
 
 def why_no_kernels() -> str:
@@ -94,8 +118,10 @@ def prepare(
     Args:
       params: a tree with `SpQRArray` leaves.
       dtype: type of the weights that ``xla`` dequantizes; None for float32.
-      implementation: ``cpu``, the native kernels, which read packed weights; ``xla``,
-        which reads dense ones; None for `default_implementation`.
+      implementation: ``cpu``, the native kernels; ``mosaic_gpu``, ``triton`` or ``tpu``,
+        the Pallas kernels; all of these read packed weights; ``xla``, which reads dense
+        ones; None for `default_implementation`. A weight in a format that Pallas kernels
+        do not read becomes dense, with a warning.
       int8_activations: with ``cpu``, round activations to 8 bits where up to 16 rows of
         them meet a weight: faster, with a relative error of some 0.5% a product.
 
@@ -103,9 +129,9 @@ def prepare(
       SpQRError: `implementation` is not there, or cannot do what is asked.
     """
     implementation = implementation or default_implementation()
-    if implementation not in ("cpu", "xla"):
-        raise SpQRError(f"implementation must be cpu or xla, got {implementation!r}")
-    if implementation == "xla" and int8_activations:
+    if implementation not in ("cpu", "xla", *_LAYOUTS):
+        raise SpQRError(f"implementation must be cpu, {', '.join(_LAYOUTS)} or xla, got {implementation!r}")
+    if implementation != "cpu" and int8_activations:
         raise SpQRError(
             f"int8 activations need the native CPU kernels: {cpu_kernels.why_unavailable() or 'not chosen'}"
         )
@@ -113,11 +139,55 @@ def prepare(
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, SpQRArray):
             return leaf
-        if implementation == "xla":
-            return leaf.to_dense(dtype or jnp.float32)
-        return pack_for_cpu(leaf, int8_activations)
+        if implementation == "cpu":
+            return pack_for_cpu(leaf, int8_activations)
+        if implementation in _LAYOUTS:
+            why = why_not_pallas(leaf)
+            if not why:
+                return pack_for_pallas(leaf, _LAYOUTS[implementation])
+            warnings.warn(f"a weight of shape {leaf.shape} is dequantized: {why}", stacklevel=2)
+        return leaf.to_dense(dtype or jnp.float32)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
+
+
+def why_not_pallas(array: SpQRArray) -> str:
+    """Why the Pallas kernels cannot read a weight's format; empty if they can."""
+    return spqr_matmul.why_unsupported(
+        bits=array.bits,
+        group_size=array.group_size,
+        statistics_bits=max(array.scale_bits, array.zero_bits) if array.quantized_stats else None,
+        tile_rows=array.stats_group_size,
+    )
+
+
+def pack_for_pallas(array: SpQRArray, layout: spqr_matmul.Layout) -> spqr_matmul.Prepared:
+    """A quantized weight in the layout of a Pallas kernel.
+
+    Raises:
+      SpQRError: its format is none that they read, or the array breaks one of its invariants.
+    """
+    if why := why_not_pallas(array):
+        raise SpQRError(f"a weight of shape {array.shape} cannot be prepared for the Pallas kernels: {why}")
+    try:
+        return spqr_matmul.prepare(
+            layout,
+            shape=array.shape,
+            bits=array.bits,
+            group_size=array.group_size,
+            codes=array.codes,
+            scale_codes=unpack_codes(jnp.asarray(array.scale_codes), array.scale_bits).T,
+            zero_codes=unpack_codes(jnp.asarray(array.zero_codes), array.zero_bits).T,
+            tile_stats=jnp.repeat(jnp.asarray(array.tile_stats), array.stats_group_size // cpu_kernels.TILE, axis=0),
+            row_ptr=array.outlier_row_ptr,
+            cols=array.outlier_cols,
+            values=array.outlier_values,
+            perm=array.perm,
+        )
+    except ValueError as error:
+        raise SpQRError(
+            f"a weight of shape {array.shape} cannot be prepared for the Pallas kernels: {error}"
+        ) from error
 
 
 def pack_for_cpu(array: SpQRArray, int8_activations: bool = False) -> cpu_kernels.Packed:

@@ -11,6 +11,11 @@ offset is a power of two, so taking it off again is exact.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 STEPS = 16
 """k-steps whose codes share a block of planes."""
@@ -55,3 +60,31 @@ def fields(bits: int) -> list[Field | None]:
         shift = first_shifted * bits if f >= first_shifted else 0
         found.append(Field(plane, shift, f * bits - shift))
     return found
+
+
+def run_codes(words: jax.Array, bits: int) -> jax.Array:
+    """The 16 codes of a run of the canonical format, uint32 [..., bits half-words] -> [..., 16]."""
+    word, shift = np.divmod(np.arange(STEPS) * bits, 16)
+    low = words[..., word]
+    high = words[..., np.minimum(word + 1, bits - 1)]
+    return (low | high << 16) >> jnp.asarray(shift, jnp.uint32) & ((1 << bits) - 1)
+
+
+def planes_of(runs: jax.Array, bits: int, starts: Sequence[int]) -> jax.Array:
+    """Planes of half-words whose field f begins at bit starts[f].
+
+    Args:
+      runs: uint32 [..., 16 steps, bits], a run of 16 codes a step.
+      starts: where each field of a plane begins.
+
+    Returns:
+      uint32 [..., bits planes, 16 columns].
+    """
+    codes = run_codes(runs, bits)
+    inside = codes[..., : bits * len(starts), :].reshape(*codes.shape[:-2], bits, len(starts), STEPS)
+    shifts = jnp.asarray(starts, jnp.uint32)[:, None]
+    planes = jax.lax.reduce(inside << shifts, np.uint32(0), jax.lax.bitwise_or, (inside.ndim - 2,))
+    if bits * len(starts) < STEPS:
+        bit = jnp.arange(bits, dtype=jnp.uint32)[:, None]
+        planes |= (codes[..., -1:, :] >> bit & 1) << 15
+    return planes

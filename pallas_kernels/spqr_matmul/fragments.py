@@ -9,7 +9,7 @@ One *block* is 64 rows by 16 groups of columns. Two arrays hold of each, contigu
 Words are int32. Thread 32 w + 4 r + c belongs to tile w and holds of it rows r and r + 8;
 word h + 2 v of a plane has columns 8 c + 4 (step & 1) + 2 v, and one more in its upper
 half, of row r + 8 h: exactly the operand A of ``mma.m16n8k16``, under a permutation of
-the columns that `x_order` applies to the activations. One 128-bit load is one operand.
+the columns that `mosaic_gpu.fragment_x` applies to the activations. One 128-bit load is one operand.
 
 A scale word belongs to row r + 8 h. Its bytes are, from the lowest, groups 2 c, 2 c + 8,
 2 c + 1 and 2 c + 9, a byte being scale code + 16 * zero code; so the two half-words are
@@ -19,13 +19,12 @@ neighbours of one pair of float16 in the operand that multiplies the groups' sum
 from __future__ import annotations
 
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.spqr_matmul.fields import STEPS, Field, fields
+from pallas_kernels.spqr_matmul.fields import STEPS, fields, planes_of
 
 ROWS = 64
 """Rows of a block: four tiles of 16, one a warp."""
@@ -54,23 +53,10 @@ def num_blocks(out: int, inner: int, group_size: int) -> tuple[int, int]:
     return -(-out // ROWS), -(-inner // (GROUPS * group_size))
 
 
-def x_order(group_size: int) -> np.ndarray:
-    """Which column of a block each place of the activations' fragments holds.
-
-    Two steps share 32 places: place 8 c + 4 p + 2 v + e is column 2 c + 8 v + e of step p
-    (the order of `mma`'s operand B), so that a thread reads both steps at once.
-
-    Returns:
-      int [16 * group_size], a permutation within the block.
-    """
-    place = np.arange(GROUPS * group_size)
-    pair, inside = np.divmod(place, 2 * STEPS)
-    c, p, v, e = inside // 8, inside // 4 % 2, inside // 2 % 2, inside % 2
-    return pair * 2 * STEPS + p * STEPS + 2 * c + 8 * v + e
-
-
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))
-def pack(codes: jax.Array, scales: jax.Array, zeros: jax.Array, tiles: jax.Array, *, bits: int, group_size: int):
+def pack(
+    codes: jax.Array, scales: jax.Array, zeros: jax.Array, tiles: jax.Array, *, bits: int, group_size: int
+) -> tuple[jax.Array, jax.Array]:
     """Canonical parts to blocks.
 
     Args:
@@ -87,47 +73,34 @@ def pack(codes: jax.Array, scales: jax.Array, zeros: jax.Array, tiles: jax.Array
     rows, cols = num_blocks(codes.shape[0], scales.shape[1] * group_size, group_size)
     parts = group_size // STEPS
     runs = _pad(codes.reshape(codes.shape[0], -1, bits), (rows * ROWS, cols * GROUPS * parts, bits))
-    runs = runs.reshape(rows, ROWS, cols * parts, STEPS, bits).astype(jnp.uint32)
-    planes = jnp.stack([_plane(runs, plane, bits) for plane in range(bits)], axis=3)  # [rows, 64, parts, planes, 16]
-    # rows 64 = (tile, h, r), columns 16 = (v, c, e)
-    planes = planes.reshape(rows, 4, 2, 8, cols, parts, bits, 2, 4, 2)
-    words = planes[..., 0] | planes[..., 1] << 16  # rows, w, h, r, cols, parts, planes, v, c
-    words = words.transpose(0, 4, 5, 6, 1, 3, 8, 7, 2).reshape(rows, cols, -1, LINE)
+    runs = runs.reshape(rows, ROWS, cols, parts, STEPS, bits)
+    starts = [f.shift + f.position for f in fields(bits)[: STEPS // bits] if f is not None]
+
+    def column_block(runs: jax.Array) -> jax.Array:
+        planes = planes_of(runs.astype(jnp.uint32), bits, starts)  # rows, 64, parts, planes, 16
+        # rows 64 = (tile, h, r), columns 16 = (v, c, e)
+        planes = planes.reshape(rows, 4, 2, 8, parts, bits, 2, 4, 2)
+        words = planes[..., 0] | planes[..., 1] << 16  # rows, w, h, r, parts, planes, v, c
+        return words.transpose(0, 4, 5, 1, 3, 7, 6, 2).reshape(rows, -1, LINE)
+
+    # a column of blocks at a time: unpacked, the whole would take many times its packed size
+    words = jax.lax.map(column_block, jnp.moveaxis(runs, 2, 0)).swapaxes(0, 1)
 
     nibbles = _pad(scales, (rows * ROWS, cols * GROUPS)) | _pad(zeros, (rows * ROWS, cols * GROUPS)) << 4
     nibbles = nibbles.reshape(rows, 4, 2, 8, cols, 2, 4, 2).astype(jnp.uint32)  # rows, w, h, r, cols, v, c, e
-    stats = sum(nibbles[..., v, :, e] << (8 * v + 16 * e) for v in (0, 1) for e in (0, 1))
+    halves = ((v, e) for v in (0, 1) for e in (0, 1))
+    stats = functools.reduce(jnp.bitwise_or, (nibbles[..., v, :, e] << (8 * v + 16 * e) for v, e in halves))
     stats = stats.transpose(0, 4, 1, 3, 5, 2).reshape(rows, cols, -1, LINE)
 
-    halves = jax.lax.bitcast_convert_type(_pad(tiles, (rows * 4, cols * GROUPS, 4)), jnp.uint16).astype(jnp.uint32)
-    halves = halves.reshape(rows, 4, cols, 2, 4, 2, 4)  # rows, w, cols, v, c, e, which
-    second = (halves[..., 0, :] | halves[..., 1, :] << 16).transpose(0, 2, 1, 4, 3, 5).reshape(rows, cols, -1, LINE)
+    pairs = jax.lax.bitcast_convert_type(_pad(tiles, (rows * 4, cols * GROUPS, 4)), jnp.uint16).astype(jnp.uint32)
+    pairs = pairs.reshape(rows, 4, cols, 2, 4, 2, 4)  # rows, w, cols, v, c, e, which
+    second = (pairs[..., 0, :] | pairs[..., 1, :] << 16).transpose(0, 2, 1, 4, 3, 5).reshape(rows, cols, -1, LINE)
     statistics = jnp.concatenate([stats, second], axis=2)
-    return tuple(jax.lax.bitcast_convert_type(part, jnp.int32) for part in (words, statistics))
+    return jax.lax.bitcast_convert_type(words, jnp.int32), jax.lax.bitcast_convert_type(statistics, jnp.int32)
 
 
 def _pad(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(array, [(0, want - have) for have, want in zip(array.shape, shape, strict=True)])
-
-
-def _plane(runs: jax.Array, plane: int, bits: int) -> jax.Array:
-    """One plane of half-words [..., 16 columns], from runs [..., 16 steps, bits]."""
-    total = jnp.zeros((*runs.shape[:-2], STEPS), jnp.uint32)
-    for step, field in enumerate(fields(bits)):
-        if field is None:
-            total |= (_run(runs[..., step, :], bits) >> plane & 1) << 15
-        elif field.plane == plane:
-            total |= _run(runs[..., step, :], bits) << (field.shift + field.position)
-    return total
-
-
-def _run(words: jax.Array, bits: int) -> jax.Array:
-    """The 16 codes of a run, [..., bits] half-words -> [..., 16]."""
-    at = [divmod(j * bits, 16) for j in range(STEPS)]
-    low = jnp.stack([words[..., word] for word, _ in at], axis=-1)
-    high = jnp.stack([words[..., min(word + 1, bits - 1)] for word, _ in at], axis=-1)
-    shift = jnp.asarray([shift for _, shift in at], jnp.uint32)
-    return (low | high << 16) >> shift & ((1 << bits) - 1)
 
 
 # ---- the same blocks read as arrays: what the kernel's registers hold, for interpretation and for XLA ---------------
@@ -141,13 +114,13 @@ def codes_of(lines: jax.Array, bits: int) -> list[jax.Array]:
     planes = jnp.moveaxis(planes, (-6, -2, -5, -3, -4, -1), range(len(lead) + 1, len(lead) + 7))  # w, h, r, v, c, e
     planes = planes.reshape(*lead, bits, ROWS, STEPS)
     mask = (1 << bits) - 1
-    spare = sum((planes[..., p, :, :] >> 15 & 1) << p for p in range(bits))
-    return [
-        spare if f is None else planes[..., f.plane, :, :] >> (f.shift + f.position) & mask for f in fields(bits)
-    ]
+    spare = jnp.zeros_like(planes[..., 0, :, :])
+    for p in range(bits):
+        spare |= (planes[..., p, :, :] >> 15 & 1) << p
+    return [spare if f is None else planes[..., f.plane, :, :] >> (f.shift + f.position) & mask for f in fields(bits)]
 
 
-def statistics_of(lines: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+def statistics_of(lines: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Scale and zero point of a block's groups: [..., 3, 128] words to [..., 64, 16] each, computed in `dtype`."""
     lead = lines.shape[:-2]
     words = lines[..., :2, :].reshape(*lead, 4, 8, 4, 2)  # w, r, c, h

@@ -8,32 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.spqr_matmul import fragments
 from pallas_kernels.spqr_matmul import mosaic_registers as registers
 from pallas_kernels.spqr_matmul.fields import STEPS
+from pallas_kernels.spqr_matmul.mosaic_registers import plgpu
+from pallas_kernels.spqr_matmul.tuning import MosaicConfig
 
 MAX_BATCH = 16
 COLUMNS = 8  # of one mma: rows of activations
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the work is cut.
-
-    Attributes:
-      row_blocks: blocks of 64 rows that a thread block has; they share the activations.
-      splits: thread blocks that share these rows, each with its own columns.
-      stages: steps whose words are in shared memory at a time.
-    """
-
-    row_blocks: int
-    splits: int
-    stages: int
 
 
 def multiply(
@@ -43,7 +28,7 @@ def multiply(
     *,
     bits: int,
     group_size: int,
-    config: Config,
+    config: MosaicConfig,
     tma: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
@@ -132,7 +117,7 @@ def _kernel(
     *,
     bits: int,
     shape: _Shape,
-    config: Config,
+    config: MosaicConfig,
     tma: bool,
     interpret: bool,
 ) -> None:
@@ -144,7 +129,7 @@ def _kernel(
         # The last split may reach past the end: there it reads a block again, and zeros for activations.
         return row * config.row_blocks + block, jnp.minimum(split * shape.per_split + i, shape.cols - 1), 0, 0
 
-    def spec(block_shape: tuple[int | None, ...], index: Any) -> plgpu.BlockSpec:
+    def spec(block_shape: tuple[int | None, ...], index: Any) -> Any:
         return plgpu.BlockSpec(block_shape, index, oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
     blocks = range(config.row_blocks)

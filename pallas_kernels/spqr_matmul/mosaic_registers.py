@@ -8,19 +8,23 @@ the words (`fragments`) makes it short: a thread loads 128 bits that are its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.spqr_matmul import fragments
-from pallas_kernels.spqr_matmul.fields import STEPS, Field, fields
+from pallas_kernels.spqr_matmul.fields import STEPS, fields
+
+# What older JAX has not, and what has no types of its own.
+plgpu: Any = mosaic_gpu
+arith, ir, llvm, nvvm, vector = (getattr(mgpu.utils, name) for name in ("arith", "ir", "llvm", "nvvm", "vector"))
+Value = Any
+"""One MLIR value: what a thread has in a register."""
 
 LHS = plgpu.Layout.MMA_LHS(jnp.float16)
 RHS = plgpu.Layout.MMA_RHS(jnp.float16)
@@ -30,35 +34,35 @@ ROW = ACC.reduce(1)
 _AND_OR = 0xEA  # lop3's table for (a & b) | c
 
 
-def _i32() -> ir.Type:
+def _i32() -> Any:
     return ir.IntegerType.get_signless(32)
 
 
-def _constant(value: int) -> ir.Value:
+def _constant(value: int) -> Value:
     return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value - (1 << 32) if value >= 1 << 31 else value))
 
 
-def _pair(word: ir.Value) -> ir.Value:
+def _pair(word: Value) -> Value:
     """A 32-bit word as two float16."""
     return llvm.bitcast(ir.VectorType.get((2,), ir.F16Type.get()), word)
 
 
-def _and_or(word: ir.Value, mask: int, bits: int) -> ir.Value:
+def _and_or(word: Value, mask: int, bits: int) -> Value:
     """(word & mask) | bits in one instruction; the compiler makes two, because both constants are immediates."""
     text = f"lop3.b32 $0, $1, {mask}, {bits}, {_AND_OR};"
     return llvm.inline_asm(_i32(), [word], text, "=r,r", has_side_effects=False)
 
 
-def _shifted(word: ir.Value, shift: int) -> ir.Value:
+def _shifted(word: Value, shift: int) -> Value:
     return arith.shrui(word, _constant(shift)) if shift else word
 
 
-def _splat(value: float) -> ir.Value:
+def _splat(value: float) -> Value:
     pair = ir.VectorType.get((2,), ir.F16Type.get())
     return arith.constant(pair, ir.DenseElementsAttr.get_splat(pair, ir.FloatAttr.get(ir.F16Type.get(), value)))
 
 
-def _load(ref: ir.Value, index: ir.Value, words: int) -> list[ir.Value]:
+def _load(ref: Value, index: Value, words: int) -> list[Value]:
     """`words` int32 of shared memory from `index` on, in one load of 32, 64 or 128 bits."""
     kind = ir.VectorType.get((words,), _i32())
     pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], _i32())
@@ -66,26 +70,24 @@ def _load(ref: ir.Value, index: ir.Value, words: int) -> list[ir.Value]:
     return [vector.extract(loaded, [], [i]) for i in range(words)]
 
 
-def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
+def _thread() -> tuple[Value, Value, Value]:
     """(index in the warpgroup, warp, column of threads in the warp's 8 by 4)."""
     thread = arith.andi(mgpu.utils.thread_idx(), _constant(127))
     return thread, arith.shrui(thread, _constant(5)), arith.andi(thread, _constant(3))
 
 
-def _times(value: ir.Value, factor: int) -> ir.Value:
+def _times(value: Value, factor: int) -> Value:
     return arith.muli(value, _constant(factor))
 
 
-def _array(registers: Sequence[ir.Value], layout: Any, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
+def _array(registers: Sequence[Value], layout: Any, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
     tiled = layout.to_mgpu()
     values = np.empty(len(registers), object)
     values[:] = list(registers)
-    return mgpu.FragmentedArray(
-        _registers=values.reshape(tiled.registers_shape(shape)), _layout=tiled, _is_signed=None
-    )
+    return mgpu.FragmentedArray(_registers=values.reshape(tiled.registers_shape(shape)), _layout=tiled, _is_signed=None)
 
 
-def _operand_a(planes: list[list[ir.Value]], step: int, bits: int) -> mgpu.FragmentedArray:
+def _operand_a(planes: list[list[Value]], step: int, bits: int) -> mgpu.FragmentedArray:
     """The codes of one step, exactly, as float16 [64, 16]; `planes` are already shifted copies by (plane, shift)."""
     field = fields(bits)[step]
     registers = []
@@ -100,7 +102,7 @@ def _operand_a(planes: list[list[ir.Value]], step: int, bits: int) -> mgpu.Fragm
     return _array(registers, LHS, (fragments.ROWS, STEPS))
 
 
-def _spare(planes: list[list[ir.Value]], word: int) -> ir.Value:
+def _spare(planes: list[list[Value]], word: int) -> Value:
     """The highest bits of three planes' half-words as three-bit codes from bit 0 and from bit 16 on."""
     low = arith.shrui(planes[0][word], _constant(2))
     middle = arith.shrui(planes[1][word], _constant(1))
@@ -109,12 +111,12 @@ def _spare(planes: list[list[ir.Value]], word: int) -> ir.Value:
     return arith.shrui(merged, _constant(13))
 
 
-def _select(a: ir.Value, b: ir.Value, mask: int) -> ir.Value:
+def _select(a: Value, b: Value, mask: int) -> Value:
     """Bits of `a` where `mask` has ones, else of `b`."""
     return llvm.inline_asm(_i32(), [a, b], f"lop3.b32 $0, {mask}, $1, $2, 0xCA;", "=r,r,r", has_side_effects=False)
 
 
-def _statistics(ref: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+def _statistics(ref: Value) -> tuple[list[Value], list[Value]]:
     """Scales, and scales times zero points, as operand registers (v, h)."""
     thread, warp, column = _thread()
     codes = _load(ref, _times(thread, 2), 2)
@@ -133,7 +135,7 @@ def _statistics(ref: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
     return scales, products
 
 
-def _row_scale(scales: list[ir.Value], group: int) -> mgpu.FragmentedArray:
+def _row_scale(scales: list[Value], group: int) -> mgpu.FragmentedArray:
     """A group's scales by row, float32 [64], from the threads that made them."""
     v, inside = divmod(group, 8)
     source, e = divmod(inside, 2)
@@ -148,9 +150,7 @@ def _row_scale(scales: list[ir.Value], group: int) -> mgpu.FragmentedArray:
     return _array(registers, ROW, (fragments.ROWS,))
 
 
-def unpack(
-    codes: Any, statistics: Any, *, bits: int, parts: int
-) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+def unpack(codes: Any, statistics: Any, *, bits: int, parts: int) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
     """A block in shared memory to registers.
 
     Args:
@@ -171,16 +171,14 @@ def unpack(
         arg_types=(plgpu.RefType(), plgpu.RefType()),
         return_type=([operand] * (STEPS * parts), [by_row] * fragments.GROUPS, operand),
     )
-    def body(ctx: Any, codes: ir.Value, statistics: ir.Value) -> Any:
+    def body(ctx: Any, codes: Value, statistics: Value) -> Any:
         del ctx
         thread, _, _ = _thread()
         mine = _times(thread, 4)
         operands = []
         for part in range(parts):
             first = part * bits * 4 * fragments.LINE
-            planes = [
-                _load(codes, arith.addi(mine, _constant(first + p * 4 * fragments.LINE)), 4) for p in range(bits)
-            ]
+            planes = [_load(codes, arith.addi(mine, _constant(first + p * 4 * fragments.LINE)), 4) for p in range(bits)]
             operands += [_operand_a(planes, step, bits) for step in range(STEPS)]
         scales, products = _statistics(statistics)
         rows = [_row_scale(scales, group) for group in range(fragments.GROUPS)]
@@ -203,7 +201,7 @@ def activations(ref: Any, *, pairs: int, rows: int) -> list[jax.Array]:
     operand = plgpu.ShapeDtypeStruct((STEPS, 8), jnp.float16, layout=RHS)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[operand] * (2 * pairs))
-    def body(ctx: Any, ref: ir.Value) -> Any:
+    def body(ctx: Any, ref: Value) -> Any:
         del ctx
         thread, _, _ = _thread()
         mine = _times(arith.andi(thread, _constant(4 * rows - 1)), 4)

@@ -25,6 +25,9 @@ TILE = 16
 WORD_COLUMNS = 32
 """Columns that `bits` words of a row hold."""
 
+BLOCK = 128
+"""Rows of a warp: four a thread, so that it loads 128 bits of codes at a time."""
+
 GROUPS = 4
 """Groups of a word of statistics."""
 
@@ -82,7 +85,7 @@ def padded_rows(out: int, block: int) -> int:
     return -(-out // block) * block
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "block"))
+@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
 def pack(
     codes: jax.Array,
     scales: jax.Array,
@@ -91,18 +94,14 @@ def pack(
     *,
     bits: int,
     group_size: int,
-    block: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Canonical parts to this layout; arguments as `fragments.pack`.
-
-    Args:
-      block: rows that a kernel takes at a time, to whole ones of which rows are padded.
+    """Canonical parts to this layout; arguments as `fragments.pack`. Rows are padded to whole blocks.
 
     Returns:
       (codes, statistics, tiles), see the module.
     """
     out, groups = scales.shape
-    rows, inner = padded_rows(out, block), padded_inner(groups * group_size, group_size)
+    rows, inner = padded_rows(out, BLOCK), padded_inner(groups * group_size, group_size)
     runs = codes.reshape(out, -1, bits).astype(jnp.uint32)
     runs = jnp.pad(runs, ((0, rows - out), (0, inner // TILE - runs.shape[1]), (0, 0)))
     pairs = runs.reshape(rows, inner // WORD_COLUMNS, 2 * bits)
@@ -119,12 +118,13 @@ def pack(
 
     bytes_ = scales.astype(jnp.uint32) | zeros.astype(jnp.uint32) << 4
     bytes_ = jnp.pad(bytes_, ((0, rows - out), (0, inner // group_size - groups))).reshape(rows, -1, GROUPS)
-    statistics = sum(bytes_[..., i] << (8 * i) for i in range(GROUPS)).T
+    statistics = functools.reduce(jnp.bitwise_or, (bytes_[..., i] << (8 * i) for i in range(GROUPS))).T
 
     halves = jax.lax.bitcast_convert_type(tiles, jnp.uint16).astype(jnp.uint32)
     halves = jnp.pad(halves, ((0, rows // TILE - tiles.shape[0]), (0, inner // group_size - groups), (0, 0)))
     second = (halves[..., 0::2] | halves[..., 1::2] << 16).transpose(1, 2, 0)
-    return tuple(jax.lax.bitcast_convert_type(part, jnp.int32) for part in (packed, statistics, second))
+    packed, statistics, second = (jax.lax.bitcast_convert_type(p, jnp.int32) for p in (packed, statistics, second))
+    return packed, statistics, second
 
 
 def _code(pairs: jax.Array, column: int, bits: int) -> jax.Array:
@@ -146,9 +146,7 @@ def spare_word(words: list[jax.Array]) -> jax.Array:
     return (low | middle | high) << SPARE_POSITION
 
 
-def dequantize(
-    codes: jax.Array, statistics: jax.Array, tiles: jax.Array, *, bits: int, group_size: int
-) -> jax.Array:
+def dequantize(codes: jax.Array, statistics: jax.Array, tiles: jax.Array, *, bits: int, group_size: int) -> jax.Array:
     """The dense part, float32 [rows, columns] in the packed order, of arrays as `pack` makes them."""
     words = [codes[:, word, :] for word in range(bits)]
     mask = (1 << bits) - 1

@@ -1,11 +1,10 @@
 """Matrix times one or two vectors on a GPU's ordinary cores, through Pallas's Triton backend.
 
-JAX means to take that backend away; `available` says whether it is still there.
+JAX means to take that backend away; `why_unavailable` says whether it is still there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,11 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.spqr_matmul import rows
+from pallas_kernels.spqr_matmul.tuning import TritonConfig
 
 MAX_BATCH = 2
 LANES = 32
-VECTOR = 4  # rows a thread, so that it loads 128 bits of codes at a time
-BLOCK = LANES * VECTOR
+VECTOR = rows.BLOCK // LANES  # rows a thread
 
 
 def why_unavailable() -> str:
@@ -32,19 +31,6 @@ def why_unavailable() -> str:
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the work is cut.
-
-    Attributes:
-      blocks: blocks of 128 rows that one warp has; they share the activations' loads.
-      splits: warps that share these rows, each with its own columns.
-    """
-
-    blocks: int
-    splits: int
-
-
 def multiply(
     codes: jax.Array,
     statistics: jax.Array,
@@ -53,7 +39,7 @@ def multiply(
     *,
     bits: int,
     group_size: int,
-    config: Config,
+    config: TritonConfig,
     interpret: bool = False,
 ) -> jax.Array:
     """The dense part times activations that are already in the order of the packed columns.
@@ -66,7 +52,7 @@ def multiply(
     Returns:
       float32 [splits, batch, rows], to be added up over the splits.
     """
-    batch, inner = x.shape
+    batch = x.shape[0]
     x = x.astype(jnp.float32)
     steps = statistics.shape[0]
     per_split = -(-steps // config.splits)
@@ -86,7 +72,7 @@ def multiply(
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct((config.splits, batch, count), jnp.float32),
-        grid=(count // (BLOCK * config.blocks), config.splits),
+        grid=(count // (rows.BLOCK * config.blocks), config.splits),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY) for _ in operands],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         interpret=interpret,
@@ -134,7 +120,7 @@ def _kernel(
 ) -> None:
     block, split = pl.program_id(0), pl.program_id(1)
     lane = jnp.arange(LANES, dtype=jnp.int32)
-    first = [(block * blocks + i) * BLOCK for i in range(blocks)]
+    first = [(block * blocks + i) * rows.BLOCK for i in range(blocks)]
     at = [f + lane[:, None] * VECTOR + jnp.arange(VECTOR, dtype=jnp.int32)[None, :] for f in first]
     words_a_group = group_size // rows.WORD_COLUMNS  # 0 for groups of 16: two share their words
 

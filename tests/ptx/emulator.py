@@ -214,7 +214,9 @@ class _Block:
     def _do_st(self, instruction: Instruction, active: np.ndarray) -> None:
         kind = instruction.opcode[-1]
         parts = [self.read(register, kind) for register in _listed(instruction.operands[1])]
-        values = np.concatenate([np.ascontiguousarray(p).view(np.uint8).reshape(self.threads, -1) for p in parts], axis=1)
+        values = np.concatenate(
+            [np.ascontiguousarray(p).view(np.uint8).reshape(self.threads, -1) for p in parts], axis=1
+        )
         addresses = self.address(instruction.operands[0])[active]
         raw, at = self.memory.at(addresses, values.shape[1], instruction.text)
         raw[at] = values[active]

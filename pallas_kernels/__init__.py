@@ -1,0 +1,1 @@
+"""Kernels for accelerators, written with Pallas. They know arrays only, and need jax alone."""

@@ -1,0 +1,100 @@
+"""How a product is cut on a device: what was measured there if anything was, else a rule.
+
+`tuned.json` beside this file maps device kind, kernel and problem to a configuration;
+`benchmarks/tune_pallas.py` writes it. The rules fill a GPU: enough thread blocks for
+every multiprocessor to have several, each with at least two steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.spqr_matmul import fragments, rows
+from pallas_kernels.spqr_matmul.device import Target
+
+TABLE = Path(__file__).with_name("tuned.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a configuration depends on besides the device."""
+
+    batch: int
+    out: int
+    inner: int
+    bits: int
+    group_size: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the table."""
+        return f"{self.batch}x{self.out}x{self.inner}:b{self.bits}g{self.group_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicConfig:
+    """How `mosaic_gpu` cuts the work.
+
+    Attributes:
+      row_blocks: blocks of 64 rows that a thread block has; they share the activations.
+      splits: thread blocks that share these rows, each with its own columns.
+      stages: steps whose words are in shared memory at a time.
+    """
+
+    row_blocks: int
+    splits: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonConfig:
+    """How `triton` cuts the work.
+
+    Attributes:
+      blocks: blocks of 128 rows that one warp has; they share the activations' loads.
+      splits: warps that share these rows, each with its own columns.
+    """
+
+    blocks: int
+    splits: int
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """{device kind: {kernel: {problem: {field: value}}}}; empty where nothing was measured."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def _found(kernel: str, device: Target, problem: Problem) -> dict[str, int] | None:
+    return table().get(device.kind, {}).get(kernel, {}).get(problem.key)
+
+
+def mosaic_config(device: Target, problem: Problem) -> MosaicConfig:
+    """For `mosaic_gpu`: four thread blocks a multiprocessor, of four warps each."""
+    if found := _found("mosaic_gpu", device, problem):
+        return MosaicConfig(**found)
+    row_blocks, columns = fragments.num_blocks(problem.out, problem.inner, problem.group_size)
+    splits = _splits(4 * device.cores, row_blocks, columns)
+    return MosaicConfig(row_blocks=1, splits=splits, stages=min(3, -(-columns // splits)))
+
+
+def triton_config(device: Target, problem: Problem) -> TritonConfig:
+    """For `triton`: sixteen warps a multiprocessor."""
+    if found := _found("triton", device, problem):
+        return TritonConfig(**found)
+    blocks = rows.padded_rows(problem.out, rows.BLOCK) // rows.BLOCK
+    steps = rows.padded_inner(problem.inner, problem.group_size) // (rows.GROUPS * problem.group_size)
+    return TritonConfig(blocks=1, splits=_splits(16 * device.cores, blocks, steps))
+
+
+def tpu_depth(column_blocks: int) -> int:
+    """For `tpu`: column blocks of a grid step, up to four; more hide the start and the end of a step better."""
+    return next(depth for depth in (4, 3, 2, 1) if column_blocks % depth == 0)
+
+
+def _splits(wanted: int, blocks: int, steps: int) -> int:
+    return max(1, min(-(-wanted // blocks), steps // 2))

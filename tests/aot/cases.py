@@ -1,0 +1,87 @@
+"""What is compiled: kernels, targets and problems, and the budgets that each must keep."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BUDGETS = HERE / "budgets.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel for one target; `options` go to compile.py."""
+
+    target: str
+    kernel: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As in budgets.json."""
+        return " ".join([self.target, self.kernel, *self.options])
+
+
+def _cases() -> list[Case]:
+    gpus = ("a100", "rtx4090", "h100", "b200")
+    found = [Case(gpu, "mosaic_gpu", ("--batch", batch)) for gpu in gpus for batch in ("1", "8", "16")]
+    found += [Case(gpu, "triton", ("--splits", "16")) for gpu in gpus]
+    found += [
+        Case("h100", "mosaic_gpu", ("--batch", "16", "--row-blocks", "2")),
+        Case("h100", "mosaic_gpu", ("--bits", "2")),
+        Case("h100", "mosaic_gpu", ("--bits", "4")),
+        Case("h100", "mosaic_gpu", ("--group-size", "32")),
+        Case("h100", "triton", ("--splits", "16", "--batch", "2")),
+        Case("a100", "triton", ("--splits", "16", "--bits", "4", "--group-size", "32")),
+    ]
+    found += [Case(tpu, "tpu", ("--batch", batch)) for tpu in ("v5e", "v6e") for batch in ("8", "16")]
+    return found
+
+
+CASES = _cases()
+
+
+def compiled(case: Case, *extra: str) -> dict[str, Any]:
+    """Runs compile.py.
+
+    Raises:
+      RuntimeError: it fails; the end of what it wrote.
+    """
+    command = [sys.executable, str(HERE / "compile.py"), case.target, case.kernel, *case.options, *extra]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"{case.name}: exit {done.returncode}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compiled_all(cases: list[Case]) -> dict[str, dict[str, Any] | Exception]:
+    """All of them, one a core at a time; an exception where one failed."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {case.name: pool.submit(compiled, case) for case in cases}
+    return {name: future.exception() or future.result() for name, future in futures.items()}  # type: ignore[misc]
+
+
+def budget(result: dict[str, Any]) -> dict[str, Any]:
+    """What of a result is held to: less is better of all but `weights_per_bundle`."""
+    kept = ("registers", "instructions_per_weight", "bundles", "temporary_bytes", "weights_per_bundle", "wide_loads")
+    return {key: round(v, 4) if isinstance(v, float) else v for key, v in result.items() if key in kept}
+
+
+def main() -> None:
+    """Writes the budgets anew: python tests/aot/cases.py"""
+    results = compiled_all(CASES)
+    failed = [f"{name}: {result}" for name, result in results.items() if isinstance(result, Exception)]
+    if failed:
+        raise SystemExit("\n".join(failed))
+    BUDGETS.write_text(json.dumps({n: budget(r) for n, r in results.items()}, indent=1) + "\n")  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Compiles one kernel for one accelerator that is not there, in a process of its own, and says in JSON what came out.
+
+    python tests/aot/compile.py h100 mosaic_gpu --batch 8 --keep kernel.ptx
+
+An instruction that the target lacks ends the process: hence one process for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("target", help="a100, rtx4090, h100, b200, v5e or v6e")
+    parser.add_argument("kernel", choices=["mosaic_gpu", "triton", "tpu"])
+    parser.add_argument("--batch", type=int, default=1, help="rows of activations")
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--out", type=int, default=4096)
+    parser.add_argument("--inner", type=int, default=8192)
+    parser.add_argument("--row-blocks", type=int, default=1, help="mosaic_gpu: blocks of 64 rows a thread block")
+    parser.add_argument("--blocks", type=int, default=1, help="triton: blocks of 128 rows a warp")
+    parser.add_argument("--splits", type=int, default=4)
+    parser.add_argument("--stages", type=int, default=3, help="mosaic_gpu: steps in shared memory")
+    parser.add_argument("--depth", type=int, default=4, help="tpu: column blocks of a grid step")
+    parser.add_argument("--keep", type=Path, help="where the PTX goes")
+    return parser.parse_args()
+
+
+def start_jax(dump: Path | None) -> None:
+    """Environment of a compilation without a device, before jax is imported; what it makes goes to `dump`."""
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "XLA_FLAGS": "",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    if dump is not None:
+        os.environ["XLA_FLAGS"] += " --xla_gpu_fail_ptx_compilation_on_register_spilling=true"
+        os.environ["XLA_FLAGS"] += f" --xla_dump_to={dump} --xla_dump_emitter_re=.* --xla_gpu_dump_llvmir=true"
+        os.environ |= {
+            "MOSAIC_GPU_DUMP_TO": str(dump),
+            "MOSAIC_GPU_DUMP_PTX": "1",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={dump}",
+        }
+    from sass import tool
+
+    if ptxas := tool("ptxas"):
+        os.environ["PATH"] = f"{Path(ptxas).parent}:{os.environ['PATH']}"
+        os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(Path(ptxas).parents[1])
+        os.environ["XLA_FLAGS"] += f" --xla_gpu_cuda_data_dir={Path(ptxas).parents[1]}"
+    sys.path[:0] = [str(ROOT)]
+
+
+def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[Any, list[Any]]:
+    """The kernel alone and what it takes, as shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.spqr_matmul import fragments, lanes, rows, tuning
+
+    def spec(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    out, inner, group = options.out, options.inner, options.group_size
+    form = {"bits": options.bits, "group_size": group}
+    if options.kernel == "mosaic_gpu":
+        from pallas_kernels.spqr_matmul import mosaic_gpu
+
+        row_blocks, columns = fragments.num_blocks(out, inner, group)
+        config = tuning.MosaicConfig(options.row_blocks, options.splits, options.stages)
+        code_lines = fragments.code_lines(options.bits, group)
+        return (
+            lambda *a: mosaic_gpu.multiply(*a, **form, config=config, tma=capability >= (9, 0)),
+            [
+                spec(row_blocks, columns, code_lines, fragments.LINE),
+                spec(row_blocks, columns, fragments.STATISTICS_LINES, fragments.LINE),
+                spec(options.batch, inner, dtype=jnp.float16),
+            ],
+        )
+    if options.kernel == "triton":
+        from pallas_kernels.spqr_matmul import triton
+
+        config = tuning.TritonConfig(options.blocks, options.splits)
+        return (
+            lambda *a: triton.multiply(*a, **form, config=config),
+            [
+                spec(inner // rows.WORD_COLUMNS, options.bits, out),
+                spec(inner // (rows.GROUPS * group), out),
+                spec(inner // group, 2, out // rows.TILE),
+                spec(options.batch, inner, dtype=jnp.float32),
+            ],
+        )
+    from pallas_kernels.spqr_matmul import tpu
+
+    block = lanes.choose_block(out)
+    columns = inner // (lanes.GROUPS * group)
+    return (
+        lambda *a: tpu.multiply(*a, **form, block=block, depth=options.depth),
+        [
+            spec(columns * lanes.code_sublanes(options.bits, group), out),
+            spec(columns * 8, out),
+            spec(columns * lanes.GROUPS, out // block * lanes.LANES),
+            spec(options.batch, inner, dtype=jnp.bfloat16),
+        ],
+    )
+
+
+def lower_for(device: Any, function: Any, specs: Any, **options: Any) -> Any:
+    """Lowers for a device that is not there."""
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+    sharding = SingleDeviceSharding(device)
+    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), specs)
+    platform = "tpu" if device.platform == "tpu" else "gpu"
+    described = AbstractDevice(device.device_kind, getattr(device, "num_cores", None), platform)
+    with jax.default_device(device), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
+        return jax.jit(function, **options).lower(*specs)
+
+
+def weights_a_step(options: argparse.Namespace) -> int:
+    """Weights that a thread, or on a TPU the core, goes through in one turn of the loop."""
+    if options.kernel == "mosaic_gpu":
+        return 8 * options.group_size * options.row_blocks
+    if options.kernel == "triton":
+        return 16 * options.group_size * options.blocks
+    from pallas_kernels.spqr_matmul import lanes
+
+    return lanes.choose_block(options.out) * lanes.GROUPS * options.group_size * options.depth
+
+
+def main() -> None:
+    options = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder)
+        start_jax(dump)
+        import targets
+
+        device = targets.device(options.target)
+        gpu = targets.GPUS.get(options.target)
+        function, specs = kernel(options, gpu.capability if gpu else (0, 0))
+        compiled = lower_for(device, function, specs).compile()
+        result = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+        weights = weights_a_step(options)
+        if gpu is None:
+            result |= _bundles(dump, weights)
+        else:
+            result |= _machine(dump, options, weights)
+        print(json.dumps(result))
+
+
+def _bundles(dump: Path, weights: int) -> dict[str, Any]:
+    [analysis] = dump.glob("*spqr_matmul*schedule-analysis_final_bundles.txt")
+    bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", analysis.read_text())[1])
+    return {"bundles": bundles, "weights_per_bundle": weights / bundles}
+
+
+def _machine(dump: Path, options: argparse.Namespace, weights: int) -> dict[str, Any]:
+    import sass
+
+    wanted = "mosaic" if options.kernel == "mosaic_gpu" else "spqr_matvec"
+    found = [f for f in dump.rglob("*.ptx") if re.search(rf"\.entry\s+\w*{wanted}", f.read_text())]
+    [ptx] = {f.read_text(): f for f in found}.values()
+    kept = options.keep or dump / "kernel.ptx"
+    kept.write_text(ptx.read_text())
+    machine = sass.assemble(kept)
+    wide = [op for op in machine.loop if op.startswith(("LDG.E.128", "LDS.128", "UBLKCP", "UTMALDG"))]
+    return {
+        "registers": machine.registers,
+        "spills": machine.spills,
+        "instructions_per_weight": machine.loop_instructions / weights,
+        "wide_loads": {op: machine.loop[op] for op in wide},
+        "copies": {op: n for op, n in machine.loop.items() if op.startswith(("LDGSTS", "UBLKCP", "UTMALDG"))},
+        "loop": machine.loop,
+    }
+
+
+if __name__ == "__main__":
+    main()
