@@ -14,8 +14,9 @@ each row is divided by a power of two so that it cannot overflow; `tpu` in bfloa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,19 @@ MAX_ROWS = 64
 """Rows of activations up to which a kernel is called once for 16; dequantizing is dearer till there."""
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+_forced: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def using(kernel: str, config: Any) -> Iterator[None]:
+    """Products that are traced inside take this configuration of a kernel: what a search for the best one needs."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +92,7 @@ def _mosaic_gpu(call: _Call) -> jax.Array:
     from pallas_kernels.spqr_matmul import mosaic_gpu
 
     codes, statistics = call.prepared.arrays
-    config = tuning.mosaic_config(call.target, call.problem)
+    config = _forced.get("mosaic_gpu") or tuning.mosaic_config(call.target, call.problem)
     exponent = _power_of_two(call.x)
     x = (call.x.astype(jnp.float32) / exponent).astype(jnp.float16)
     pieces = []
@@ -93,7 +107,7 @@ def _mosaic_gpu(call: _Call) -> jax.Array:
             config=config,
             tma=call.target.platform != "gpu" or call.target.capability >= (9, 0),
             interpret=call.interpret is not False,
-        ).sum(0)  # [tiles, rows, 8]
+        ).sum(0)  # [tiles, rows, columns]
         pieces.append(sums.transpose(0, 2, 1).reshape(-1, sums.shape[1])[: piece.shape[0]])
     return jnp.concatenate(pieces) * exponent
 
@@ -117,7 +131,7 @@ def _triton(call: _Call) -> jax.Array:
         rows_padded(call.x, call.prepared.padded_inner),
         bits=call.prepared.bits,
         group_size=call.prepared.group_size,
-        config=tuning.triton_config(call.target, call.problem),
+        config=_forced.get("triton") or tuning.triton_config(call.target, call.problem),
         interpret=call.interpret is not False,
     ).sum(0)
 

@@ -42,8 +42,9 @@ def multiply(
       interpret: the kernel as `plgpu.force_gpu_interpret_mode` can run it.
 
     Returns:
-      float32 [splits, tiles of 8 rows of x, 64 * row blocks, 8], to be added up over the
-      splits. What stands past the batch is of no use.
+      float32 [splits, tiles of 8 rows of x, 64 * row blocks, columns], to be added up over
+      the splits; columns are the batch, or 8, rounded up to a power of two, and what stands
+      past the batch is of no use.
     """
     rows, cols = codes.shape[:2]
     per_split = -(-cols // config.splits)
@@ -51,7 +52,9 @@ def multiply(
     words = fragment_x(x, group_size, config.splits * per_split)
     return plgpu.kernel(
         functools.partial(_kernel, bits=bits, shape=shape, config=config, tma=tma, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct((config.splits, shape.tiles, rows * fragments.ROWS, COLUMNS), jnp.float32),
+        out_type=jax.ShapeDtypeStruct(
+            (config.splits, shape.tiles, rows * fragments.ROWS, _columns(shape.batch)), jnp.float32
+        ),
         grid=(rows // config.row_blocks, config.splits),
         grid_names=("rows", "split"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -132,6 +135,7 @@ def _kernel(
     def spec(block_shape: tuple[int | None, ...], index: Any) -> Any:
         return plgpu.BlockSpec(block_shape, index, oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
+    store = registers.interpreted_store if interpret else registers.store
     blocks = range(config.row_blocks)
     totals = plgpu.emit_pipeline(
         step,
@@ -147,7 +151,7 @@ def _kernel(
     for block, tiles in enumerate(totals):
         rows = pl.ds((row * config.row_blocks + block) * fragments.ROWS, fragments.ROWS)
         for tile, total in enumerate(tiles):
-            out[split, tile, rows, :] = total
+            store(out.at[split, tile, rows], total, columns=_columns(shape.batch))
 
 
 def _step(

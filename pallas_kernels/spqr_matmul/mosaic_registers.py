@@ -214,6 +214,33 @@ def activations(ref: Any, *, pairs: int, rows: int) -> list[jax.Array]:
     return body(ref)
 
 
+def store(ref: Any, total: jax.Array, *, columns: int) -> None:
+    """Writes the first columns of a product to global memory.
+
+    Args:
+      ref: float32 [64, columns].
+      total: float32 [64, 8], as `mma` leaves it.
+      columns: 1, 2, 4 or 8.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ACC))
+    def body(ctx: Any, ref: Value, total: Any) -> None:
+        del ctx
+        thread, warp, column = _thread()
+        row = arith.andi(arith.shrui(thread, _constant(2)), _constant(7))
+        first = arith.addi(_times(warp, 16), row)
+        last = _constant(max(columns // 2, 1))
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, column, last)):
+            for h, pair in enumerate(total.registers.flat):
+                at = arith.addi(_times(arith.addi(first, _constant(8 * h)), columns), _times(column, 2))
+                pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], ir.F32Type.get())
+                llvm.store(
+                    vector.extract(pair, [], [0]) if columns == 1 else pair, pointer, alignment=min(columns, 2) * 4
+                )
+
+    body(ref, total)
+
+
 # ---- the same for the interpreter -----------------------------------------------------------------------------------
 
 
@@ -238,3 +265,8 @@ def interpreted_activations(ref: Any, *, pairs: int, rows: int) -> list[jax.Arra
     values = jax.lax.bitcast_convert_type(halves, jnp.float16)  # pairs, n, c, p, v, e
     values = values.transpose(0, 3, 4, 2, 5, 1).reshape(2 * pairs, STEPS, 8)  # pairs, p, (v, c, e), n
     return list(values)
+
+
+def interpreted_store(ref: Any, total: jax.Array, *, columns: int) -> None:
+    """`store` in jax.numpy."""
+    ref[...] = total[:, :columns]

@@ -9,6 +9,7 @@ a row with 65536 outliers needs two. No atomics, so results do not change from r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -119,23 +120,22 @@ def multiply(outliers: Outliers, x: jax.Array) -> jax.Array:
     Returns:
       float32 [batch, out].
     """
-    by_column = x.T
 
     def take(source: jax.Array, index: jax.Array) -> jax.Array:
-        return source.at[index.astype(jnp.int32)].get(mode="promise_in_bounds").astype(jnp.float32)
+        return source.at[:, index.astype(jnp.int32)].get(mode="promise_in_bounds").astype(jnp.float32)
 
-    sums = sum(
-        outliers.values[i].astype(jnp.float32)[:, None] * take(by_column, outliers.columns[i]) for i in range(CHUNK)
-    )
+    sums = jnp.zeros((x.shape[0], outliers.columns.shape[1]), jnp.float32)
+    for values, columns in zip(outliers.values, outliers.columns, strict=True):
+        sums += values.astype(jnp.float32) * take(x, columns)
     for merge in outliers.merges:
-        sums = jnp.concatenate([sums, jnp.zeros((1, sums.shape[1]), jnp.float32)])
-        sums = sum(take(sums, merge[i]) for i in range(FAN))
+        padded = jnp.pad(sums, ((0, 0), (0, 1)))
+        sums = functools.reduce(jnp.add, (take(padded, index) for index in merge))
     first, last = outliers.starts[:-1], outliers.starts[1:]
-    total = jnp.zeros((first.shape[0], x.shape[0]), jnp.float32)
+    total = jnp.zeros((x.shape[0], first.shape[0]), jnp.float32)
     for i in range(outliers.widest):
         there = first + i < last
-        total += jnp.where(there[:, None], take(sums, jnp.where(there, first + i, 0)), 0.0)
-    return total.T
+        total += jnp.where(there, take(sums, jnp.where(there, first + i, 0)), 0.0)
+    return total
 
 
 def add_to_tile(outliers: Outliers, tile: jax.Array, first: jax.Array) -> jax.Array:

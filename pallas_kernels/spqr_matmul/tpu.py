@@ -79,7 +79,7 @@ def multiply(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="spqr_matmul",
-    )(codes, statistics, tiles, ordered, group_sums(x, group_size))
+    )(codes, statistics, tiles, ordered, group_sums(x, group_size, scaled_before(size)))
     return out[:batch]
 
 
@@ -89,13 +89,16 @@ def operand_order(x: jax.Array, group_size: int) -> jax.Array:
     return x4.swapaxes(3, 4).reshape(x.shape)
 
 
-def group_sums(x: jax.Array, group_size: int) -> jax.Array:
+def group_sums(x: jax.Array, group_size: int, before: int) -> jax.Array:
     """Sums of each group's activations in two bfloat16, for three products that together are a float32 one.
+
+    The first `before` of eight groups get zeros: their codes lose their offsets before the product.
 
     Returns:
       bfloat16 [batch, column blocks * 128]: 32 high parts, 32 low parts, 32 high parts, zeros.
     """
     sums = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUPS, group_size).sum(-1)
+    sums = jnp.where(jnp.arange(GROUPS) % SUBLANES < before, 0.0, sums)
     high = sums.astype(jnp.bfloat16)
     low = (sums - high.astype(jnp.float32)).astype(jnp.bfloat16)
     return jnp.concatenate([high, low, high, jnp.zeros_like(high)], axis=-1).reshape(x.shape[0], -1)
@@ -148,7 +151,7 @@ def _kernel(
                 if scaled_before(size):
                     bases[at : at + SUBLANES, :] = base
                 total = total + _octet(codes, spread, scales, bases, at, half, octet % 2, parts, bits, lane, interpret)
-                terms.append(_of_later_groups(scale * base, scaled_before(size)))
+                terms.append(scale * base)
             lanes_of_sums = sums[:, d * LANES : (d + 1) * LANES]
             total = total - jnp.dot(lanes_of_sums, _high_low(terms), preferred_element_type=jnp.float32)
         out[:, lane] = total
@@ -191,13 +194,6 @@ def _row(ref: Any, index: int, times: int, interpret: bool) -> jax.Array:
     if interpret:
         return jnp.broadcast_to(ref[index : index + 1, :], (times, LANES))
     return jnp.concatenate([ref[pl.ds(index, SUBLANES, stride=0), :]] * (times // SUBLANES), axis=0)
-
-
-def _of_later_groups(terms: jax.Array, before: int) -> jax.Array:
-    """Zeros for the first `before` of eight groups."""
-    if not before:
-        return terms
-    return jnp.where(lax.broadcasted_iota(jnp.int32, terms.shape, 0) < before, 0.0, terms)
 
 
 def _high_low(terms: list[jax.Array]) -> jax.Array:
