@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the GPU and TPU kernels could reach at most: a roofline from counted bytes and counted instructions.
 
-    scripts/setup && .venv/bin/python benchmarks/gpu_model.py [--out docs/kernels_predicted.md]
+    scripts/setup && .venv/bin/python benchmarks/gpu_model.py
 
 A PREDICTION, not a measurement: bandwidth and issue rate are the makers' figures, bytes are those of the
 prepared layout and of the sums over splits, as if these went through memory; instructions those of the compiled
@@ -97,12 +97,12 @@ def predictions() -> list[tuple[str, str, int, str, Prediction]]:
     return sorted(found, key=lambda row: (list(TITLES).index(row[0]), row[1], row[2]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the table here as Markdown")
-    given = parser.parse_args()
-    header = ["device", "kernel", "rows of x", "counted", "memory allows", "issue allows", "predicted ceiling"]
-    lines = [
+HEADER = ["device", "kernel", "rows of x", "counted", "memory allows", "issue allows", "predicted ceiling"]
+
+
+def rows_of_table() -> list[list[str]]:
+    """The predictions as text, under `HEADER`."""
+    return [
         [
             TITLES[name],
             kernel,
@@ -114,11 +114,12 @@ def main() -> None:
         ]
         for name, kernel, batch, counted, p in predictions()
     ]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     bits = f"{bits_a_weight('fragments'):.2f}"
-    table(f"PREDICTED, times a dense 16-bit product; {bits} bits a weight at 1% outliers", header, lines)
-    if given.out:
-        rows = [header, ["---"] * len(header), *lines]
-        given.out.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
+    table(f"PREDICTED, times a dense 16-bit product; {bits} bits a weight at 1% outliers", HEADER, rows_of_table())
 
 
 if __name__ == "__main__":

@@ -87,13 +87,13 @@ def default_implementation() -> Implementation:
       SpQRError: the environment names CPU kernels that are not here.
     """
     target = spqr_matmul.target()
-    if target.platform == "gpu" and target.capability >= (8, 0):
-        if not spqr_matmul.why_no_mosaic(target):
-            return "mosaic_gpu"
-        return "xla" if spqr_matmul.why_no_triton() else "triton"
+    if target.platform == "cpu":
+        return "xla" if why_no_kernels() else "cpu"
+    if why_no_pallas():
+        return "xla"
     if target.platform == "tpu":
         return "tpu"
-    return "cpu" if target.platform == "cpu" and not why_no_kernels() else "xla"
+    return "triton" if spqr_matmul.why_no_mosaic(target) else "mosaic_gpu"
 
 
 def why_no_kernels() -> str:
@@ -106,6 +106,17 @@ def why_no_kernels() -> str:
         return cpu_kernels.why_unavailable()
     except cpu_kernels.LibraryError as error:
         raise SpQRError(str(error)) from error
+
+
+def why_no_pallas() -> str:
+    """Why no Pallas kernel runs on the device that JAX runs on; empty if one does."""
+    target = spqr_matmul.target()
+    if target.platform == "tpu":
+        return ""
+    if target.platform != "gpu" or target.capability < (8, 0):
+        return f"Pallas kernels need a TPU or an NVIDIA GPU of compute capability 8.0 or higher, this is {target.kind}"
+    mosaic, triton = spqr_matmul.why_no_mosaic(target), spqr_matmul.why_no_triton()
+    return f"{mosaic}; {triton}" if mosaic and triton else ""
 
 
 def prepare(

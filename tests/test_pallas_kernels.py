@@ -167,6 +167,9 @@ def test_xla_from_every_layout(layout, batch):
     with jax.default_matmul_precision("highest"):
         got = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, "xla"))(x, packed)
     assert error(got, reference(array, x)) < 1e-6
+    half = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, "xla"))(x.astype(jnp.bfloat16), packed)
+    assert half.dtype == jnp.bfloat16
+    assert error(half.astype(jnp.float32), reference(array, x.astype(jnp.bfloat16))) < 4e-3
 
 
 @layouts

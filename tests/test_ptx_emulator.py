@@ -87,6 +87,22 @@ $L_loop:
     np.testing.assert_array_equal(run(body, WORDS), WORDS * np.uint32(5))
 
 
+def test_threads_part_and_meet_again():
+    body = """
+    setp.lt.u32 %p1, %r1, 5;
+    @%p1 bra $L_few;
+    add.u32 %r3, %r2, 1;
+    bra.uni $L_all;
+$L_few:
+    add.u32 %r3, %r2, 2;
+$L_all:
+    bar.sync 0;
+    shfl.sync.bfly.b32 %r3, %r3, 1, 31, -1;
+"""
+    want = WORDS + np.where(LANE < 5, 2, 1).astype(np.uint32)
+    np.testing.assert_array_equal(run(body, WORDS), want[LANE ^ 1])
+
+
 def test_matrix_multiply_accumulate():
     """m16n8k16 with the documented places of rows and columns."""
     rng = np.random.default_rng(3)
@@ -122,8 +138,8 @@ def test_matrix_multiply_accumulate():
         ("ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd4];", "outside every buffer|not a multiple of 16"),
         ("mov.u32 %r3, %r7;", "%r7 is read before it is written"),
         ("popc.b32 %r3, %r2;", "unknown: popc"),
-        ("setp.lt.u32 %p1, %r1, 5; @%p1 bra $L_x; $L_x: mov.u32 %r3, 0;", "threads part ways"),
-        ("setp.lt.u32 %p1, %r1, 5; @%p1 bar.sync 0; mov.u32 %r3, 0;", "not all threads reach a barrier"),
+        ("setp.lt.u32 %p1, %r1, 5; @%p1 bra $L_x; bar.sync 0; $L_x: mov.u32 %r3, 0;", "not all threads reach it"),
+        ("setp.lt.u32 %p1, %r1, 5; @%p1 bar.sync 0; mov.u32 %r3, 0;", "not all threads reach it"),
     ],
 )
 def test_what_must_not_be_is_an_error(body, message):

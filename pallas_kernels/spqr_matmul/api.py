@@ -242,7 +242,8 @@ def _first_that_can(names: Sequence[str], call: _Call) -> jax.Array:
     for name in names:
         kernel = _IMPLEMENTATIONS[name]
         if kernel is None:
-            return xla.multiply(call.prepared, call.x)
+            # CPUs have no products of 16-bit numbers that add up in float32
+            return xla.multiply(call.prepared, call.x.astype(jnp.float32) if call.target.platform == "cpu" else call.x)
         try:
             dense = kernel(call)[:, :out]
         except NotImplementedError as error:

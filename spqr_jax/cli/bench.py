@@ -69,7 +69,7 @@ def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decod
         models["packed"] = prepare(given)
         models["packed, int8 activations"] = prepare(given, int8_activations=True)
     else:
-        models["dequantized"] = prepare(given)
+        models["dequantized" if default_implementation() == "xla" else "packed"] = prepare(given)
     return models
 
 

@@ -15,18 +15,20 @@ from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.cli.display import console, say
 from spqr_jax.errors import ModelError
 from spqr_jax.generate import Generation, Generator
-from spqr_jax.linear import why_no_kernels
+from spqr_jax.linear import default_implementation, why_no_kernels, why_no_pallas
 
 Message = dict[str, str]
 
 
 def describe_products() -> str:
     """How products with quantized weights are made on this machine."""
-    if jax.default_backend() != "cpu":
-        return "products here: from dequantized weights"
-    if why := why_no_kernels():
-        return f"products here: from dequantized weights, the slow way: {why}"
-    return f"products here: native CPU kernels, {chosen_kernels()}"
+    implementation = default_implementation()
+    if implementation == "cpu":
+        return f"products here: native CPU kernels, {chosen_kernels()}"
+    if implementation != "xla":
+        return f"products here: Pallas kernels, {implementation}"
+    why = why_no_kernels() if jax.default_backend() == "cpu" else why_no_pallas()
+    return f"products here: from dequantized weights, the slow way: {why}"
 
 
 def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
@@ -34,8 +36,8 @@ def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
     params = collect(source)
     arrays = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
     quantized = any(isinstance(leaf, SpQRArray) for leaf in arrays)
-    if quantized and jax.default_backend() == "cpu" and (why := why_no_kernels()):
-        say(f"generating the slow way, from dequantized weights: {why}")
+    if quantized and default_implementation() == "xla":
+        say(describe_products())
     generator = Generator(params, int8_activations=int8_activations)
     del params, arrays  # what was read is no longer needed: with a small model it is half of what the process holds
     give_back_memory()

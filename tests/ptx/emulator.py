@@ -1,12 +1,13 @@
 """Runs compiled PTX in NumPy, so that a kernel's numbers can be checked where there is no GPU.
 
-All threads of a thread block advance in lockstep, an instruction at a time, and registers
-are arrays over the threads. Memory is one flat space in which every buffer has its own
-bounds: a read or write outside of them is an error. What ``cp.async`` copies arrives when
-it is waited for, not before, so a missing wait is seen.
+All threads of a thread block advance in lockstep, an instruction at a time, apart from those
+that a branch sets apart until they meet again; registers are arrays over the threads. Memory
+is one flat space in which every buffer has its own bounds: a read or write outside of them
+is an error. What ``cp.async`` copies arrives when it is waited for, not before, so a missing
+wait is seen.
 
 Not seen: a missing barrier between warps (they never run apart), and anything about speed.
-Not there: divergent branches, TMA, mbarriers, wgmma; whatever is met and not known raises.
+Not there: TMA, mbarriers, wgmma; whatever is met and not known raises.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 SHARED = 1 << 40  # where shared memory begins
+_TOGETHER = ("bar", "shfl", "mma")  # what all threads must reach together
 _WIDTH = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 _FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 
@@ -155,7 +157,9 @@ class _Block:
 
     def write(self, operand: str, value: np.ndarray, active: np.ndarray) -> None:
         """Puts a value into a register of the active threads."""
-        if not active.all() and operand in self.registers:
+        if not active.all() and operand not in self.registers:
+            value = np.where(active, value, np.zeros(1, value.dtype))
+        elif not active.all():
             old = self.registers[operand]
             value = np.where(active, value, old.view(value.dtype) if old.itemsize == value.itemsize else 0)
         self.registers[operand] = np.ascontiguousarray(value)
@@ -169,29 +173,33 @@ class _Block:
     # ---- the run ----
 
     def run(self) -> None:
-        position = 0
+        """Runs to the end. Of threads that stand apart after a branch, those furthest behind go on first."""
+        end = len(self.program.code)
+        positions = np.zeros(self.threads, np.int64)
         while True:
-            if position >= len(self.program.code):
-                raise PtxError("ran past the end")
-            instruction = self.program.code[position]
-            position += 1
-            self.executed += 1
-            active = np.ones(self.threads, bool)
-            if instruction.predicate is not None:
-                active = self.read(instruction.predicate, "pred") ^ instruction.negated
-            name = instruction.opcode[0]
-            if name in ("ret", "exit") and active.all():
+            position = int(positions.min())
+            if position == end:
                 return
-            if name == "bra":
-                if active.any() != active.all():
-                    raise PtxError(f"threads part ways: {instruction.text}")
-                if active.all():
-                    position = self.program.labels[instruction.operands[0]]
-                continue
-            handler = getattr(self, f"_do_{name}", None)
-            if handler is None:
+            here = positions == position
+            instruction = self.program.code[position]
+            self.executed += 1
+            active = here
+            if instruction.predicate is not None:
+                active = here & (self.read(instruction.predicate, "pred") ^ instruction.negated)
+            positions[here] += 1
+            name = instruction.opcode[0]
+            if name in ("ret", "exit"):
+                positions[active] = end
+            elif name == "bra":
+                positions[active] = self.program.labels[instruction.operands[0]]
+            elif name in _TOGETHER and not active.all():
+                raise PtxError(f"not all threads reach it: {instruction.text}")
+            elif (handler := getattr(self, f"_do_{name}", None)) is not None:
+                handler(instruction, active)
+            else:
                 raise PtxError(f"unknown: {instruction.text}")
-            handler(instruction, active)
+            if position + 1 == end and name not in ("ret", "exit", "bra"):
+                raise PtxError("ran past the end")
 
     # ---- memory ----
 
@@ -240,8 +248,7 @@ class _Block:
             raise PtxError(f"unknown: {instruction.text}")
 
     def _do_bar(self, instruction: Instruction, active: np.ndarray) -> None:
-        if not active.all():
-            raise PtxError(f"not all threads reach a barrier: {instruction.text}")
+        """Threads that stand apart cannot be here, and others are never apart."""
 
     # ---- between threads ----
 
