@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import warnings
 
 import jax
@@ -13,8 +14,9 @@ import pytest
 from arrays import random_array
 
 from pallas_kernels import spqr_matmul
-from pallas_kernels.spqr_matmul import outliers, prepared, xla
+from pallas_kernels.spqr_matmul import api, outliers, prepared, tuning, xla
 from spqr_jax import SpQRError, linear, prepare
+from spqr_jax.generate import Generator
 from spqr_jax.linear import default_implementation, linear_all, pack_for_pallas, take_rows
 
 LAYOUTS = {"mosaic_gpu": "fragments", "triton": "rows", "tpu": "lanes"}
@@ -344,3 +346,69 @@ def test_prepared_trees_multiply():
             assert error(linear(w, x), reference(array, x)) < 1e-6
     with pytest.raises(SpQRError, match="implementation must be cpu, mosaic_gpu, triton, tpu or xla"):
         prepare({"w": array}, implementation="cuda")
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["mosaic_gpu", pytest.param("triton", marks=pytest.mark.slow), pytest.param("tpu", marks=pytest.mark.slow)],
+)
+def test_generation_from_packed_weights(kernel, tiny_model):
+    """A whole model, embedding and head too, says the same from packed weights as from dense ones."""
+
+    def packed_like(w, seed):
+        return random_array(w.shape, outliers=0.05, seed=seed) if w is not None and w.ndim == 2 else w
+
+    layers = tuple(jax.tree.map(lambda w, i=i: packed_like(w, i), layer) for i, layer in enumerate(tiny_model.layers))
+    outer = jax.tree.map(lambda w: packed_like(w, 9), tiny_model.outer)
+    small = dataclasses.replace(tiny_model, layers=layers, outer=outer)
+    prompts = [[5, 6, 7], [8]]
+    with jax.default_matmul_precision("highest"):
+        want = Generator(prepare(small, implementation="xla"))(prompts, max_new_tokens=6, stop_tokens=())
+        packed = prepare(small, implementation=kernel)
+        weights = jax.tree.leaves(packed, is_leaf=lambda w: isinstance(w, spqr_matmul.Prepared))
+        assert sum(isinstance(w, spqr_matmul.Prepared) for w in weights) == 7 * len(layers) + 2
+        assert Generator(packed)(prompts, max_new_tokens=6, stop_tokens=()).tokens == want.tokens
+
+
+# ---- how the work is cut --------------------------------------------------------------------------------------------
+
+H100 = spqr_matmul.Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (576, 576), (4096, 4096), (11008, 4096), (4096, 11008), (151936, 896)])
+def test_rules_fill_a_gpu(shape):
+    problem = tuning.Problem(1, *shape, 3, 16)
+    config = tuning.mosaic_config(H100, problem)
+    blocks, steps = -(-shape[0] // 64), -(-shape[1] // 256)
+    assert 1 <= config.splits <= max(steps // 2, 1)
+    assert blocks * config.splits >= min(4 * 132, blocks * (steps // 2))
+    assert 1 <= config.stages <= 3
+    vector = tuning.triton_config(H100, problem)
+    assert 1 <= vector.splits <= max(-(-shape[1] // 64) // 2, 1)
+
+
+def test_what_was_measured_comes_before_the_rule(tmp_path, monkeypatch):
+    found = {"row_blocks": 2, "splits": 7, "stages": 4}
+    table = {H100.kind: {"mosaic_gpu": {"1x4096x4096:b3g16": found}, "triton": {}}}
+    monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuned.json")
+    tuning.TABLE.write_text(json.dumps(table))
+    tuning.table.cache_clear()
+    try:
+        problem = tuning.Problem(1, 4096, 4096, 3, 16)
+        assert tuning.mosaic_config(H100, problem) == tuning.MosaicConfig(**found)
+        assert tuning.mosaic_config(H100, dataclasses.replace(problem, batch=8)).row_blocks == 1
+        with api.using("mosaic_gpu", tuning.MosaicConfig(1, 1, 1)):
+            assert api._forced["mosaic_gpu"].splits == 1
+        assert not api._forced
+    finally:
+        tuning.table.cache_clear()
+
+
+def test_blocks_of_a_tpu():
+    for out in (1, 128, 576, 896, 1536, 4096, 11008, 151936):
+        block = prepared.lanes.choose_block(out)
+        assert block % 128 == 0
+        assert block <= 1024
+        padded = -(-out // block) * block
+        assert padded - out < max(128, 0.05 * out)  # few rows of padding
+    assert [tuning.tpu_depth(n) for n in (1, 2, 3, 4, 6, 7, 16)] == [1, 2, 3, 4, 3, 1, 4]

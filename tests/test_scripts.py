@@ -45,3 +45,23 @@ def test_quality_measures_each_row_once(tiny_model, tmp_path):
     run()  # what is done is kept
     assert times == [path.stat().st_mtime_ns for path in files]
     assert (tmp_path / "found" / "table.md").read_text() == table
+
+
+def test_the_tables_of_the_kernels_page_are_made_from_what_was_counted():
+    command = [sys.executable, SCRIPTS.parent / "benchmarks" / "kernel_tables.py", "--check"]
+    assert subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_accelerator_check_runs_where_there_is_none(tmp_path):
+    command = [
+        sys.executable,
+        SCRIPTS.parent / "benchmarks" / "accelerator_check.py",
+        "--out",
+        tmp_path / "report.json",
+    ]
+    command += ["--shapes", "64x96", "--batch", "1", "--turns", "1"]
+    subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, stdout=subprocess.DEVNULL)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [c["right"] for c in report["checks"]] == [True] * 5
+    assert set(report["times"][0]["seconds"]) == {"dense bfloat16", "dense float16", "xla"}

@@ -120,18 +120,25 @@ def multiply(outliers: Outliers, x: jax.Array) -> jax.Array:
     Returns:
       float32 [batch, out].
     """
+    if x.shape[0] == 1:  # vectors: with an axis of one row, a TPU would fill up all of them to eight
+        return _multiply(outliers, x[0])[None]
+    return jax.vmap(lambda row: _multiply(outliers, row))(x)
+
+
+def _multiply(outliers: Outliers, x: jax.Array) -> jax.Array:
+    """The same for one row."""
 
     def take(source: jax.Array, index: jax.Array) -> jax.Array:
-        return source.at[:, index.astype(jnp.int32)].get(mode="promise_in_bounds").astype(jnp.float32)
+        return source.at[index.astype(jnp.int32)].get(mode="promise_in_bounds").astype(jnp.float32)
 
-    sums = jnp.zeros((x.shape[0], outliers.columns.shape[1]), jnp.float32)
+    sums = jnp.zeros(outliers.columns.shape[1], jnp.float32)
     for values, columns in zip(outliers.values, outliers.columns, strict=True):
         sums += values.astype(jnp.float32) * take(x, columns)
     for merge in outliers.merges:
-        padded = jnp.pad(sums, ((0, 0), (0, 1)))
+        padded = jnp.pad(sums, (0, 1))
         sums = functools.reduce(jnp.add, (take(padded, index) for index in merge))
     first, last = outliers.starts[:-1], outliers.starts[1:]
-    total = jnp.zeros((x.shape[0], first.shape[0]), jnp.float32)
+    total = jnp.zeros(first.shape[0], jnp.float32)
     for i in range(outliers.widest):
         there = first + i < last
         total += jnp.where(there, take(sums, jnp.where(there, first + i, 0)), 0.0)

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-LAYERS = 3
+LAYERS = 2
 
 
 def main() -> None:
@@ -62,9 +62,10 @@ def main() -> None:
     )
     with jax.default_device(device):
         implementation = options.implementation or default_implementation()
-    params = prepare(dataclasses.replace(params, layers=blocks), implementation=implementation)
+    outer = dataclasses.replace(params.outer, lm_head=random_array(params.outer.lm_head.shape, outliers=0.01))
+    params = prepare(dataclasses.replace(params, outer=outer, layers=blocks), implementation=implementation)
     packed = [w for w in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "sparse")) if hasattr(w, "sparse")]
-    assert len(packed) == 7 * LAYERS
+    assert len(packed) == 7 * LAYERS + 1
     assert not any(isinstance(w, SpQRArray) for w in packed)
     cache = empty_cache(config, options.batch, 256, jnp.bfloat16)
     progress = _Progress(jnp.zeros((options.batch, 1), jnp.int32), jnp.int32(0), jnp.ones(options.batch, bool))
@@ -80,11 +81,22 @@ def main() -> None:
                 "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
                 "packed_bytes": sum(w.nbytes for w in packed),
                 "smallest_matrix_bytes": min(w.nbytes for w in packed),
+                "copies_of_packed": copies_of(text, {tuple(a.shape) for w in packed for a in w.arrays}),
                 "kernels": sum(call in ("mosaic_gpu_v2", "__gpu$xla.gpu.triton", "tpu_custom_call") for call in calls),
                 "calls": sorted(set(calls)),
             }
         )
     )
+
+
+def copies_of(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
+    """Instructions that put an int32 array of one of these shapes into device memory (S(1) is a TPU core's own)."""
+    found = []
+    for name, dims, layout, kind in re.findall(r"%?([\w.-]+) = s32\[([\d,]+)\](\{[^}]*\})? ([\w-]+)\(", text):
+        shape = tuple(int(d) for d in dims.split(","))
+        if shape in shapes and "S(1)" not in layout and kind not in ("parameter", "get-tuple-element", "bitcast"):
+            found.append(f"{kind} {name}")
+    return found
 
 
 if __name__ == "__main__":

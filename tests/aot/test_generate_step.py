@@ -16,7 +16,6 @@ SCRIPT = Path(__file__).with_name("generate_step.py")
     ("target", "options", "kernel", "call"),
     [
         ("h100", [], "mosaic_gpu", "mosaic_gpu_v2"),
-        ("a100", ["--batch", "4"], "mosaic_gpu", "mosaic_gpu_v2"),
         ("h100", ["--implementation", "triton"], "triton", "__gpu$xla.gpu.triton"),
         ("v5e", [], "tpu", "tpu_custom_call"),
     ],
@@ -27,7 +26,8 @@ def test_step(target, options, kernel, call):
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["implementation"] == kernel
     assert call in result["calls"]
-    assert result["kernels"] >= 21  # seven matrices in three blocks
-    # What the step keeps on the side is a few vectors: nowhere a layer's packed weights, of which the least matrix is
-    # a small part (a scan over stacked layers would copy each layer's).
-    assert result["temporary_bytes"] < 0.1 * result["packed_bytes"]
+    assert result["kernels"] >= 15  # seven matrices in two blocks, and the head
+    # No layer's packed weights are copied, as a scan over stacked layers would do; what the step keeps on the side is
+    # vectors and, on a TPU, parts of the cache of keys and values, which is a third of this model's weights.
+    assert result["copies_of_packed"] == []
+    assert result["temporary_bytes"] < (0.4 if target == "v5e" else 0.1) * result["packed_bytes"]
