@@ -411,4 +411,21 @@ def test_blocks_of_a_tpu():
         assert block <= 1024
         padded = -(-out // block) * block
         assert padded - out < max(128, 0.05 * out)  # few rows of padding
-    assert [tuning.tpu_depth(n) for n in (1, 2, 3, 4, 6, 7, 16)] == [1, 2, 3, 4, 3, 1, 4]
+
+
+def test_a_tpu_step_fits_into_vector_memory():
+    problem = tuning.Problem(1, 4096, 4096, 3, 16)
+    depths = [tuning.tpu_depth(dataclasses.replace(problem, inner=512 * n), 1024) for n in (1, 2, 3, 4, 6, 7, 16)]
+    assert depths == [1, 2, 3, 4, 3, 1, 4]
+    for bits, group_size in [(2, 16), (4, 32), (4, 128)]:
+        form = {"bits": bits, "group_size": group_size}
+        depth = tuning.tpu_depth(tuning.Problem(16, 4096, 8 * 32 * group_size, **form), 1024)
+        assert prepared.lanes.vmem_bytes(**form, block=1024, depth=depth, batch=16) <= tuning.VMEM_BYTES
+    assert depth < 4  # the last would not fit four times
+
+
+def test_a_jax_without_triton_is_told(monkeypatch):
+    packed = pack_for_pallas(random_array((64, 96)), "rows")
+    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match="no longer has Pallas's Triton backend: use the mosaic_gpu kernel"):
+        spqr_matmul.matmul(activations((1, 96)), packed, "triton", interpret=True)

@@ -4,10 +4,9 @@
 it, `matmul_all` by several, `take_rows` reads rows of it. Needs jax alone.
 """
 
-from pallas_kernels.spqr_matmul.api import IMPLEMENTATIONS, matmul, matmul_all, why_no_mosaic
+from pallas_kernels.spqr_matmul.api import IMPLEMENTATIONS, matmul, matmul_all, why_no_mosaic, why_no_triton
 from pallas_kernels.spqr_matmul.device import Target, target
 from pallas_kernels.spqr_matmul.prepared import LAYOUTS, Layout, Prepared, prepare, why_unsupported
-from pallas_kernels.spqr_matmul.triton import why_unavailable as why_no_triton
 from pallas_kernels.spqr_matmul.xla import take_rows
 
 __all__ = [

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.spqr_matmul import device as devices
-from pallas_kernels.spqr_matmul import outliers, triton, tuning, xla
+from pallas_kernels.spqr_matmul import outliers, tuning, xla
 from pallas_kernels.spqr_matmul.prepared import Prepared
 
 MAX_ROWS = 64
@@ -85,6 +86,13 @@ def why_no_mosaic(target: devices.Target) -> str:
     return ""
 
 
+def why_no_triton() -> str:
+    """Why `triton` cannot be compiled with the installed JAX, and what to do; empty if it can."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return f"JAX {jax.__version__} no longer has Pallas's Triton backend: use the mosaic_gpu kernel"
+    return ""
+
+
 def _mosaic_gpu(call: _Call) -> jax.Array:
     call.require("fragments", "gpu", MAX_ROWS)
     if why := why_no_mosaic(call.target):
@@ -120,9 +128,11 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 
 def _triton(call: _Call) -> jax.Array:
-    call.require("rows", "gpu", triton.MAX_BATCH)
-    if why := triton.why_unavailable():
+    if why := why_no_triton():
         raise NotImplementedError(why)
+    from pallas_kernels.spqr_matmul import triton
+
+    call.require("rows", "gpu", triton.MAX_BATCH)
     codes, statistics, tiles = call.prepared.arrays
     return triton.multiply(
         codes,
@@ -138,7 +148,7 @@ def _triton(call: _Call) -> jax.Array:
 
 def _tpu(call: _Call) -> jax.Array:
     call.require("lanes", "tpu", MAX_ROWS)
-    from pallas_kernels.spqr_matmul import lanes, tpu
+    from pallas_kernels.spqr_matmul import tpu
 
     prepared = call.prepared
     x = rows_padded(call.x.astype(jnp.bfloat16), prepared.padded_inner)
@@ -152,7 +162,7 @@ def _tpu(call: _Call) -> jax.Array:
             bits=prepared.bits,
             group_size=prepared.group_size,
             block=prepared.block,
-            depth=tuning.tpu_depth(prepared.padded_inner // (lanes.GROUPS * prepared.group_size)),
+            depth=tuning.tpu_depth(call.problem, prepared.block),
             interpret=call.interpret,
         )
         for first in range(0, x.shape[0], tpu.MAX_BATCH)

@@ -79,6 +79,19 @@ def code_sublanes(bits: int, group_size: int) -> int:
     return group_size // STEPS * 2 * bits * 8
 
 
+def vmem_bytes(*, bits: int, group_size: int, block: int, depth: int, batch: int) -> int:
+    """Vector memory that the kernel takes: what comes and goes twice, while one is worked on, and its scratch.
+
+    Args:
+      depth: column blocks of a grid step.
+      batch: rows of activations, a multiple of 8.
+    """
+    words = depth * ((code_sublanes(bits, group_size) + 8) * block + GROUPS * LANES)
+    activations = batch * depth * (GROUPS * group_size + LANES)  # bfloat16
+    scratch = 2 * block * depth * GROUPS
+    return 2 * (4 * words + 2 * activations + 4 * batch * block) + 4 * scratch
+
+
 def choose_block(out: int) -> int:
     """Rows a block, a multiple of 128 up to 1024: few rows of padding, and blocks that are not too small."""
     sizes = range(LANES, MAX_BLOCK + 1, LANES)

@@ -1,6 +1,6 @@
 """Matrix times one or two vectors on a GPU's ordinary cores, through Pallas's Triton backend.
 
-JAX means to take that backend away; `why_unavailable` says whether it is still there.
+JAX means to take that backend away; `api.why_no_triton` says whether it is still there.
 """
 
 from __future__ import annotations
@@ -20,15 +20,6 @@ from pallas_kernels.spqr_matmul.tuning import TritonConfig
 MAX_BATCH = 2
 LANES = 32
 VECTOR = rows.BLOCK // LANES  # rows a thread
-
-
-def why_unavailable() -> str:
-    """Why this kernel cannot be compiled with the installed JAX, and what to do; empty if it can."""
-    try:
-        from jax.experimental.pallas import triton  # noqa: F401
-    except ImportError:
-        return f"JAX {jax.__version__} no longer has Pallas's Triton backend: use the mosaic_gpu kernel"
-    return ""
 
 
 def multiply(

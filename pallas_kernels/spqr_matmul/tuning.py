@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.spqr_matmul import fragments, rows
+from pallas_kernels.spqr_matmul import fragments, lanes, rows
 from pallas_kernels.spqr_matmul.device import Target
 
 TABLE = Path(__file__).with_name("tuned.json")
@@ -91,9 +91,20 @@ def triton_config(device: Target, problem: Problem) -> TritonConfig:
     return TritonConfig(blocks=1, splits=_splits(16 * device.cores, blocks, steps))
 
 
-def tpu_depth(column_blocks: int) -> int:
-    """For `tpu`: column blocks of a grid step, up to four; more hide the start and the end of a step better."""
-    return next(depth for depth in (4, 3, 2, 1) if column_blocks % depth == 0)
+VMEM_BYTES = 12 << 20
+"""Of a TPU core's vector memory XLA lets a kernel have 16 MiB; the rest is for what the compiler spills."""
+
+
+def tpu_depth(problem: Problem, block: int) -> int:
+    """For `tpu`: column blocks of a grid step, up to four as vector memory allows; more hide a step's start and end."""
+    columns = lanes.padded_inner(problem.inner, problem.group_size) // (lanes.GROUPS * problem.group_size)
+    batch = 8 if problem.batch <= 8 else 16
+
+    def fits(depth: int) -> bool:
+        form = {"bits": problem.bits, "group_size": problem.group_size, "block": block, "batch": batch}
+        return columns % depth == 0 and lanes.vmem_bytes(**form, depth=depth) <= VMEM_BYTES
+
+    return next((depth for depth in (4, 3, 2) if fits(depth)), 1)
 
 
 def _splits(wanted: int, blocks: int, steps: int) -> int:
