@@ -13,7 +13,7 @@ NAMES = {**TITLES, "v6e": "TPU v6e"}
 
 
 def budget_rows() -> list[list[str]]:
-    """Device, kernel, rows of x, what was counted, registers, wide loads."""
+    """Device, kernel, rows of x, what was counted, registers, shared memory, wide loads."""
     found = []
     for case, budget in json.loads((ROOT / "tests" / "aot" / "budgets.json").read_text()).items():
         name, kernel, *options = case.split()
@@ -22,10 +22,15 @@ def budget_rows() -> list[list[str]]:
         given.pop("--splits", None)
         form = ", ".join(f"{key.strip('-').replace('-', ' ')} {value}" for key, value in given.items())
         if kernel == "tpu":
-            counted = [f"{budget['weights_per_bundle']:.0f} weights a bundle", "", ""]
+            counted = [f"{budget['weights_per_bundle']:.0f} weights a bundle", "", "", ""]
         else:
             wide = ", ".join(f"{count} {op}" for op, count in budget["wide_loads"].items())
-            counted = [f"{budget['instructions_per_weight']:.2f}", str(budget["registers"]), wide]
+            counted = [
+                f"{budget['instructions_per_weight']:.2f}",
+                str(budget["registers"]),
+                f"{budget['shared_bytes'] / 1024:.0f} KiB",
+                wide,
+            ]
         found.append([NAMES[name], kernel, batch, form, *counted])
     return found
 
@@ -36,7 +41,16 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 def filled(text: str) -> str:
     """The page with its tables made anew."""
-    header = ["device", "kernel", "rows of x", "format", "instructions a weight", "registers", "wide loads"]
+    header = [
+        "device",
+        "kernel",
+        "rows of x",
+        "format",
+        "instructions a weight",
+        "registers",
+        "shared memory",
+        "wide loads",
+    ]
     tables = {"budgets": markdown(header, budget_rows()), "predictions": markdown(HEADER, rows_of_table())}
     for marker, table in tables.items():
         begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"

@@ -14,7 +14,7 @@ import pytest
 from arrays import random_array
 
 from pallas_kernels import spqr_matmul
-from pallas_kernels.spqr_matmul import api, outliers, prepared, tuning, xla
+from pallas_kernels.spqr_matmul import api, fragments, outliers, prepared, tuning, xla
 from spqr_jax import SpQRError, linear, prepare
 from spqr_jax.generate import Generator
 from spqr_jax.linear import default_implementation, linear_all, pack_for_pallas, take_rows
@@ -383,8 +383,24 @@ def test_rules_fill_a_gpu(shape):
     assert 1 <= config.splits <= max(steps // 2, 1)
     assert blocks * config.splits >= min(4 * 132, blocks * (steps // 2))
     assert 1 <= config.stages <= 3
+    assert fragments.shared_bytes(bits=3, group_size=16, batch=1, row_blocks=1, stages=3) <= 232448 // 4  # four a core
     vector = tuning.triton_config(H100, problem)
     assert 1 <= vector.splits <= max(-(-shape[1] // 64) // 2, 1)
+
+
+def test_stages_fit_into_shared_memory():
+    small = dataclasses.replace(H100, capability=(8, 9))
+    for device, group_size, batch, stages in [
+        (H100, 128, 1, 3),
+        (H100, 128, 16, 1),
+        (small, 64, 1, 2),
+        (small, 128, 8, 0),
+    ]:
+        problem = tuning.Problem(batch, 4096, 65536, 4, group_size)
+        assert tuning.mosaic_config(device, problem).stages == stages
+        form = {"bits": 4, "group_size": group_size, "batch": batch, "row_blocks": 1}
+        assert fragments.shared_bytes(**form, stages=max(stages, 1)) <= device.shared_bytes or not stages
+        assert stages == 3 or fragments.shared_bytes(**form, stages=stages + 1) > device.shared_bytes
 
 
 def test_what_was_measured_comes_before_the_rule(tmp_path, monkeypatch):

@@ -101,6 +101,11 @@ def _mosaic_gpu(call: _Call) -> jax.Array:
 
     codes, statistics = call.prepared.arrays
     config = _forced.get("mosaic_gpu") or tuning.mosaic_config(call.target, call.problem)
+    if not config.stages:
+        raise NotImplementedError(
+            f"a step with groups of {call.prepared.group_size} does not fit into {call.target.shared_bytes} bytes of "
+            "shared memory"
+        )
     exponent = _power_of_two(call.x)
     x = (call.x.astype(jnp.float32) / exponent).astype(jnp.float16)
     pieces = []

@@ -10,6 +10,12 @@ import jax
 ASSUMED_CORES = 132
 """Streaming multiprocessors where the device does not tell: an H100's."""
 
+SHARED_BYTES = {(8, 0): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+"""Shared memory that a thread block may have, by compute capability (CUDA programming guide)."""
+
+LEAST_SHARED_BYTES = 101376
+"""Of every other GPU from capability 8.0 on, at least."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -26,6 +32,11 @@ class Target:
     kind: str
     capability: tuple[int, int]
     cores: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a thread block of a GPU may have."""
+        return SHARED_BYTES.get(self.capability, LEAST_SHARED_BYTES)
 
 
 def target() -> Target:

@@ -48,6 +48,19 @@ def code_lines(bits: int, group_size: int) -> int:
     return 4 * bits * (group_size // STEPS)
 
 
+def activation_lines(group_size: int, batch: int) -> int:
+    """Lines that the activations of a block's columns take, for up to 8 rows of them; padded to whole fours."""
+    pairs = GROUPS * group_size // (2 * STEPS) + 1  # of steps; the last is the sums of the groups
+    columns = min(1 << (batch - 1).bit_length(), 8)
+    return 4 * -(-pairs * columns * 16 // (4 * LINE))
+
+
+def shared_bytes(*, bits: int, group_size: int, batch: int, row_blocks: int, stages: int) -> int:
+    """Shared memory of a thread block whose steps are kept `stages` at a time."""
+    blocks = row_blocks * (code_lines(bits, group_size) + STATISTICS_LINES)
+    return stages * 4 * LINE * (blocks + -(-batch // 8) * activation_lines(group_size, batch))
+
+
 def num_blocks(out: int, inner: int, group_size: int) -> tuple[int, int]:
     """(blocks of rows, blocks of columns)."""
     return -(-out // ROWS), -(-inner // (GROUPS * group_size))

@@ -107,7 +107,7 @@ def fragment_x(x: jax.Array, group_size: int, blocks: int) -> jax.Array:
     # columns of two steps are (p, v, c, e), places (c, p, v, e)
     x = x.reshape(tiles, columns, blocks, -1, 2, 2, 4, 2).transpose(2, 0, 3, 1, 6, 4, 5, 7)
     words = lax.bitcast_convert_type(x, jnp.int32).reshape(blocks, tiles, -1)
-    lines = 4 * -(-words.shape[-1] // (4 * fragments.LINE))
+    lines = fragments.activation_lines(group_size, batch)
     words = jnp.pad(words, ((0, 0), (0, 0), (0, lines * fragments.LINE - words.shape[-1])))
     return words.reshape(blocks, tiles, lines, fragments.LINE)
 

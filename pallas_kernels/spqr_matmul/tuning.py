@@ -74,12 +74,18 @@ def _found(kernel: str, device: Target, problem: Problem) -> dict[str, int] | No
 
 
 def mosaic_config(device: Target, problem: Problem) -> MosaicConfig:
-    """For `mosaic_gpu`: four thread blocks a multiprocessor, of four warps each."""
+    """For `mosaic_gpu`: four thread blocks a multiprocessor, of four warps each; no stages if not one would fit."""
     if found := _found("mosaic_gpu", device, problem):
         return MosaicConfig(**found)
     row_blocks, columns = fragments.num_blocks(problem.out, problem.inner, problem.group_size)
     splits = _splits(4 * device.cores, row_blocks, columns)
-    return MosaicConfig(row_blocks=1, splits=splits, stages=min(3, -(-columns // splits)))
+    form = {"bits": problem.bits, "group_size": problem.group_size, "batch": min(problem.batch, 16), "row_blocks": 1}
+
+    def fits(stages: int) -> bool:
+        return fragments.shared_bytes(**form, stages=stages) <= device.shared_bytes
+
+    stages = next((stages for stages in (3, 2, 1) if fits(stages)), 0)
+    return MosaicConfig(row_blocks=1, splits=splits, stages=min(stages, -(-columns // splits)))
 
 
 def triton_config(device: Target, problem: Problem) -> TritonConfig:

@@ -179,7 +179,19 @@ def _machine(dump: Path, options: argparse.Namespace, weights: int) -> dict[str,
     kept.write_text(ptx.read_text())
     machine = sass.assemble(kept)
     wide = [op for op in machine.loop if op.startswith(("LDG.E.128", "LDS.128", "UBLKCP", "UTMALDG"))]
+    shared = machine.shared
+    if options.kernel == "mosaic_gpu":
+        from pallas_kernels.spqr_matmul import fragments
+
+        shared = fragments.shared_bytes(
+            bits=options.bits,
+            group_size=options.group_size,
+            batch=options.batch,
+            row_blocks=options.row_blocks,
+            stages=options.stages,
+        )
     return {
+        "shared_bytes": shared,
         "registers": machine.registers,
         "spills": machine.spills,
         "instructions_per_weight": machine.loop_instructions / weights,
