@@ -20,7 +20,8 @@ from spqr_jax.generate import Generator
 from spqr_jax.linear import default_implementation, linear_all, pack_for_pallas, take_rows
 
 LAYOUTS = {"mosaic_gpu": "fragments", "triton": "rows", "tpu": "lanes"}
-MAX_ERROR = {"mosaic_gpu": 1.5e-3, "triton": 1e-4, "tpu": 4e-3}  # float16, float32, bfloat16
+# float16; float32 less the 12 bits that a code's offset takes; bfloat16
+MAX_ERROR = {"mosaic_gpu": 1.5e-3, "triton": 2.0**-12, "tpu": 4e-3}
 NO_MOSAIC = spqr_matmul.why_no_mosaic(spqr_matmul.target())
 
 kernels = pytest.mark.parametrize(
@@ -194,8 +195,8 @@ def test_memory_of_a_layout(layout):
 
 @layouts
 def test_packing_makes_no_dense_copy(layout):
-    """What packing keeps on the side is a fraction of the matrix in 16 bits."""
-    shape = (4096, 4096)
+    """What packing keeps on the side is less than the matrix in 8 bits."""
+    shape = (4096, 8192)
     specs = {
         "codes": jax.ShapeDtypeStruct((shape[0], shape[1] // 16 * 3), jnp.uint16),
         "scales": jax.ShapeDtypeStruct((shape[0], shape[1] // 16), jnp.uint8),
@@ -243,9 +244,15 @@ def test_one_permutation_for_matrices_that_share_an_order():
     packed = [pack_for_pallas(a, "rows") for a in arrays]
     assert packed[0].order_key == packed[1].order_key != packed[2].order_key
     x = activations((1, 256))
-    count = str(jax.make_jaxpr(lambda x, ws: linear_all(ws, x))(x, packed)).count("= gather[")
-    shared = str(jax.make_jaxpr(lambda x, ws: linear_all(ws, x))(x, packed[:1] * 3)).count("= gather[")
-    assert count == shared + 1  # two orders, against one
+
+    def permutations(matrices) -> int:
+        jaxpr = jax.make_jaxpr(lambda x, ws: linear_all(ws, x))(x, matrices).jaxpr
+        made = [e for e in jaxpr.eqns if e.primitive.name == "gather"]
+        return sum(e.invars[0].aval.shape == e.outvars[0].aval.shape == (1, 256) for e in made)
+
+    assert permutations(packed[:1]) == 1
+    assert permutations(packed[:2]) == 1
+    assert permutations(packed) == 2
 
 
 def test_implementations_pass_on_or_say_why():

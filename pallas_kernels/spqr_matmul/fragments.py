@@ -85,19 +85,21 @@ def pack(
     """
     rows, cols = num_blocks(codes.shape[0], scales.shape[1] * group_size, group_size)
     parts = group_size // STEPS
-    runs = _pad(codes.reshape(codes.shape[0], -1, bits), (rows * ROWS, cols * GROUPS * parts, bits))
-    runs = runs.reshape(rows, ROWS, cols, parts, STEPS, bits)
+    codes = _pad(codes, (rows * ROWS, cols * GROUPS * parts * bits))
     starts = [f.shift + f.position for f in fields(bits)[: STEPS // bits] if f is not None]
 
-    def column_block(runs: jax.Array) -> jax.Array:
-        planes = planes_of(runs.astype(jnp.uint32), bits, starts)  # rows, 64, parts, planes, 16
+    def column_block(block: jax.Array) -> jax.Array:
+        width = GROUPS * parts * bits
+        runs = jax.lax.dynamic_slice_in_dim(codes, block * width, width, axis=1)
+        runs = runs.reshape(rows, ROWS, parts, STEPS, bits).astype(jnp.uint32)
+        planes = planes_of(runs, bits, starts)  # rows, 64, parts, planes, 16
         # rows 64 = (tile, h, r), columns 16 = (v, c, e)
         planes = planes.reshape(rows, 4, 2, 8, parts, bits, 2, 4, 2)
         words = planes[..., 0] | planes[..., 1] << 16  # rows, w, h, r, parts, planes, v, c
         return words.transpose(0, 4, 5, 1, 3, 7, 6, 2).reshape(rows, -1, LINE)
 
     # a column of blocks at a time: unpacked, the whole would take many times its packed size
-    words = jax.lax.map(column_block, jnp.moveaxis(runs, 2, 0)).swapaxes(0, 1)
+    words = jax.lax.map(column_block, jnp.arange(cols)).swapaxes(0, 1)
 
     nibbles = _pad(scales, (rows * ROWS, cols * GROUPS)) | _pad(zeros, (rows * ROWS, cols * GROUPS)) << 4
     nibbles = nibbles.reshape(rows, 4, 2, 8, cols, 2, 4, 2).astype(jnp.uint32)  # rows, w, h, r, cols, v, c, e

@@ -126,19 +126,21 @@ def pack(
     out, groups = scales.shape
     rows, inner = -(-out // block) * block, padded_inner(groups * group_size, group_size)
     blocks = inner // (GROUPS * group_size)
-    runs = codes.reshape(out, -1, bits)
-    runs = jnp.pad(runs, ((0, rows - out), (0, inner // STEPS - runs.shape[1]), (0, 0)))
-    # Steps of a part are of different groups: part p of half h has columns 16 p .. 16 p + 15 of groups 16 h ...
-    runs = runs.reshape(rows, blocks, 2, STEPS, group_size // STEPS, bits)
+    parts = group_size // STEPS
+    width = GROUPS * parts * bits
+    codes = jnp.pad(codes, ((0, rows - out), (0, blocks * width - codes.shape[1])))
     starts = [f.shift + f.position for f in fields(bits)[: STEPS // bits]]
 
-    def column_block(runs: jax.Array) -> jax.Array:
-        halves = planes_of(runs.swapaxes(2, 3).astype(jnp.uint32), bits, starts)  # rows, half, part, plane, 16 columns
+    def column_block(block: jax.Array) -> jax.Array:
+        # Steps of a part are of different groups: part p of half h has columns 16 p .. 16 p + 15 of groups 16 h ...
+        runs = jax.lax.dynamic_slice_in_dim(codes, block * width, width, axis=1)
+        runs = runs.reshape(rows, 2, STEPS, parts, bits).swapaxes(2, 3).astype(jnp.uint32)
+        halves = planes_of(runs, bits, starts)  # rows, half, part, plane, 16 columns
         words = halves[..., 0::2] | halves[..., 1::2] << 16
         return words.reshape(rows, -1).T
 
     # a column of blocks at a time: unpacked, the whole would take many times its packed size
-    words = jax.lax.map(column_block, jnp.moveaxis(runs, 1, 0)).reshape(-1, rows)
+    words = jax.lax.map(column_block, jnp.arange(blocks)).reshape(-1, rows)
 
     bytes_ = scales.astype(jnp.uint32) | zeros.astype(jnp.uint32) << 4
     bytes_ = jnp.pad(bytes_, ((0, rows - out), (0, inner // group_size - groups))).reshape(rows, blocks, 4, 8)
