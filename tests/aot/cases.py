@@ -42,6 +42,7 @@ def _cases() -> list[Case]:
         Case("a100", "triton", ("--splits", "16", "--bits", "4", "--group-size", "32")),
     ]
     found += [Case(tpu, "tpu", ("--batch", batch)) for tpu in ("v5e", "v6e") for batch in ("8", "16")]
+    found += [Case(name, "xla", ("--batch", "512", "--out", "8192", "--inner", "4096")) for name in ("h100", "v5e")]
     return found
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("target", help="a100, rtx4090, h100, b200, v5e or v6e")
-    parser.add_argument("kernel", choices=["mosaic_gpu", "triton", "tpu"])
+    parser.add_argument("kernel", choices=["mosaic_gpu", "triton", "tpu", "xla"])
     parser.add_argument("--batch", type=int, default=1, help="rows of activations")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=16)
@@ -104,6 +104,8 @@ def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[An
                 spec(options.batch, inner, dtype=jnp.float32),
             ],
         )
+    if options.kernel == "xla":
+        return many_rows(options, spec)
     from pallas_kernels.spqr_matmul import tpu
 
     block = lanes.choose_block(out)
@@ -117,6 +119,46 @@ def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[An
             spec(options.batch, inner, dtype=jnp.bfloat16),
         ],
     )
+
+
+def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
+    """The product for prompts, from blocks for tensor cores or for a TPU: no kernel of ours, dequantized rows."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import spqr_matmul
+    from pallas_kernels.spqr_matmul import fragments, lanes, outliers
+
+    out, inner, group = options.out, options.inner, options.group_size
+    chunks = out * (inner // 100 // outliers.CHUNK + 1)
+    sparse = outliers.Outliers(
+        columns=spec(outliers.CHUNK, chunks, dtype=jnp.uint16),
+        values=spec(outliers.CHUNK, chunks, dtype=jnp.float16),
+        merges=(),
+        starts=spec(out + 1),
+        chunk_starts=None,
+        widest=24,
+        row_chunks=24,
+        tile_chunks=chunks * outliers.TILE_ROWS // out,
+    )
+    if options.target in ("v5e", "v6e"):
+        block, layout, columns = lanes.choose_block(out), "lanes", inner // (lanes.GROUPS * group)
+        arrays = (
+            spec(columns * lanes.code_sublanes(options.bits, group), out),
+            spec(columns * 8, out),
+            spec(columns * lanes.GROUPS, out // block * lanes.LANES),
+        )
+    else:
+        block, layout = fragments.ROWS, "fragments"
+        at = fragments.num_blocks(out, inner, group)
+        arrays = (
+            spec(*at, fragments.code_lines(options.bits, group), fragments.LINE),
+            spec(*at, fragments.STATISTICS_LINES, fragments.LINE),
+        )
+    matrix = spqr_matmul.Prepared(
+        arrays, sparse, spec(inner), (out, inner), options.bits, group, layout, block, "an order"
+    )
+    x = spec(options.batch, inner, dtype=jnp.bfloat16)
+    return lambda x, w: spqr_matmul.matmul(x, w), [x, matrix]
 
 
 def lower_for(device: Any, function: Any, specs: Any, **options: Any) -> Any:
@@ -155,8 +197,10 @@ def main() -> None:
         function, specs = kernel(options, gpu.capability if gpu else (0, 0))
         compiled = lower_for(device, function, specs).compile()
         result = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
-        weights = weights_a_step(options)
-        if gpu is None:
+        weights = 0 if options.kernel == "xla" else weights_a_step(options)
+        if options.kernel == "xla":
+            result["dense_bytes"] = 2 * options.out * options.inner
+        elif gpu is None:
             result |= _bundles(dump, weights)
         else:
             result |= _machine(dump, options, weights)
