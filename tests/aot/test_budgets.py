@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from aot.cases import BUDGETS, CASES, budget, compiled_all
 
 GOLDEN = json.loads(BUDGETS.read_text())
