@@ -26,21 +26,26 @@ _BIAS = 15  # of its exponent
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One k-step's codes: in half-words of `plane`, shifted right by `shift`, from bit `position` on."""
+    """One k-step's codes: in half-words of `plane`, shifted right by `shift`, from bit `position` on.
+
+    Read as 16-bit floats with `mantissa` bits and an exponent's `bias`: float16, or bfloat16.
+    """
 
     plane: int
     shift: int
     position: int
+    mantissa: int = _MANTISSA
+    bias: int = _BIAS
 
     @property
     def offset(self) -> int:
-        """What is added to the code when its half-word is read as a float16: 2^(10 - position)."""
-        return 1 << (_MANTISSA - self.position)
+        """What is added to the code when its half-word is read as a float: 2^(mantissa - position)."""
+        return 1 << (self.mantissa - self.position)
 
     @property
     def exponent(self) -> int:
-        """The bits of a float16 that make that so."""
-        return (_BIAS + _MANTISSA - self.position) << _MANTISSA
+        """The bits of the float that make that so."""
+        return (self.bias + self.mantissa - self.position) << self.mantissa
 
 
 def fields(bits: int) -> list[Field | None]:

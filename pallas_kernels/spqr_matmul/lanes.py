@@ -16,13 +16,12 @@ register turns into operands of the matrix unit by masks alone: with the exponen
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.spqr_matmul.fields import STEPS, planes_of
+from pallas_kernels.spqr_matmul.fields import STEPS, Field, planes_of
 
 LANES = 128
 GROUPS = 32
@@ -38,25 +37,6 @@ _MANTISSA = 7
 _BIAS = 127
 
 
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One step's codes: in half-words of `plane`, shifted right by `shift`, from bit `position` on."""
-
-    plane: int
-    shift: int
-    position: int
-
-    @property
-    def offset(self) -> float:
-        """What is added to the code when its half-word is read as a bfloat16."""
-        return float(1 << (_MANTISSA - self.position))
-
-    @property
-    def exponent(self) -> int:
-        """The bits of a bfloat16 that make that so."""
-        return (_BIAS + _MANTISSA - self.position) << _MANTISSA
-
-
 def fields(bits: int) -> list[Field]:
     """The field of each of 16 steps; with 3 bits the last one's plane is -1: it is spread over the highest bits."""
     found = []
@@ -64,13 +44,13 @@ def fields(bits: int) -> list[Field]:
     for step in range(STEPS):
         plane, f = divmod(step, per_plane)
         if plane == bits:
-            found.append(Field(-1, 0, 0))
+            found.append(Field(-1, 0, 0, _MANTISSA, _BIAS))
             continue
         start = f * bits
         shift = 0 if start + bits <= _MANTISSA else start // (_MANTISSA // bits * bits) * (_MANTISSA // bits * bits)
         if bits == 4:
             shift = (0, 1, 8, 9)[f]  # one field fits without a shift, at bit 0 or at bit 3
-        found.append(Field(plane, shift, start - shift))
+        found.append(Field(plane, shift, start - shift, _MANTISSA, _BIAS))
     return found
 
 
