@@ -1,8 +1,12 @@
-"""These tests need compilers for accelerators (tests/aot/requirements.txt) and skip where they are not."""
+"""These tests need compilers for accelerators (tests/aot/requirements.txt) and skip where they are not.
+
+With AOT_REQUIRED in the environment (scripts/test_aot sets it) a missing compiler fails the run instead.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +28,8 @@ def missing() -> str:
 
 def pytest_collection_modifyitems(items):
     if why := missing():
+        if os.environ.get("AOT_REQUIRED"):
+            raise pytest.UsageError(why)
         for item in items:
             if Path(__file__).parent in Path(item.fspath).parents:
                 item.add_marker(pytest.mark.skip(reason=why))
