@@ -26,7 +26,7 @@ from spqr_jax.blocks import BlockSource
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import predicted_bytes
-from spqr_jax.models.decoder import WEIGHT_NAMES, abstract_decoder
+from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.sensitivity import BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 
@@ -159,8 +159,10 @@ def measure_curves(
     progress: Callable[[str], None] | None = None,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
-    shapes = abstract_decoder(source.config).layers[0]
-    total = source.config.num_layers * sum(math.prod(getattr(shapes, name).shape) for name in WEIGHT_NAMES)
+    total = 0
+    for kind in source.config.kinds:
+        shapes = abstract_block(source.config, kind)
+        total += sum(math.prod(shapes[name].shape) for name in matrix_names(source.config, kind))
     curves: list[WeightCurve] = []
     for block in block_sensitivities(source, batches, progress):
         for names, hessian in block.hessians:

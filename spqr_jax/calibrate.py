@@ -19,18 +19,18 @@ from jax import lax
 
 from spqr_jax.errors import DataError
 from spqr_jax.models.attention import Positions, positions
-from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import (
     STAGES,
     Block,
     Linear,
     Outer,
     State,
-    abstract_decoder,
     embed,
     logits,
     plain_linear,
 )
+from spqr_jax.models.weights import abstract_block
 from spqr_jax.solver import Hessian, accumulate_hessian, cross_gram, empty_hessian
 
 
@@ -57,18 +57,18 @@ class InputRecorder:
 
 
 @lru_cache(maxsize=64)
-def stage_groups(config: DecoderConfig, stage: int) -> tuple[tuple[tuple[str, ...], int], ...]:
-    """Names of a stage's weights that read one input, and that input's width."""
+def stage_groups(config: DecoderConfig, kind: BlockKind, stage: int) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """Names of a stage's weights that read one input, and that input's width, in a block of this kind."""
     recorder = InputRecorder()
 
     def trace(block: Block) -> None:
         tokens = jnp.zeros((1, 2), jnp.int32)
         where = positions(config, 2, jnp.zeros(1, jnp.int32), jnp.int32(0))
         state = State(jnp.zeros((*tokens.shape, config.hidden_size)))
-        for index, (run, _) in enumerate(STAGES):
+        for index, run in enumerate(STAGES):
             state = run(config, block, state, where, recorder if index == stage else plain_linear)
 
-    jax.eval_shape(trace, abstract_decoder(config).layers[0])
+    jax.eval_shape(trace, abstract_block(config, kind))
     return tuple((tuple(names), x.shape[-1]) for names, x in zip(recorder.groups, recorder.inputs, strict=True))
 
 
@@ -77,7 +77,7 @@ def _accumulate_stage(
     config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, hessians: tuple[Hessian, ...]
 ) -> tuple[Hessian, ...]:
     recorder = InputRecorder()
-    STAGES[stage][0](config, block, state, where, recorder)
+    STAGES[stage](config, block, state, where, recorder)
     return tuple(accumulate_hessian(h, x) for h, x in zip(hessians, recorder.inputs, strict=True))
 
 
@@ -123,8 +123,8 @@ def _accumulate_drift(
     sums: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, ...]:
     drifted, dense = InputRecorder(), InputRecorder()
-    STAGES[stage][0](config, block, state, where, drifted)
-    STAGES[stage][0](config, original, dense_state, where, dense)
+    STAGES[stage](config, block, state, where, drifted)
+    STAGES[stage](config, original, dense_state, where, dense)
     return tuple(total + cross_gram(aim, x) for total, x, aim in zip(sums, drifted.inputs, dense.inputs, strict=True))
 
 
@@ -133,7 +133,7 @@ def run_stage(
     config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear = plain_linear
 ) -> State:
     """One stage of a block on one chunk."""
-    return STAGES[stage][0](config, block, state, where, linear)
+    return STAGES[stage](config, block, state, where, linear)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -164,9 +164,9 @@ class Activations:
         self._where: list[Positions] = []
         for batch in batches:
             tokens = _checked_batch(np.asarray(batch), config)
-            self._states.append(State(embed(outer, jnp.asarray(tokens))))
             padding = jnp.zeros(tokens.shape[0], jnp.int32)
             self._where.append(positions(config, tokens.shape[1], padding, jnp.int32(0)))
+            self._states.append(State(embed(config, outer, jnp.asarray(tokens), self._where[-1])))
         if not self._states:
             raise DataError(
                 "no calibration batches: give at least one int32 [batch, seq] of token ids "
@@ -175,7 +175,7 @@ class Activations:
 
     def hessians(self, stage: int, block: Block) -> tuple[Hessian, ...]:
         """One Hessian for each of `stage_groups`, over all chunks."""
-        sums = tuple(empty_hessian(width) for _, width in stage_groups(self.config, stage))
+        sums = tuple(empty_hessian(width) for _, width in stage_groups(self.config, block.kind, stage))
         for state, where in zip(self._states, self._where, strict=True):
             sums = _accumulate_stage(self.config, stage, block, state, where, sums)
         return sums

@@ -60,7 +60,7 @@ def _forward(
     """Logits of the last position, f32 [batch, vocab], and the cache with all positions."""
     config = params.config
     where = positions(config, tokens.shape[1], padding, start)
-    residual, filled = embed(params.outer, tokens), []
+    residual, filled = embed(config, params.outer, tokens, where), []
     for block, block_cache in zip(params.layers, cache, strict=True):
         state = run_block(config, block, State(residual, None, block_cache), where)
         assert state.cache is not None

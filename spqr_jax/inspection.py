@@ -10,7 +10,7 @@ import numpy as np
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.models.names import BLOCK_NAMES, OUTER_NAMES
+from spqr_jax.models.weights import OUTER_NAMES
 
 
 def summarize(source: CheckpointSource) -> dict[str, Any]:
@@ -27,14 +27,13 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
     """
     outer = source.outer()
     itemsize = np.dtype(outer.final_norm.dtype).itemsize
-    parts = [("", outer, OUTER_NAMES)]
     layers: dict[str, Any] = {}
     total = dense_total = quantized = in_blocks = weights = outliers = 0
     ideal, head_bits = 0.0, None
     for index in range(-1, source.config.num_layers):
-        prefix, part, names = parts[0] if index < 0 else (f"layers.{index}.", source.block(index), BLOCK_NAMES)
-        for name in names:
-            weight = getattr(part, name)
+        part = {n: getattr(outer, n) for n in OUTER_NAMES} if index < 0 else dict(source.block(index))
+        prefix = "" if index < 0 else f"layers.{index}."
+        for name, weight in part.items():
             if weight is None:
                 continue
             num_bytes = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weight))

@@ -15,7 +15,7 @@ from spqr_jax.budget import Ledger, Plan, plan_budget
 from spqr_jax.calibrate import Activations, InputRecorder, rounded_linear, stage_groups
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
-from spqr_jax.models.decoder import STAGES, WEIGHT_NAMES, Block, Decoder, plain_linear
+from spqr_jax.models.decoder import STAGES, Block, Decoder, matrix_names, plain_linear
 from spqr_jax.solver import (
     Hessian,
     LayerStats,
@@ -97,7 +97,8 @@ def quantize(
 
 def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
     """Paths of the weights that `config` would quantize, in order."""
-    paths = [f"layers.{index}.{name}" for index in range(source.config.num_layers) for name in WEIGHT_NAMES]
+    kinds = enumerate(source.config.kinds)
+    paths = [f"layers.{index}.{name}" for index, kind in kinds for name in matrix_names(source.config, kind)]
     paths = [path for path in paths if config.for_path(path) is not None]
     return paths if config.for_head(source.config.head_path) is None else [*paths, source.config.head_path]
 
@@ -138,7 +139,7 @@ def quantize_blocks(
         block, prefix = source.block(index), f"layers.{index}."
         last = index + 1 == source.config.num_layers and not calibrates_head
         if activations is None:
-            block = solver.solve(block, WEIGHT_NAMES, prefix, None)[0]
+            block = solver.solve(block, matrix_names(source.config, block.kind), prefix, None)[0]
         elif config.sequential:
             block = solver.sequential(activations, block, prefix, last)
         else:
@@ -190,7 +191,7 @@ class _BlockSolver:
             drifts: Sequence[jax.Array | None] = [None] * len(hessians)
             if self._dense is not None:
                 drifts = activations.drifts(stage, dense, self._dense, original, hessians)
-            groups = stage_groups(activations.config, stage)
+            groups = stage_groups(activations.config, block.kind, stage)
             for (names, _), hessian, drift in zip(groups, hessians, drifts, strict=True):
                 block, dense = self.solve(block, names, prefix, hessian, dense, drift)
             if not (last and stage + 1 == len(STAGES)):
@@ -208,7 +209,8 @@ class _BlockSolver:
                 ahead.advance(stage, block)
         dense = block
         for stage, stage_hessians in enumerate(hessians):
-            for (names, _), hessian in zip(stage_groups(activations.config, stage), stage_hessians, strict=True):
+            groups = stage_groups(activations.config, block.kind, stage)
+            for (names, _), hessian in zip(groups, stage_hessians, strict=True):
                 block, dense = self.solve(block, names, prefix, hessian, dense)
         if not last:
             for stage in range(len(STAGES)):
@@ -240,9 +242,9 @@ class _BlockSolver:
                 assert hessian is not None
                 weights = correct_drift(weights, hessian.matrix(), drift, self._config.drift_correction)
             solved = self._quantize(weights, hessian, {prefix + name: configs[name] for name in members})
-            block = dataclasses.replace(block, **{n: one.array for n, one in zip(members, solved, strict=True)})
+            block = block.replace({n: one.array for n, one in zip(members, solved, strict=True)})
             values = {n: one.dense.astype(getattr(dense, n).dtype) for n, one in zip(members, solved, strict=True)}
-            dense = dataclasses.replace(dense, **values)
+            dense = dense.replace(values)
             for name, one in zip(members, solved, strict=True):
                 self._report(prefix + name, one.array, one.stats)
         return block, dense

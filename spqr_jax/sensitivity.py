@@ -26,7 +26,7 @@ from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
 from spqr_jax.evaluate.perplexity import sequence_losses
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, WEIGHT_NAMES, Block, Outer, State, pass_block, plain_linear, run_block
+from spqr_jax.models.decoder import STAGES, Block, Outer, State, matrix_names, pass_block, plain_linear, run_block
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
 
 
@@ -90,6 +90,30 @@ def _backward(
     return before, (squares, [accumulate_hessian(h, x) for h, x in zip(sums[1], inputs, strict=True)])
 
 
+def _experts_alike(
+    hessians: list[tuple[tuple[str, ...], Hessian]], fisher: dict[str, jax.Array]
+) -> tuple[list[tuple[tuple[str, ...], Hessian]], dict[str, jax.Array]]:
+    """All experts of a block get the Hessian of their inputs together, and their mean Fisher information.
+
+    So little text reaches an expert that what it has of its own says little, and nothing of an expert not reached.
+    """
+
+    def role(name: str) -> str:
+        return name.rpartition(".")[2] if name.startswith("experts.") else name
+
+    together: dict[tuple[str, ...], Hessian] = {}
+    for names, hessian in hessians:
+        key = tuple(role(name) for name in names)
+        seen = together.get(key)
+        together[key] = hessian if seen is None else Hessian(seen.gram + hessian.gram, seen.tokens + hessian.tokens)
+    by_role: dict[str, list[jax.Array]] = {}
+    for name, own in fisher.items():
+        by_role.setdefault(role(name), []).append(own)
+    mean = {name: sum(jnp.mean(own) for own in each) / len(each) for name, each in by_role.items()}
+    shared = {name: jnp.full_like(own, mean[role(name)]) if role(name) != name else own for name, own in fisher.items()}
+    return [(names, together[tuple(role(name) for name in names)]) for names, _ in hessians], shared
+
+
 def block_sensitivities(
     source: BlockSource, batches: Iterable[Any], progress: Callable[[str], None] | None = None
 ) -> Iterator[BlockSensitivity]:
@@ -118,22 +142,19 @@ def block_sensitivities(
     gradients = [
         _loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
     ]
-    groups = [group for stage in range(len(STAGES)) for group in stage_groups(config, stage)]
     tokens_seen = sum(tokens.size for tokens in batches)
     for index in reversed(range(config.num_layers)):
         block = source.block(index)
+        groups = [group for stage in range(len(STAGES)) for group in stage_groups(config, block.kind, stage)]
         sums: _Sums = (
-            {name: jnp.zeros(getattr(block, name).shape[0]) for name in WEIGHT_NAMES},
+            {name: jnp.zeros(getattr(block, name).shape[0]) for name in matrix_names(config, block.kind)},
             [empty_hessian(width) for _, width in groups],
         )
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
             gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums)
         squares, hessians = sums
-        yield BlockSensitivity(
-            index,
-            block,
-            [(names, hessian) for (names, _), hessian in zip(groups, hessians, strict=True)],
-            {name: total / tokens_seen for name, total in squares.items()},
-        )
+        fisher = {name: total / tokens_seen for name, total in squares.items()}
+        named = [(names, hessian) for (names, _), hessian in zip(groups, hessians, strict=True)]
+        yield BlockSensitivity(index, block, *_experts_alike(named, fisher))
         if progress is not None:
             progress(f"back through block {index}")

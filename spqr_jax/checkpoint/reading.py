@@ -15,7 +15,7 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, ModelError, SpQRError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
-from spqr_jax.models.names import OUTER_NAMES, weight_shapes
+from spqr_jax.models.weights import block_shapes, outer_shapes
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -60,12 +60,12 @@ class CheckpointSource:
         return self._config
 
     def outer(self) -> Outer:
-        weights = self._read(self.path / "model", self._header, "")
-        return Outer(**{name: weights.get(name) for name in OUTER_NAMES})
+        return Outer(**self._read(self.path / "model", self._header, outer_shapes(self._config)))
 
     def block(self, index: int) -> Block:
-        weights = self._read(self._block_directory(index), self._headers[index], f"layers.{index}.")
-        return Block(**weights)
+        kind = self._config.kind(index)
+        expected = block_shapes(self._config, kind)
+        return Block(self._read(self._block_directory(index), self._headers[index], expected), kind)
 
     def _block_directory(self, index: int) -> Path:
         return self.path / "layers" / f"{index:05d}"
@@ -77,16 +77,11 @@ class CheckpointSource:
             raise CheckpointError(f"{directory} says that it is block {header.get('index')}, expected {index}")
         return header
 
-    def _read(self, directory: Path, header: dict[str, Any], prefix: str) -> dict[str, Any]:
+    def _read(self, directory: Path, header: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         try:
             specs = {name: WeightSpec.from_json(spec) for name, spec in header["weights"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory}: damaged configuration: {error!r}") from None
-        expected = {
-            path.removeprefix(prefix): shape
-            for path, shape in weight_shapes(self._config).items()
-            if path.rpartition(".")[0] == prefix.rstrip(".")
-        }
         if {name: spec.shape for name, spec in specs.items()} != expected:
             raise CheckpointError(
                 f"{directory}: holds weights { ({n: s.shape for n, s in specs.items()}) }, expected {expected}"
@@ -101,7 +96,7 @@ class CheckpointSource:
                         "the file is damaged or edited"
                     )
             weights[name] = spec.build(tree[name], f"{directory}: {name}")
-        return weights
+        return {name: weights[name] for name in expected}
 
 
 def _read_header(directory: Path) -> dict[str, Any]:

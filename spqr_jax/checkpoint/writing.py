@@ -18,7 +18,7 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
-from spqr_jax.models.names import BLOCK_NAMES, OUTER_NAMES
+from spqr_jax.models.weights import OUTER_NAMES
 
 
 class CheckpointSink:
@@ -75,7 +75,7 @@ class CheckpointSink:
         self._layer_stats[path] = stats
 
     def put_block(self, index: int, block: Block) -> None:
-        weights = {name: getattr(block, name) for name in BLOCK_NAMES}
+        weights = dict(block)
         stats = {n: s for n in weights if (s := self._layer_stats.get(f"layers.{index}.{n}")) is not None}
         header = {"index": index, "layer_stats": stats}
         _write(self._partial / "layers" / f"{index:05d}", weights, header)

@@ -97,7 +97,7 @@ def perplexity(
     for first in range(0, len(windows), batch_size):
         tokens = jnp.asarray(windows[first : first + batch_size])
         where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
-        residual = embed(params.outer, tokens)
+        residual = embed(config, params.outer, tokens, where)
         for block in params.layers:
             residual = pass_block(config, block, residual, where)
         losses.append(np.asarray(sequence_losses(config, params.outer, residual, tokens), np.float64))

@@ -32,36 +32,70 @@ class Positions:
     """Where the tokens of a call stand.
 
     Attributes:
-      cos, sin: f32 [batch, tokens, head_dim/2], rotary angles.
+      index: int32 [batch, tokens], position of each token in its text; padding stands at 0.
       padding: int32 [batch], left-padding tokens of each sequence.
       start: int32 scalar, index of the first token in the cache.
+      rotary: cosines and sines of the rotary angles, or None.
+      local_rotary: the same for local blocks.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    index: jax.Array
     padding: jax.Array
     start: jax.Array
+    rotary: Rotary | None
+    local_rotary: Rotary | None
+
+
+Rotary = tuple[jax.Array, jax.Array]
+"""Cosines and sines, f32 [batch, tokens, rotated dimensions / 2] each."""
 
 
 def positions(config: DecoderConfig, tokens: int, padding: jax.Array, start: jax.Array) -> Positions:
-    """Rotary angles for `tokens` tokens from index `start` on; padding does not count."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_factors is not None:
-        frequency = frequency / jnp.array(config.rope_factors, jnp.float32)
-    index = start + jnp.arange(tokens) - padding[:, None]
-    angle = jnp.maximum(index, 0).astype(jnp.float32)[..., None] * frequency
-    return Positions(jnp.cos(angle), jnp.sin(angle), padding, start)
+    """Where `tokens` tokens from index `start` on stand; padding does not count."""
+    index = jnp.maximum(start + jnp.arange(tokens) - padding[:, None], 0)
+    rotary = local = None
+    if config.rope_theta is not None:
+        rotary = local = _rotary(config, config.rope_theta, config.rope_factors, config.rope_scale, index)
+    if config.local_rope_theta is not None:
+        local = _rotary(config, config.local_rope_theta, None, 1.0, index)
+    return Positions(index, padding, start, rotary, local)
 
 
-def rotate(x: jax.Array, where: Positions) -> jax.Array:
-    """Rotary embedding of [batch, tokens, heads, head_dim], halves paired as Hugging Face pairs them."""
-    cos, sin = where.cos[:, :, None], where.sin[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def _rotary(
+    config: DecoderConfig, theta: float, factors: tuple[float, ...] | None, scale: float, index: jax.Array
+) -> Rotary:
+    half = config.rotated // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if factors is not None:
+        frequency = frequency / jnp.array(factors, jnp.float32)
+    angle = index.astype(jnp.float32)[..., None] * frequency
+    return scale * jnp.cos(angle), scale * jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rotary: Rotary | None) -> jax.Array:
+    """Rotary embedding of [batch, tokens, heads, head_dim], halves paired as Hugging Face pairs them.
+
+    Where cosines and sines are fewer than half a head's dimensions, those behind stay as they are.
+    """
+    if rotary is None:
+        return x
+    cos, sin = (each[:, :, None] for each in rotary)
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """What attention of one kind of block does besides: a window, a cap on scores."""
+
+    window: int | None
+    softcap: float | None
 
 
 def attend(
+    config: DecoderConfig,
+    local: bool,
     q: jax.Array,  # [batch, tokens, heads, head_dim]
     k: jax.Array,  # [batch, tokens, kv_heads, head_dim]
     v: jax.Array,
@@ -70,16 +104,22 @@ def attend(
 ) -> tuple[jax.Array, KVCache | None]:
     """Rotary embedding of queries and keys, then causal attention, softmax in float32.
 
-    More than one token at a time is a prefill and starts an empty cache; one reads what is cached.
+    A `local` block's queries see the last `config.sliding_window` keys only. More than one
+    token at a time is a prefill and starts an empty cache; one reads what is cached.
 
     Returns:
       [batch, tokens, heads * head_dim] and the cache with the new keys and values.
     """
+    rules = _Rules(config.sliding_window if local else None, config.attention_softcap)
+    if config.query_scale is not None:  # beside the head_dim^-1/2 that comes later
+        q = q * jnp.asarray(config.query_scale * config.head_dim**0.5, q.dtype)
+    rotary = where.local_rotary if local else where.rotary
     if cache is not None and q.shape[1] == 1:
-        out, cache = _attend_cache(q, k, v, where, cache)
+        out, cache = _attend_cache(rules, q, k, v, rotary, where, cache)
         return _merge_heads(out[..., None, :]), cache
-    q, k, v = _split_heads(rotate(q, where), rotate(k, where), v)
-    return _attend_self(q, k, v, where.padding), None if cache is None else _extended(cache, k, v, where.start)
+    q, k, v = _split_heads(rotate(q, rotary), rotate(k, rotary), v)
+    out = _attend_self(rules, q, k, v, where.padding)
+    return out, None if cache is None else _extended(cache, k, v, where.start)
 
 
 def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
@@ -91,36 +131,55 @@ def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> K
 
 
 def _attend_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache
+    rules: _Rules,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rotary: Rotary | None,
+    where: Positions,
+    cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
     """One token against what is cached and itself: [batch, kv_heads, share, head_dim], and the cache with it."""
-    if not cpu_kernels.can_attend(q, cache.keys) or why_no_kernels():
-        return _attend_cache_by_xla(q, k, v, where, cache)
-    return lax.platform_dependent(q, k, v, where, cache, cpu=_attend_cache_natively, default=_attend_cache_by_xla)
+    first = where.padding  # the first key that is seen
+    if rules.window is not None:
+        first = jnp.maximum(first, where.start - rules.window + 1)
+    given = (q, k, v, rotary, first, where.start, cache)
+    native = cpu_kernels.can_attend(q, cache.keys) and rules.softcap is None
+    if not native or (rotary is not None and 2 * rotary[0].shape[-1] < q.shape[-1]) or why_no_kernels():
+        return _attend_cache_by_xla(rules.softcap, *given)
+    by_xla = partial(_attend_cache_by_xla, rules.softcap)
+    return lax.platform_dependent(*given, cpu=_attend_cache_natively, default=by_xla)
 
 
 @jax.custom_jvp
 def _attend_cache_natively(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache
+    q: jax.Array, k: jax.Array, v: jax.Array, rotary: Rotary | None, first: jax.Array, start: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     batch, _, kv_heads, head_dim = k.shape
     q, k, v = q.reshape(batch, kv_heads, -1, head_dim), k[:, 0], v[:, 0]
-    out, keys, values = cpu_kernels.attend(
-        q, k, v, where.cos[:, 0], where.sin[:, 0], cache.keys, cache.values, where.padding, where.start
-    )
+    half = (batch, head_dim // 2)
+    cos, sin = (jnp.ones(half), jnp.zeros(half)) if rotary is None else (each[:, 0] for each in rotary)
+    out, keys, values = cpu_kernels.attend(q, k, v, cos, sin, cache.keys, cache.values, first, start)
     return out, KVCache(keys, values)
 
 
 def _attend_cache_by_xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: Positions, cache: KVCache
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rotary: Rotary | None,
+    first: jax.Array,
+    start: jax.Array,
+    cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
-    q, k, v = _split_heads(rotate(q, where), rotate(k, where), v)
+    q, k, v = _split_heads(rotate(q, rotary), rotate(k, rotary), v)
     q = q[..., 0, :]
-    scores = jnp.einsum("bhsd,bhld->bhsl", q, cache.keys, preferred_element_type=jnp.float32)
+    scores = _capped(jnp.einsum("bhsd,bhld->bhsl", q, cache.keys, preferred_element_type=jnp.float32), softcap)
     key = jnp.arange(cache.keys.shape[2])
-    seen = (key < where.start) & (key >= where.padding[:, None])  # [batch, length]
+    seen = (key < start) & (key >= first[:, None])  # [batch, length]
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)
+    own = _capped(jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True), softcap)
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + own
@@ -129,18 +188,24 @@ def _attend_cache_by_xla(
     # Nothing, but it depends on `out`: only after the old cache was read can the new one be written in its place.
     # Without it XLA copies the cache of every block in every step.
     nothing = 0.0 * out[..., :1].reshape(*k.shape[:2], -1)[..., :1, None]
-    return out, _extended(cache, k + nothing.astype(k.dtype), v + nothing.astype(v.dtype), where.start)
+    return out, _extended(cache, k + nothing.astype(k.dtype), v + nothing.astype(v.dtype), start)
 
 
-_attend_cache_natively.defjvp(partial(jax.jvp, _attend_cache_by_xla))
+_attend_cache_natively.defjvp(partial(jax.jvp, partial(_attend_cache_by_xla, None)))
 
 
-def _attend_self(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _attend_self(rules: _Rules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
     """Self-attention of whole sequences, heads split."""
     batch, kv_heads = k.shape[:2]
     each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
     each = (*each, jnp.repeat(padding, kv_heads))
-    heads = jax.checkpoint(_attend_queries)  # a gradient works the scores out again: they are too many to keep
+    heads = jax.checkpoint(
+        partial(_attend_queries, rules)
+    )  # a gradient works the scores out again: they are too many to keep
     # A head's scores fit a CPU's cache, all of them do not; an accelerator wants them all at once.
     one_by_one, at_once = partial(lax.map, lambda one: heads(*one)), jax.vmap(heads)
     out = lax.platform_dependent(*each, cpu=lambda *each: one_by_one(each), default=at_once)
@@ -163,28 +228,35 @@ def _merge_heads(out: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, kv_heads * share * head_dim)
 
 
-def _attend_queries(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+def _attend_queries(rules: _Rules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
     """One sequence's queries [share, tokens, head_dim] in chunks, each against the keys that it can see."""
     chunks = []
-    for first in range(0, q.shape[1], _QUERY_CHUNK):
-        last = min(first + _QUERY_CHUNK, q.shape[1])
-        chunks.append(_attend_head(q[:, first:last], k[:last], v[:last], jnp.arange(first, last), padding))
+    for begin in range(0, q.shape[1], _QUERY_CHUNK):
+        end = min(begin + _QUERY_CHUNK, q.shape[1])
+        first = 0 if rules.window is None else max(0, begin - rules.window + 1)
+        keys = jnp.arange(first, end)
+        chunks.append(
+            _attend_head(rules, q[:, begin:end], k[first:end], v[first:end], jnp.arange(begin, end), keys, padding)
+        )
     return jnp.concatenate(chunks, axis=1)
 
 
-def _attend_head(q: jax.Array, k: jax.Array, v: jax.Array, query: jax.Array, padding: jax.Array) -> jax.Array:
+def _attend_head(
+    rules: _Rules, q: jax.Array, k: jax.Array, v: jax.Array, query: jax.Array, key: jax.Array, padding: jax.Array
+) -> jax.Array:
     """Queries [share, tokens, head_dim] against keys and values [length, head_dim], softmax in float32.
 
-    Queries of all heads that share keys stand as rows of one product.
+    Queries of all heads that share keys stand as rows of one product. `query` and `key` are positions.
     """
     share, tokens, head_dim = q.shape
     length = k.shape[0]
     scores = lax.dot_general(
         q.reshape(share * tokens, head_dim), k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    key = jnp.arange(length)
     seen = (key <= query[:, None]) & (key >= padding)  # [query, key]
-    scores = jnp.where(seen, scores.reshape(share, tokens, length), _MASKED)
+    if rules.window is not None:
+        seen = seen & (key > query[:, None] - rules.window)
+    scores = jnp.where(seen, _capped(scores, rules.softcap).reshape(share, tokens, length), _MASKED)
     # Dividing after the second product saves a pass over the scores.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1)[..., None]

@@ -1,35 +1,74 @@
 """What a decoder is made of, as static configuration.
 
-Read from a Hugging Face ``config.json`` or a GGUF header; every entry that we
-do not understand is refused, so a model is never run as something it is not.
+One description covers all families: each option is something the forward pass
+does or leaves out. `spqr_jax.models.families` maps other people's files to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 from spqr_jax.errors import ModelError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+class BlockKind(NamedTuple):
+    """In what the blocks of one model differ; blocks of a kind share compiled programs.
+
+    Attributes:
+      local: attention sees a sliding window only.
+      sparse: the MLP is one of experts.
+    """
+
+    local: bool = False
+    sparse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and constants of a decoder of the Llama family.
+    """Sizes, constants and options of a decoder.
 
     Attributes:
-      vocab_size, hidden_size, intermediate_size: widths.
+      vocab_size, hidden_size, intermediate_size: widths; the last is that of a dense MLP.
       num_layers, num_heads, num_kv_heads, head_dim: of the attention.
-      norm_eps: added to the mean square in every RMSNorm.
-      rope_theta: base of the rotary frequencies.
-      rope_factors: divisor of each of the head_dim/2 rotary frequencies (Llama-3
-        and linear scaling), or None for none.
+      norm_eps: added to the mean square (``rms``) or the variance (``layer``) in every norm.
+      rope_theta: base of the rotary frequencies; None for no rotary embedding.
       max_positions: longest sequence the model was made for.
       tied_head: the output head is the embedding.
+      rope_factors: divisor of each rotary frequency (scaled contexts), or None for none.
       bos_token_id, eos_token_ids: special tokens, as the model's files name them.
+      family: a key of `spqr_jax.models.families.FAMILIES`, by whose names the model is written.
+      norm: ``rms`` or ``layer``, the latter with a bias.
+      norm_offset: added to the gains of RMS norms, which are stored without it.
+      activation: of the MLP.
+      gated: the MLP is down(act(gate x) · up x), else down(act(up x)).
+      parallel: attention and MLP both read the block's input, and are added together.
+      shared_norm: with `parallel`, one norm for both.
+      post_norms: what attention and MLP give is normed before it is added.
+      qk_norm: queries and keys are normed, head by head, before the rotary embedding.
+      qkv_bias, o_bias, mlp_bias: products that have a bias.
+      query_scale: factor on attention scores; None for head_dim^-1/2.
+      attention_softcap, logit_softcap: s in s · tanh(· / s) on attention scores and logits, or None.
+      embedding_scale: factor on token embeddings, rounded to their type, or None.
+      learned_positions: rows of a table of position embeddings, or None.
+      position_offset: row of that table which the first position reads.
+      rope_dim: leading dimensions of a head that are rotated; None for all.
+      rope_scale: factor on the rotary cosines and sines.
+      sliding_window: keys that a query of a local block sees, its own included.
+      local_layers: indices of the local blocks.
+      local_rope_theta: rotary base of local blocks, unscaled; None for the other blocks' rotary embedding.
+      num_experts: of each sparse MLP; 0 for none.
+      experts_per_token: that a token is sent to.
+      expert_size: intermediate size of an expert.
+      normalize_experts: the weights of a token's experts are made to add up to 1.
+      dense_layers: indices of the blocks of a sparse model whose MLP is dense.
+
+    Raises:
+      ModelError: values that contradict each other.
     """
 
     vocab_size: int
@@ -40,25 +79,85 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    rope_theta: float
+    rope_theta: float | None
     max_positions: int
     tied_head: bool
     rope_factors: tuple[float, ...] | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    family: str = "llama"
+    norm: Norm = "rms"
+    norm_offset: float = 0.0
+    activation: Activation = "silu"
+    gated: bool = True
+    parallel: bool = False
+    shared_norm: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float | None = None
+    learned_positions: int | None = None
+    position_offset: int = 0
+    rope_dim: int | None = None
+    rope_scale: float = 1.0
+    sliding_window: int | None = None
+    local_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    normalize_experts: bool = True
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ModelError(problem)
+
+    def _problems(self) -> list[str]:
+        problems = []
         if self.num_heads % self.num_kv_heads:
-            raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads evenly")
-        if self.head_dim % 2:
-            raise ModelError(f"rotary embedding needs an even head size, got {self.head_dim}")
-        if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
-            raise ModelError(f"expected {self.head_dim // 2} rotary factors, got {len(self.rope_factors)}")
+            problems.append(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads evenly")
+        if self.rope_theta is not None and self.rotated % 2:
+            problems.append(f"rotary embedding needs an even head size, got {self.rotated}")
+        if self.rope_factors is not None and len(self.rope_factors) != self.rotated // 2:
+            problems.append(f"expected {self.rotated // 2} rotary factors, got {len(self.rope_factors)}")
+        for name, kind in (("norm", Norm), ("activation", Activation)):
+            if getattr(self, name) not in get_args(kind):
+                problems.append(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.learned_positions is not None and self.learned_positions < self.max_positions + self.position_offset:
+            problems.append(
+                f"{self.learned_positions} learned positions are too few for {self.max_positions} tokens "
+                f"from row {self.position_offset} on"
+            )
+        if self.local_layers and not self.sliding_window:
+            problems.append("local_layers need a sliding_window")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            problems.append(f"{self.experts_per_token} experts a token of {self.num_experts} is not possible")
+        return problems
+
+    @property
+    def rotated(self) -> int:
+        """Leading dimensions of a head that the rotary embedding turns."""
+        return self.head_dim if self.rope_dim is None else self.rope_dim
 
     @property
     def head_path(self) -> str:
         """Path of the weight that serves as output head."""
         return "embed_tokens" if self.tied_head else "lm_head"
+
+    def kind(self, index: int) -> BlockKind:
+        """Of the block at `index`."""
+        return BlockKind(index in self.local_layers, bool(self.num_experts) and index not in self.dense_layers)
+
+    @property
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """Of every block."""
+        return tuple(self.kind(index) for index in range(self.num_layers))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serializable dictionary; `from_json` reads it back."""
@@ -66,75 +165,13 @@ class DecoderConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DecoderConfig:
-        """Reads what `to_json` wrote."""
-        values = dict(values)
-        for name in ("rope_factors", "eos_token_ids"):
-            if values.get(name) is not None:
-                values[name] = tuple(values[name])
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ModelError: entries of another version, or that contradict each other.
+        """
+        known: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
         try:
-            return cls(**values)
+            return cls(**known)
         except TypeError as error:
             raise ModelError(f"not a decoder configuration of this version: {error}") from None
-
-
-def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
-    """Maps a Hugging Face ``config.json``.
-
-    Raises:
-      ModelError: an architecture or an option that we do not run.
-    """
-    architecture = (values.get("architectures") or [None])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES and values.get("model_type") != "llama":
-        raise ModelError(
-            f"architecture {architecture or values.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    if values.get("attention_bias") or values.get("mlp_bias"):
-        raise ModelError("a Llama with biases (attention_bias or mlp_bias) is not supported")
-    if values.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"hidden_act {values['hidden_act']!r} is not supported, expected 'silu'")
-    try:
-        heads = values["num_attention_heads"]
-        head_dim = values.get("head_dim") or values["hidden_size"] // heads
-        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-        theta = float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0)
-        eos = values.get("eos_token_id")
-        return DecoderConfig(
-            vocab_size=values["vocab_size"],
-            hidden_size=values["hidden_size"],
-            intermediate_size=values["intermediate_size"],
-            num_layers=values["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=values.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            rope_theta=theta,
-            max_positions=values.get("max_position_embeddings", 2048),
-            tied_head=bool(values.get("tie_word_embeddings", False)),
-            rope_factors=_rope_factors(rope, theta, head_dim),
-            bos_token_id=values.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
-    except KeyError as error:
-        raise ModelError(f"config.json lacks {error}") from None
-
-
-def _rope_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...] | None:
-    """Divisors of the rotary frequencies for a ``rope_scaling`` entry."""
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return (float(scaling["factor"]),) * (head_dim // 2)
-    if kind != "llama3":
-        raise ModelError(f"rotary scaling {kind!r} is not supported, expected default, linear or llama3")
-    # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those
-    # between blended by where they lie.
-    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    factors = []
-    for i in range(head_dim // 2):
-        turns = original / (2 * math.pi * theta ** (2 * i / head_dim))
-        blend = min(max((turns - low) / (high - low), 0.0), 1.0)
-        factors.append(1.0 / (blend + (1.0 - blend) / factor))
-    return tuple(factors)

@@ -1,53 +1,27 @@
-"""GGUF files of the Llama family, any tensor type that the `gguf` package dequantizes."""
+"""GGUF files of any family that has them, any tensor type that the `gguf` package dequantizes."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spqr_jax.errors import ModelError
-from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.names import Name, TensorSource
+from spqr_jax.models.families import names_of_gguf
+from spqr_jax.models.names import TensorSource
 
-_ROPE_FACTORS = "rope_freqs.weight"
-
-
-def _halves_from_pairs(heads: int, w: np.ndarray) -> np.ndarray:
-    """Undoes llama.cpp's order of Q and K rows.
-
-    It rotates neighbouring rows (0,1), (2,3), ... of a head together; we, as
-    Hugging Face, rotate row i with row i + head_dim/2.
-    """
-    pairs = w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(w.shape)
-
-
-_BLOCK = r"blk\.(\d+)\."
-
-GGUF_TABLE = (
-    Name(r"token_embd\.weight", "embed_tokens"),
-    Name(r"output_norm\.weight", "final_norm"),
-    Name(r"output\.weight", "lm_head"),
-    Name(_BLOCK + r"attn_norm\.weight", r"layers.\1.attention_norm"),
-    Name(_BLOCK + r"attn_q\.weight", r"layers.\1.q_proj", lambda w, c: _halves_from_pairs(c.num_heads, w)),
-    Name(_BLOCK + r"attn_k\.weight", r"layers.\1.k_proj", lambda w, c: _halves_from_pairs(c.num_kv_heads, w)),
-    Name(_BLOCK + r"attn_v\.weight", r"layers.\1.v_proj"),
-    Name(_BLOCK + r"attn_output\.weight", r"layers.\1.o_proj"),
-    Name(_BLOCK + r"ffn_norm\.weight", r"layers.\1.mlp_norm"),
-    Name(_BLOCK + r"ffn_(gate|up|down)\.weight", r"layers.\1.\2_proj"),
-    Name(r"rope_freqs\.weight", None),  # goes into the configuration
-)
+_WEIGHTS_AT_ONCE = 1 << 24  # that are read and dequantized before they take the type asked for
 
 
 class GGUFFile:
-    """An open GGUF file: its key-value header and its tensors, memory-mapped."""
+    """An open GGUF file: its key-value header, and its tensors, read when asked for."""
 
     def __init__(self, path: Path) -> None:
         import gguf
 
-        self.label = str(path)
+        self.label, self._path = str(path), path
         try:
             self._reader = gguf.GGUFReader(path)
             self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
@@ -62,63 +36,35 @@ class GGUFFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, dtype: Any) -> np.ndarray:
+        """One tensor. Some rows at a time, not mapped: of the file nothing stays in memory."""
         import gguf
 
-        tensor = self._tensors[name]
+        tensor, shape = self._tensors[name], self.shapes()[name]
+        rows = math.prod(shape[:-1])
+        width = int(tensor.n_bytes) // rows
+        step = max(1, _WEIGHTS_AT_ONCE // shape[-1])
+        values = np.empty((rows, shape[-1]), dtype)
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            with self._path.open("rb") as file:
+                file.seek(int(tensor.data_offset))
+                for first in range(0, rows, step):
+                    raw = np.fromfile(file, np.uint8, width * min(step, rows - first)).reshape(-1, width)
+                    values[first : first + step] = gguf.quants.dequantize(raw, tensor.tensor_type)
         except NotImplementedError:
             raise ModelError(
                 f"{self.label}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantized here"
             ) from None
-        return values.reshape(self.shapes()[name])
-
-
-def config_from_gguf(file: GGUFFile) -> DecoderConfig:
-    """Maps the header of a GGUF file.
-
-    Raises:
-      ModelError: another architecture than ``llama``, or entries that are missing.
-    """
-    architecture = file.get("general.architecture")
-    if architecture != "llama":
-        raise ModelError(f"{file.label}: GGUF architecture {architecture!r} is not supported; supported: 'llama'")
-    needed = {}
-    for ours, key in {
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "num_layers": "block_count",
-        "num_heads": "attention.head_count",
-        "norm_eps": "attention.layer_norm_rms_epsilon",
-        "max_positions": "context_length",
-    }.items():
-        needed[ours] = file.get(f"llama.{key}")
-    missing = [name for name, value in needed.items() if value is None]
-    if missing or "token_embd.weight" not in file.shapes():
-        raise ModelError(f"{file.label}: the GGUF header lacks {', '.join(missing) or 'token_embd.weight'}")
-    if (scaling := file.get("llama.rope.scaling.type", "none")) not in ("none", "linear"):
-        raise ModelError(f"{file.label}: rotary scaling {scaling!r} is not supported")
-    head_dim = file.get("llama.rope.dimension_count") or needed["hidden_size"] // needed["num_heads"]
-    factors = None
-    if _ROPE_FACTORS in file.shapes():
-        factors = tuple(float(f) for f in file.read(_ROPE_FACTORS))
-    elif scaling == "linear":
-        factors = (float(file.get("llama.rope.scaling.factor", 1.0)),) * (head_dim // 2)
-    ends = [file.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]  # of a text, of a turn
-    return DecoderConfig(
-        **needed,
-        vocab_size=file.shapes()["token_embd.weight"][0],
-        num_kv_heads=file.get("llama.attention.head_count_kv", needed["num_heads"]),
-        head_dim=head_dim,
-        rope_theta=float(file.get("llama.rope.freq_base", 10000.0)),
-        tied_head="output.weight" not in file.shapes(),
-        rope_factors=factors,
-        bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-    )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.label}: tensor {name} cannot be read: {error}") from None
+        return values.reshape(shape)
 
 
 def open_gguf(file: GGUFFile, dtype: Any) -> TensorSource:
-    """A lazily read model from an open GGUF file, weights in `dtype`."""
-    return TensorSource(file, GGUF_TABLE, config_from_gguf(file), dtype)
+    """A lazily read model from an open GGUF file, weights in `dtype`.
+
+    Raises:
+      ModelError: an architecture that we do not run, or entries that are missing.
+    """
+    names = names_of_gguf(file)
+    return TensorSource(file, names.table, names.config(file), dtype)

@@ -9,26 +9,14 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError
-from spqr_jax.models.config import DecoderConfig, config_from_hf
-from spqr_jax.models.decoder import Decoder
-from spqr_jax.models.names import Name, TensorSource
-
-_LAYER = r"(?:model\.)?layers\.(\d+)\."
-
-HF_TABLE = (
-    Name(r"(?:model\.)?embed_tokens\.weight", "embed_tokens"),
-    Name(r"(?:model\.)?norm\.weight", "final_norm"),
-    Name(r"lm_head\.weight", "lm_head"),
-    Name(_LAYER + r"input_layernorm\.weight", r"layers.\1.attention_norm"),
-    Name(_LAYER + r"self_attn\.([qkvo])_proj\.weight", r"layers.\1.\2_proj"),
-    Name(_LAYER + r"post_attention_layernorm\.weight", r"layers.\1.mlp_norm"),
-    Name(_LAYER + r"mlp\.(gate|up|down)_proj\.weight", r"layers.\1.\2_proj"),
-    Name(_LAYER + r"self_attn\.rotary_emb\.inv_freq", None),  # a buffer that old files carry
-)
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.families import FAMILIES, family_of_hf
+from spqr_jax.models.names import TensorSource
+from spqr_jax.models.weights import OUTER_NAMES, Decoder
 
 
 class SafetensorsReader:
-    """The safetensors files of one directory, memory-mapped."""
+    """The safetensors files of one directory, each opened anew for every tensor: of none anything stays mapped."""
 
     def __init__(self, directory: Path) -> None:
         self.label = str(directory)
@@ -42,19 +30,22 @@ class SafetensorsReader:
         missing = [name for name in files if not (directory / name).is_file()]
         if missing:
             raise ModelError(f"{directory}: {index.name} names files that are not there: {', '.join(missing)}")
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for name in files:
-            file = _open_safetensors(directory / name)
-            for tensor in file.keys():  # noqa: SIM118 (not a dict)
-                if tensor in self._files:
-                    raise ModelError(f"{directory}: tensor {tensor} stands in more than one file")
-                self._files[tensor] = file
+            with _open_safetensors(directory / name) as file:
+                for tensor in file.keys():  # noqa: SIM118 (not a dict)
+                    if tensor in self._files:
+                        raise ModelError(f"{directory}: tensor {tensor} stands in more than one file")
+                    self._files[tensor] = directory / name
+                    self._shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        return self._shapes
 
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+    def read(self, name: str, dtype: Any) -> np.ndarray:
+        with _open_safetensors(self._files[name]) as file:
+            return np.asarray(file.get_tensor(name)).astype(dtype, copy=False)
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -77,60 +68,37 @@ def read_json(path: Path) -> Any:
 
 
 def open_hf(directory: Path, dtype: Any) -> TensorSource:
-    """A lazily read model from a Hugging Face directory, weights in `dtype`."""
+    """A lazily read model from a Hugging Face directory, weights in `dtype`.
+
+    Raises:
+      ModelError: files that are missing or damaged, or a model that we do not run.
+    """
     values = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     if generation.is_file():  # it names the tokens that end a turn of a chat, which config.json may not
         values |= {"eos_token_id": read_json(generation).get("eos_token_id", values.get("eos_token_id"))}
-    config = config_from_hf(values)
-    return TensorSource(SafetensorsReader(directory), HF_TABLE, config, dtype)
+    family = family_of_hf(values)
+    return TensorSource(SafetensorsReader(directory), family.table, family.from_hf(values), dtype)
 
 
 # ---- writing ----------------------------------------------------------------------------
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
-    """The entries of a Llama's config.json.
-
-    Raises:
-      ModelError: the model scales its rotary frequencies, which a config.json says in ways of its own.
-    """
-    if config.rope_factors is not None:
-        raise ModelError("a model with scaled rotary frequencies cannot be written as a Hugging Face directory")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied_head,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
-    }
+    """The entries of a config.json from which transformers builds the model."""
+    return FAMILIES[config.family].to_hf(config)
 
 
 def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:
-    """A dense model's weights under the names that transformers' Llama gives them."""
-    tensors = {"model.embed_tokens.weight": model.outer.embed_tokens, "model.norm.weight": model.outer.final_norm}
-    if model.outer.lm_head is not None:
-        tensors["lm_head.weight"] = model.outer.lm_head
+    """A dense model's weights under the names, and in the order of numbers, that its family has in transformers."""
+    weights = {name: getattr(model.outer, name) for name in OUTER_NAMES}
     for index, block in enumerate(model.layers):
-        prefix = f"model.layers.{index}."
-        tensors |= {
-            prefix + "input_layernorm.weight": block.attention_norm,
-            prefix + "post_attention_layernorm.weight": block.mlp_norm,
-            **{prefix + f"self_attn.{name}_proj.weight": getattr(block, f"{name}_proj") for name in "qkvo"},
-            **{prefix + f"mlp.{name}_proj.weight": getattr(block, f"{name}_proj") for name in ("gate", "up", "down")},
-        }
-    return {name: np.asarray(value) for name, value in tensors.items()}
+        weights |= {f"layers.{index}.{name}": weight for name, weight in block.items()}
+    rows = FAMILIES[model.config.family].table.expand(model.config)
+    return {
+        tensor: np.ascontiguousarray(row.packing.join([np.asarray(weights[p]) for p in row.paths], model.config))
+        for tensor, row in rows.items()
+    }
 
 
 def write_hf(directory: Path, model: Decoder) -> None:

@@ -1,16 +1,17 @@
-"""Other formats' tensor names, as tables, and the source that reads by them.
+"""Other formats' tensor names, as tables that are read in both directions, and the source that reads by them.
 
-A table maps a regular expression to a path of ours (`embed_tokens`,
-`layers.3.q_proj`, ...) and, where the numbers differ, a transform. Each tensor of
-the model must be matched by exactly one tensor of the file; whatever is missing,
-left over or misshapen is reported at once, before any weight is read.
+A row pairs a tensor's name with one or several paths of ours (`embed_tokens`,
+`layers.3.q_proj`, ...), and says how its numbers lie. Each weight of the model must
+be matched by exactly one tensor of the file; whatever is missing, left over or
+misshapen is reported at once, before any weight is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import jax
@@ -19,27 +20,112 @@ import numpy as np
 
 from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Outer, abstract_decoder
-
-Transform = Callable[[np.ndarray, DecoderConfig], np.ndarray]
-
-OUTER_NAMES = tuple(field.name for field in dataclasses.fields(Outer))
-BLOCK_NAMES = tuple(field.name for field in dataclasses.fields(Block))
+from spqr_jax.models.weights import OUTER_NAMES, Block, Outer, block_shapes, weight_shapes
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
+class Packing:
+    """How a tensor holds one or several weights. Both functions must not change types.
+
+    Attributes:
+      split: a tensor to the weights in it.
+      join: the weights to the tensor.
+      in_float32: it changes numbers, and is done before these are rounded.
+    """
+
+    split: Callable[[np.ndarray, DecoderConfig], Sequence[np.ndarray]]
+    join: Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]
+    in_float32: bool = False
+
+
+AS_IT_IS = Packing(lambda tensor, config: [tensor], lambda weights, config: weights[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
     """One row of a table.
 
     Attributes:
-      pattern: matches the whole name in the file.
-      path: ours, with ``\\1`` for the pattern's groups; None to leave the tensor out.
-      transform: applied to the tensor as read.
+      tensor: a name, with ``{layer}`` and ``{expert}`` for numbers.
+      paths: ours, with the same, and with ``{every}`` for the numbers of all experts.
+      packing: how the tensor holds them.
+      when: whether a model has the tensor; None for every model that has the weights.
     """
 
-    pattern: str
-    path: str | None
-    transform: Transform | None = None
+    tensor: str
+    paths: tuple[str, ...]
+    packing: Packing = AS_IT_IS
+    when: Callable[[DecoderConfig], bool] | None = None
+
+
+def outer_rows(names: Mapping[str, str]) -> tuple[Row, ...]:
+    """Rows of tensors that are weights outside of blocks: tensor -> path."""
+    return tuple(Row(tensor, (path,)) for tensor, path in names.items())
+
+
+def with_biases(names: Mapping[str, str]) -> dict[str, str]:
+    """``x`` -> name becomes ``x.weight`` -> name and ``x.bias`` -> name_bias."""
+    return {f"{t}.{kind}": name + end for t, name in names.items() for kind, end in (("weight", ""), ("bias", "_bias"))}
+
+
+def block_rows(
+    prefix: str,
+    names: Mapping[str, str] | Mapping[str, tuple[str, ...]],
+    packing: Packing = AS_IT_IS,
+    when: Callable[[DecoderConfig], bool] | None = None,
+) -> tuple[Row, ...]:
+    """Rows of one packing in every block: tensor, after `prefix`, -> name or names of ours."""
+    each = {tensor: (found,) if isinstance(found, str) else found for tensor, found in names.items()}
+    return tuple(
+        Row(prefix + tensor, tuple("layers.{layer}." + name for name in found), packing, when)
+        for tensor, found in each.items()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A format's names for a family's weights.
+
+    Attributes:
+      rows: of the table. Two may stand for one path, if no file has both.
+      prefixes: that names in files may have or lack.
+      ignored: regular expressions of tensors that are no weights.
+    """
+
+    rows: tuple[Row, ...]
+    prefixes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def bare(self, tensor: str) -> str:
+        """A name without its prefix."""
+        for prefix in self.prefixes:
+            if tensor.startswith(prefix):
+                return tensor.removeprefix(prefix)
+        return tensor
+
+    def expand(self, config: DecoderConfig) -> dict[str, Row]:
+        """The rows that a model has use for, by tensor, with numbers in place of the braces."""
+        known = weight_shapes(config)
+        expanded: dict[str, Row] = {}
+        for row in self.rows:
+            if row.when is not None and not row.when(config):
+                continue
+            layers = range(config.num_layers) if "{layer}" in row.tensor else (0,)
+            experts = range(config.num_experts) if "{expert}" in row.tensor else (0,)
+            for layer in layers:
+                for expert in experts:
+                    put = partial(str.format, layer=layer, expert=expert)
+                    paths = [path for each in row.paths for path in _for_every_expert(each, config)]
+                    own = Row(put(row.tensor), tuple(put(path) for path in paths), row.packing)
+                    if all(path in known for path in own.paths):
+                        expanded[own.tensor] = own
+        return expanded
+
+
+def _for_every_expert(path: str, config: DecoderConfig) -> list[str]:
+    if "{every}" not in path:
+        return [path]
+    return [path.replace("{every}", str(expert)) for expert in range(config.num_experts)]
 
 
 class TensorReader(Protocol):
@@ -51,18 +137,9 @@ class TensorReader(Protocol):
         """Shape of each tensor as `read` gives it, without reading it."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in a float type."""
+    def read(self, name: str, dtype: Any) -> np.ndarray:
+        """One tensor in a float type, an array of its own; what was mapped for it is let go."""
         ...
-
-
-def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every weight of a model."""
-    abstract = abstract_decoder(config)
-    shapes = {name: getattr(abstract.outer, name) for name in OUTER_NAMES}
-    for index, block in enumerate(abstract.layers):
-        shapes |= {f"layers.{index}.{name}": getattr(block, name) for name in BLOCK_NAMES}
-    return {path: tuple(spec.shape) for path, spec in shapes.items() if spec is not None}
 
 
 class TensorSource:
@@ -73,7 +150,7 @@ class TensorSource:
         reading a part, all of its tensors that hold non-finite values.
     """
 
-    def __init__(self, reader: TensorReader, table: Sequence[Name], config: DecoderConfig, dtype: Any) -> None:
+    def __init__(self, reader: TensorReader, table: Table, config: DecoderConfig, dtype: Any) -> None:
         self._reader, self._config, self._dtype = reader, config, dtype
         self._found = _match(reader, table, config)
 
@@ -82,56 +159,66 @@ class TensorSource:
         return self._config
 
     def outer(self) -> Outer:
-        return Outer(**self._read({name: name for name in OUTER_NAMES}))
+        return Outer(**self._read({name: name for name in OUTER_NAMES if name in self._found}))
 
     def block(self, index: int) -> Block:
-        return Block(**self._read({name: f"layers.{index}.{name}" for name in BLOCK_NAMES}))
+        kind = self._config.kind(index)
+        return Block(self._read({n: f"layers.{index}.{n}" for n in block_shapes(self._config, kind)}), kind)
 
-    def _read(self, paths: dict[str, str]) -> dict[str, jax.Array | None]:
-        weights: dict[str, jax.Array | None] = {}
+    def _read(self, paths: dict[str, str]) -> dict[str, jax.Array]:
+        names = {path: name for name, path in paths.items()}
+        weights: dict[str, jax.Array] = {}
         bad = []
-        for name, path in paths.items():
-            if path not in self._found:  # an absent head; anything else was refused above
-                weights[name] = None
-                continue
-            tensor, row = self._found[path]
-            value = self._reader.read(tensor)
-            if not np.all(np.isfinite(value)):
+        for tensor, row in dict.fromkeys(self._found[path] for path in names):
+            value = self._reader.read(tensor, np.float32 if row.packing.in_float32 else self._dtype)
+            if not _all_finite(value):
                 bad.append(tensor)
-            if row.transform is not None:
-                value = row.transform(value, self._config)
-            weights[name] = jnp.asarray(value, self._dtype)
+            for path, part in zip(row.paths, row.packing.split(value, self._config), strict=True):
+                weights[names[path]] = jnp.asarray(part, self._dtype)
         if bad:
             raise ModelError(f"{self._reader.label}: tensors with values that are not finite: {', '.join(bad)}")
-        return weights
+        return {name: weights[name] for name in paths}
 
 
-def _match(reader: TensorReader, table: Sequence[Name], config: DecoderConfig) -> dict[str, tuple[str, Name]]:
+def _all_finite(value: np.ndarray) -> bool:
+    """A sum of some rows at a time is finite only if all of them are; that takes no memory."""
+    rows = value.reshape(len(value), -1) if value.ndim else value.reshape(1, 1)
+    step = max(1, (1 << 20) // rows.shape[1])
+    return all(np.isfinite(rows[first : first + step]).all() for first in range(0, len(rows), step))
+
+
+@lru_cache(maxsize=512)
+def _joined_shape(packing: Packing, shapes: tuple[tuple[int, ...], ...], config: DecoderConfig) -> tuple[int, ...]:
+    """Shape of the tensor that holds weights of these shapes."""
+    if packing is AS_IT_IS:
+        return shapes[0]
+    return packing.join([np.empty(shape, np.int8) for shape in shapes], config).shape
+
+
+def _match(reader: TensorReader, table: Table, config: DecoderConfig) -> dict[str, tuple[str, Row]]:
     """Path -> (tensor, row of the table), or every problem in one error."""
     expected = weight_shapes(config)
-    found: dict[str, tuple[str, Name]] = {}
+    rows = {table.bare(tensor): row for tensor, row in table.expand(config).items()}
+    heads = {table.bare(row.tensor) for row in table.rows if row.paths == ("lm_head",)}
+    ignored = re.compile("|".join(table.ignored) or "(?!)")
+    found: dict[str, tuple[str, Row]] = {}
     problems = []
     for tensor, shape in reader.shapes().items():
-        rows = [(row, match) for row in table if (match := re.fullmatch(row.pattern, tensor))]
-        if len(rows) != 1:
+        bare = table.bare(tensor)
+        if ignored.fullmatch(tensor) or (config.tied_head and bare in heads):
+            continue
+        if bare not in rows:
             problems.append(f"unexpected tensor {tensor} {shape}")
             continue
-        row, match = rows[0]
-        path = None if row.path is None else match.expand(row.path)
-        if path is None or (path == "lm_head" and config.tied_head):
-            continue
-        if path not in expected:
-            problems.append(f"unexpected tensor {tensor} {shape}: the configuration has no {path}")
-        elif expected[path] != shape:
-            problems.append(f"tensor {tensor} has shape {shape}, expected {expected[path]}")
-        elif path in found:
-            problems.append(f"tensors {found[path][0]} and {tensor} are both {path}")
-        else:
+        row = rows[bare]
+        wanted = _joined_shape(row.packing, tuple(expected[path] for path in row.paths), config)
+        if wanted != shape:
+            problems.append(f"tensor {tensor} has shape {shape}, expected {wanted} for {', '.join(row.paths)}")
+        for path in row.paths:
+            if path in found:
+                problems.append(f"tensors {found[path][0]} and {tensor} are both {path}")
             found[path] = (tensor, row)
-    mentioned = {path for path in expected for problem in problems if path in problem}
-    problems += [
-        f"missing {path} {shape}" for path, shape in expected.items() if path not in found and path not in mentioned
-    ]
+    problems += [f"missing {path} {shape}" for path, shape in expected.items() if path not in found]
     if problems:
         shown = "\n  ".join(problems[:40]) + (f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise ModelError(f"{reader.label} does not hold the model that its configuration describes:\n  {shown}")

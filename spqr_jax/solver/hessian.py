@@ -31,7 +31,8 @@ class Hessian:
 
     Attributes:
       gram: X Xᵀ, float32 [in, in]; below the diagonal not all of it is there.
-      tokens: number of tokens in it, float32 scalar.
+      tokens: number of tokens in it, float32 scalar. One that reads zeros only is none:
+        it was not sent here.
     """
 
     gram: jax.Array
@@ -62,7 +63,7 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
             x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
         )
         gram = lax.dynamic_update_slice(gram, gram[first:end, first:] + found, (first, first))
-    return Hessian(gram, hessian.tokens + x.shape[0])
+    return Hessian(gram, hessian.tokens + jnp.sum(jnp.any(x != 0, axis=1), dtype=jnp.float32))
 
 
 @jax.jit

@@ -19,6 +19,7 @@ import optax  # Adam
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.layout import round_up
+from spqr_jax.models.config import BlockKind
 from spqr_jax.models.decoder import Block
 from spqr_jax.packing import unpack_codes
 
@@ -141,22 +142,25 @@ class BlockForm:
       dense: the block's other leaves by name, norm gains among them.
       theta: name -> {"stats", "outliers"}, or for a norm gain its θ [hidden].
       state: of the optimizer.
+      kind: of the block.
+      gain_offset: what norms add to their gains.
     """
 
     fixed: dict[str, FixedParts]
     dense: dict[str, jax.Array]
     theta: dict[str, Any]
     state: Any
+    kind: BlockKind = dataclasses.field(metadata={"static": True})
+    gain_offset: float = dataclasses.field(metadata={"static": True})
 
 
-def block_form(block: Block, entries: dict[str, int]) -> BlockForm:
+def block_form(block: Block, entries: dict[str, int], gain_offset: float = 0.0) -> BlockForm:
     """A quantized block at θ = 0, outlier lists padded to `entries` (see `outlier_entries`)."""
-    leaves = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
-    fixed = {n: fixed_parts(leaf, entries[n]) for n, leaf in leaves.items() if isinstance(leaf, SpQRArray)}
-    dense = {n: jnp.asarray(leaf, jnp.float32) for n, leaf in leaves.items() if n not in fixed and leaf is not None}
+    fixed = {n: fixed_parts(leaf, entries[n]) for n, leaf in block.items() if isinstance(leaf, SpQRArray)}
+    dense = {n: jnp.asarray(leaf, jnp.float32) for n, leaf in block.items() if n not in fixed}
     theta: dict[str, Any] = {n: jax.tree.map(jnp.zeros_like, one.start) for n, one in fixed.items()}
-    theta |= {n: jnp.zeros_like(leaf) for n, leaf in dense.items() if leaf.ndim == 1}
-    return BlockForm(fixed, dense, theta, _start_optimizer(theta))
+    theta |= {n: jnp.zeros_like(leaf) for n, leaf in dense.items() if leaf.ndim == 1 and not n.endswith("_bias")}
+    return BlockForm(fixed, dense, theta, _start_optimizer(theta), block.kind, gain_offset)
 
 
 _start_optimizer = jax.jit(_OPTIMIZER.init)
@@ -166,23 +170,22 @@ def outlier_entries(blocks: Sequence[Block]) -> dict[str, int]:
     """Length to which each weight's outlier list is padded, so that all blocks are of one form."""
     longest: dict[str, int] = {}
     for block in blocks:
-        for field in dataclasses.fields(block):
-            leaf = getattr(block, field.name)
+        for name, leaf in block.items():
             if isinstance(leaf, SpQRArray):
-                longest[field.name] = max(longest.get(field.name, 1), leaf.outlier_cols.shape[0])
+                longest[name] = max(longest.get(name, 1), leaf.outlier_cols.shape[0])
     return {name: round_up(length, _OUTLIER_STEP) for name, length in longest.items()}
 
 
-def _gain(dense: jax.Array, theta: jax.Array) -> jax.Array:
-    return dense * (1 + theta)
+def _gain(form: BlockForm, name: str, theta: jax.Array) -> jax.Array:
+    return form.dense[name] + (form.dense[name] + form.gain_offset) * theta
 
 
-def to_block(form: BlockForm, theta: dict[str, Any], like: type[Block]) -> Block:
+def to_block(form: BlockForm, theta: dict[str, Any]) -> Block:
     """The block with dense weights, differentiable in θ."""
     leaves = dict(form.dense)
     for name, own in theta.items():
-        leaves[name] = dense_weight(form.fixed[name], own) if name in form.fixed else _gain(form.dense[name], own)
-    return like(**leaves)
+        leaves[name] = dense_weight(form.fixed[name], own) if name in form.fixed else _gain(form, name, own)
+    return Block(leaves, form.kind)
 
 
 def finished(form: BlockForm, block: Block) -> Block:
@@ -198,8 +201,8 @@ def finished(form: BlockForm, block: Block) -> Block:
                 leaf, tile_stats=jnp.asarray(values["stats"]), outlier_values=jnp.asarray(outliers)
             )
         else:
-            changes[name] = _gain(form.dense[name], theta).astype(leaf.dtype)
-    return dataclasses.replace(block, **changes)
+            changes[name] = _gain(form, name, theta).astype(leaf.dtype)
+    return block.replace(changes)
 
 
 def updated(form: BlockForm, gradient: dict[str, Any], rate: jax.Array) -> BlockForm:

@@ -28,7 +28,7 @@ from spqr_jax.calibrate import Activations, rounded_linear
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
+from spqr_jax.models.decoder import Decoder, Outer, State, logits, pass_block, run_block
 from spqr_jax.tune.form import BlockForm, block_form, finished, outlier_entries, to_block, updated
 
 Tune = Literal["none", "blocks", "logits"]
@@ -76,7 +76,7 @@ class TuneConfig:
 
 @partial(jax.jit, static_argnums=0)
 def _run(config: DecoderConfig, form: BlockForm, x: jax.Array, where: Positions) -> jax.Array:
-    return run_block(config, to_block(form, form.theta, Block), State(x), where, rounded_linear).residual
+    return run_block(config, to_block(form, form.theta), State(x), where, rounded_linear).residual
 
 
 @partial(jax.jit, static_argnums=0)
@@ -86,7 +86,7 @@ def _backward_step(
     """Takes ∂L/∂output to ∂L/∂input, and the block one step on."""
 
     def run(x: jax.Array, theta: dict[str, Any]) -> jax.Array:
-        return run_block(config, to_block(form, theta, Block), State(x), where, rounded_linear).residual
+        return run_block(config, to_block(form, theta), State(x), where, rounded_linear).residual
 
     _, back = jax.vjp(run, x, form.theta)
     before, by_theta = back(gradient)
@@ -100,7 +100,7 @@ def _match_step(
     """One step towards the dense block's output; also the loss, relative to what the block adds."""
 
     def loss(theta: dict[str, Any]) -> jax.Array:
-        got = run_block(config, to_block(form, theta, Block), State(x), where, rounded_linear).residual
+        got = run_block(config, to_block(form, theta), State(x), where, rounded_linear).residual
         # By token: a few tokens' residuals are hundreds of times larger than the others'.
         size = jnp.mean(jnp.square(wanted), axis=-1)
         return jnp.mean(jnp.mean(jnp.square(got - wanted), axis=-1) / size)
@@ -193,7 +193,7 @@ def _tune_logits(
         block = dense.block(index)
         teacher = [pass_block(model, block, x, where) for x, where in zip(teacher, places, strict=True)]
     entries = outlier_entries(params.layers)
-    forms = [block_form(block, entries) for block in params.layers]
+    forms = [block_form(block, entries, model.norm_offset) for block in params.layers]
     for step, (rate, batch) in enumerate(orders := _orders(config, len(batches))):
         x, where = begin[batch], places[batch]
         inputs = []
@@ -220,7 +220,7 @@ def _tune_blocks(
     for index, quantized in enumerate(params.layers):
         original = dense.block(index)
         wanted = [pass_block(model, original, x, where) for x, where in zip(wanted, places, strict=True)]
-        form, losses = block_form(quantized, entries), []
+        form, losses = block_form(quantized, entries, model.norm_offset), []
         for rate, batch in _orders(config, len(batches)):
             form, loss = _match_step(model, form, inputs[batch], places[batch], wanted[batch], jnp.float32(rate))
             losses.append(float(loss))

@@ -1,0 +1,48 @@
+"""What a block's stages are made of: products with its matrices, and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+
+from spqr_jax.linear import linear as apply_linear
+from spqr_jax.linear import linear_all
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.weights import Block, Weight
+
+
+class Linear(Protocol):
+    """Applies the weight called `name` of the block at hand."""
+
+    def __call__(self, name: str, w: Weight, x: jax.Array) -> jax.Array: ...
+
+
+def plain_linear(name: str, w: Weight, x: jax.Array) -> jax.Array:
+    """The `linear` of inference: names play no part."""
+    return apply_linear(w, x)
+
+
+def products(linear: Linear, block: Block, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+    """Products of weights that read one input, biases added; inference makes them in one go."""
+    if linear is plain_linear:
+        made = linear_all([getattr(block, name) for name in names], x)
+    else:
+        made = [linear(name, getattr(block, name), x) for name in names]
+    biases = [block.get(name + "_bias") for name in names]
+    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(made, biases, strict=True)]
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def activate(config: DecoderConfig, x: jax.Array) -> jax.Array:
+    """The MLP's activation."""
+    y: jax.Array = _ACTIVATIONS[config.activation](x)
+    return y
