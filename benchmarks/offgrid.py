@@ -39,17 +39,18 @@ def off_grid(params: Decoder, seed: int) -> Decoder:
         read = jnp.repeat(
             value.reshape(config.num_kv_heads, config.head_dim), config.num_heads // config.num_kv_heads, axis=0
         ).reshape(-1)
-        return dataclasses.replace(
-            block,
-            attention_norm=jnp.ones_like(block.attention_norm),
-            mlp_norm=jnp.ones_like(block.mlp_norm),
-            q_proj=block.q_proj * block.attention_norm,
-            k_proj=block.k_proj * block.attention_norm,
-            v_proj=block.v_proj * block.attention_norm * value[:, None],
-            o_proj=block.o_proj / read,
-            gate_proj=block.gate_proj * block.mlp_norm,
-            up_proj=block.up_proj * block.mlp_norm * up[:, None],
-            down_proj=block.down_proj / up,
+        return block.replace(
+            {
+                "attention_norm": jnp.ones_like(block.attention_norm),
+                "mlp_norm": jnp.ones_like(block.mlp_norm),
+                "q_proj": block.q_proj * block.attention_norm,
+                "k_proj": block.k_proj * block.attention_norm,
+                "v_proj": block.v_proj * block.attention_norm * value[:, None],
+                "o_proj": block.o_proj / read,
+                "gate_proj": block.gate_proj * block.mlp_norm,
+                "up_proj": block.up_proj * block.mlp_norm * up[:, None],
+                "down_proj": block.down_proj / up,
+            }
         )
 
     return dataclasses.replace(params, layers=tuple(rewrite(block) for block in params.layers))

@@ -266,8 +266,10 @@ def main() -> None:
     )
     opened = open_model(given.model, "float32", say)
     tokens = read_tokens(setup.calib, "calibration", opened)
-    calibration = calibration_windows(tokens, seqlen, nsamples, given.seed, setup.calib)
-    evaluation = evaluation_windows(read_tokens(setup.data, "evaluation", opened), eval_seqlen, windows)
+    calibration = calibration_windows(tokens, seqlen, nsamples, given.seed, setup.calib, opened.first_token)
+    evaluation = evaluation_windows(
+        read_tokens(setup.data, "evaluation", opened), eval_seqlen, windows, setup.data, opened.first_token
+    )
     setup = dataclasses.replace(setup, nsamples=len(calibration), windows=len(evaluation))
     todo = [row for row in rows() if row.quick or not given.quick]
     done = []

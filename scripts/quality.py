@@ -75,7 +75,7 @@ def measure(model: str, texts: list[Text]) -> dict[str, Any]:
     results = {}
     for text in texts:
         windows = evaluation_windows(
-            read_tokens(text.spec, "evaluation", opened), text.seqlen, text.windows, text.label
+            read_tokens(text.spec, "evaluation", opened), text.seqlen, text.windows, text.label, opened.first_token
         )
         result = perplexity(params, windows)
         results[text.label] = {

@@ -3,7 +3,8 @@
 Protocols follow GPTQ's and SpQR's scripts, so that numbers can be compared:
 texts are joined as noted for each name, tokenized as one stream without special
 tokens, and cut into windows; calibration draws windows at random with a seed,
-evaluation takes them side by side from the start.
+evaluation takes them side by side from the start. For models that are of no use
+without it, each window begins with a BOS token, one token of text less in it.
 """
 
 from __future__ import annotations
@@ -190,8 +191,17 @@ def _counter(limit: int | None) -> Iterator[int]:
     return iter(range(limit if limit is not None else 1 << 62))
 
 
-def evaluation_windows(tokens: np.ndarray, length: int, limit: int | None, source: str = "the data") -> np.ndarray:
+def evaluation_windows(
+    tokens: np.ndarray, length: int, limit: int | None, source: str = "the data", first_token: int | None = None
+) -> np.ndarray:
     """Windows side by side from the start of a stream; ready-made windows are cut to `length`.
+
+    Args:
+      tokens: int32 [tokens] or [windows, length].
+      length: of a window, `first_token` included.
+      limit: windows at most; None for all.
+      source: named in errors.
+      first_token: that each window cut from a stream begins with, or None.
 
     Returns:
       int32 [windows, length].
@@ -202,8 +212,9 @@ def evaluation_windows(tokens: np.ndarray, length: int, limit: int | None, sourc
     if tokens.ndim == 2:
         windows = tokens[:, :length]
     else:
-        count = tokens.size // length
-        windows = tokens[: count * length].reshape(count, length)
+        taken = length - (first_token is not None)
+        count = tokens.size // taken
+        windows = _begun(tokens[: count * taken].reshape(count, taken), first_token)
     if not len(windows):
         raise DataError(
             f"{source} holds {tokens.size} tokens, less than one window of {length}; ask for shorter windows"
@@ -211,8 +222,21 @@ def evaluation_windows(tokens: np.ndarray, length: int, limit: int | None, sourc
     return windows if limit is None else windows[:limit]
 
 
-def calibration_windows(tokens: np.ndarray, length: int, count: int, seed: int, source: str = "the data") -> np.ndarray:
+def _begun(windows: np.ndarray, first_token: int | None) -> np.ndarray:
+    return windows if first_token is None else np.pad(windows, ((0, 0), (1, 0)), constant_values=first_token)
+
+
+def calibration_windows(
+    tokens: np.ndarray,
+    length: int,
+    count: int,
+    seed: int,
+    source: str = "the data",
+    first_token: int | None = None,
+) -> np.ndarray:
     """Windows drawn at random starts of a stream; of ready-made windows, the first `count`.
+
+    Arguments as :func:`evaluation_windows`; `seed` is that of the draw.
 
     Returns:
       int32 [count, length].
@@ -226,9 +250,10 @@ def calibration_windows(tokens: np.ndarray, length: int, count: int, seed: int, 
                 f"{source} holds {tokens.shape[0]} windows of {tokens.shape[1]}, asked for {count} of {length}"
             )
         return tokens[:count, :length]
-    if tokens.size < length:
+    taken = length - (first_token is not None)
+    if tokens.size < taken:
         raise DataError(
             f"{source} holds {tokens.size} tokens, less than one window of {length}; ask for shorter windows"
         )
-    starts = np.random.default_rng(seed).integers(0, tokens.size - length + 1, count)
-    return np.stack([tokens[start : start + length] for start in starts])
+    starts = np.random.default_rng(seed).integers(0, tokens.size - taken + 1, count)
+    return _begun(np.stack([tokens[start : start + taken] for start in starts]), first_token)

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.formats.hf_spqr_source import HFSpQRSource, is_hf_spqr
 from spqr_jax.models.decoder import Decoder
-from spqr_jax.models.demo import demo_model
+from spqr_jax.models.families import first_token
 from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.models.hf import open_hf
+from spqr_jax.models.packaged import PACKAGED, packaged_model
 from spqr_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
 
 MODEL_HELP = (
-    "'demo' (SmolLM2-135M-Instruct), a GGUF file, a Hugging Face directory (config.json and safetensors), "
-    "a hub id such as org/name, or a directory that spqr wrote"
+    "'demo' (SmolLM2-135M-Instruct), 'gemma3-270m', a GGUF file, a Hugging Face directory (config.json and "
+    "safetensors), a hub id such as org/name, or a directory that spqr wrote"
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -46,6 +48,11 @@ class OpenedModel:
     tokenizer: Callable[[], Any]
     quantized: bool = False
 
+    @property
+    def first_token(self) -> int | None:
+        """What windows of text should begin with; None for nothing in particular."""
+        return first_token(self.source.config)
+
 
 def default_dtype() -> str:
     """float32 on a CPU, where 16-bit products are slow; bfloat16 on accelerators."""
@@ -67,7 +74,7 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
     if dtype is not None and dtype not in DTYPES:
         raise SpQRError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     weights_dtype: Any = jnp.dtype(dtype or default_dtype())
-    path = demo_model(say) if spec == "demo" else Path(spec).expanduser()
+    path = packaged_model(spec, say) if spec in PACKAGED else Path(spec).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{spec} is a file but no GGUF file; expected {MODEL_HELP}")
@@ -76,11 +83,17 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
     if path.is_dir():
         if is_checkpoint(path):
             return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path), quantized=True)
-        return OpenedModel(spec, open_hf(path, weights_dtype), lambda: load_tokenizer(path))
+        return _open_hf_directory(spec, path, weights_dtype)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        folder = _fetch_from_hub(spec, say)
-        return OpenedModel(spec, open_hf(folder, weights_dtype), lambda: load_tokenizer(folder))
+        return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype)
     raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}")
+
+
+def _open_hf_directory(spec: str, path: Path, dtype: Any) -> OpenedModel:
+    """Dense, or in Hugging Face's SpQR format."""
+    if is_hf_spqr(path):
+        return OpenedModel(spec, HFSpQRSource(path, dtype), lambda: load_tokenizer(path), quantized=True)
+    return OpenedModel(spec, open_hf(path, dtype), lambda: load_tokenizer(path))
 
 
 def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:

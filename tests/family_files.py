@@ -97,9 +97,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def torch_model(variant: str) -> Any:
-    """transformers' own model with weights that leave nothing at its start value."""
-    import torch
+def torch_config(variant: str) -> Any:
+    """transformers' own configuration."""
     import transformers
 
     name, changes = VARIANTS[variant]
@@ -108,7 +107,15 @@ def torch_model(variant: str) -> Any:
         sizes = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96,
                  "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
     kind = "Text" if name == "Gemma3" else ""
-    config = getattr(transformers, f"{name}{kind}Config")(**(sizes | changes))
+    return getattr(transformers, f"{name}{kind}Config")(**(sizes | changes))
+
+
+def torch_model(variant: str) -> Any:
+    """transformers' own model with weights that leave nothing at its start value."""
+    import torch
+    import transformers
+
+    name, config = VARIANTS[variant][0], torch_config(variant)
     model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -119,7 +126,7 @@ def torch_model(variant: str) -> Any:
     return model
 
 
-def write_gguf(path: Any, model: Any, keys: dict[str, Any], quantization: Any = None) -> Any:
+def write_gguf(path: Any, model: Any, quantization: Any = None, keys: dict[str, Any] | None = None) -> Any:
     """A GGUF file of a model, with the names of its family and `keys` in its header besides the common ones."""
     config = model.config
     names = FAMILIES[config.family].gguf[0]
@@ -131,6 +138,7 @@ def write_gguf(path: Any, model: Any, keys: dict[str, Any], quantization: Any = 
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     if config.norm == "rms":
         writer.add_layer_norm_rms_eps(config.norm_eps)
     else:
@@ -138,9 +146,10 @@ def write_gguf(path: Any, model: Any, keys: dict[str, Any], quantization: Any = 
     if config.rope_theta is not None:
         writer.add_rope_freq_base(config.rope_theta)
         writer.add_rope_dimension_count(config.rotated)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for key, value in keys.items():
+    if config.bos_token_id is not None:
+        writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_ids[0])
+    for key, value in (keys or {}).items():
         put = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[type(value)]
         put(f"{names.architecture}.{key}", value)
     weights = {name: getattr(model.outer, name) for name in OUTER_NAMES}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -9,7 +11,16 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from spqr_jax.models.attention import KVCache, Positions, _attend_queries, _attend_self, _split_heads, attend, rotate
+from spqr_jax.models.attention import (
+    AttentionRules,
+    KVCache,
+    Positions,
+    _attend_queries,
+    _attend_self,
+    _split_heads,
+    attend,
+    rotate,
+)
 
 needs_library = pytest.mark.skipif(
     not cpu_kernels.kernel_names(), reason="the native CPU kernels are not built (python -m cpu_kernels)"
@@ -24,8 +35,18 @@ def inputs():
     return q, k, v, jnp.array([0, 7])
 
 
+RULES = AttentionRules()
+
+
+def at(angle, padding, start):
+    """Tokens from position `start` on, with these rotary angles."""
+    index = start + jnp.arange(angle.shape[1]) - padding[:, None]
+    rotary = jnp.cos(angle), jnp.sin(angle)
+    return Positions(index, padding, jnp.asarray(start, jnp.int32), rotary, rotary)
+
+
 def self_attention(q, k, v, padding):
-    return _attend_self(*_split_heads(q, k, v), padding)
+    return _attend_self(RULES, *_split_heads(q, k, v), padding)
 
 
 def test_it_is_causal_softmax_attention(inputs):
@@ -42,7 +63,7 @@ def test_it_is_causal_softmax_attention(inputs):
 def test_all_heads_at_once_give_the_same(inputs):
     """What accelerators run: here the heads stand side by side."""
     q, k, v = _split_heads(*inputs[:3])
-    at_once = jax.vmap(jax.vmap(_attend_queries, (0, 0, 0, None)))(q, k, v, inputs[3])
+    at_once = jax.vmap(jax.vmap(partial(_attend_queries, RULES), (0, 0, 0, None)))(q, k, v, inputs[3])
     want = self_attention(*inputs).reshape(2, 150, 2, 3, 8).transpose(0, 2, 3, 1, 4)
     np.testing.assert_allclose(at_once, want, atol=1e-5)
 
@@ -85,7 +106,7 @@ def test_one_token_at_a_time_gives_the_same(monkeypatch, implementation, dim, sh
 
     @jax.jit
     def step(q, k, v, angle, start, cache):
-        return attend(q, k, v, Positions(jnp.cos(angle), jnp.sin(angle), padding, start), cache)
+        return attend(RULES, q, k, v, at(angle, padding, start), cache)
 
     # what is not yet written does not count
     cache = KVCache(*(jnp.full((2, 2, tokens + 10, dim), 7.0) for _ in range(2)))
@@ -94,11 +115,11 @@ def test_one_token_at_a_time_gives_the_same(monkeypatch, implementation, dim, sh
         out, cache = step(*(a[:, first:last] for a in (q, k, v, angle)), jnp.int32(first), cache)
         outputs.append(out)
     got = jnp.concatenate(outputs, axis=1)
-    where = Positions(jnp.cos(angle), jnp.sin(angle), padding, jnp.int32(0))
-    want = self_attention(rotate(q, where), rotate(k, where), v, padding)
+    where = at(angle, padding, 0)
+    want = self_attention(rotate(q, where.rotary), rotate(k, where.rotary), v, padding)
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)
     np.testing.assert_allclose(got[1, 7:], want[1, 7:], atol=1e-5)  # after the second sequence's padding
-    np.testing.assert_allclose(cache.keys[:, :, :tokens], rotate(k, where).transpose(0, 2, 1, 3), atol=1e-6)
+    np.testing.assert_allclose(cache.keys[:, :, :tokens], rotate(k, where.rotary).transpose(0, 2, 1, 3), atol=1e-6)
     np.testing.assert_array_equal(cache.values[:, :, :tokens], v.transpose(0, 2, 1, 3))
 
 
@@ -106,8 +127,8 @@ def test_a_text_may_start_from_an_empty_cache():
     """Without a prefill: the first token sees itself only."""
     rng = np.random.default_rng(3)
     k, v = (jnp.asarray(rng.standard_normal((1, 1, 2, 16)), jnp.float32) for _ in range(2))
-    where = Positions(jnp.ones((1, 1, 8)), jnp.zeros((1, 1, 8)), jnp.zeros(1, jnp.int32), jnp.int32(0))
-    out, _ = attend(k, k, v, where, KVCache(*(jnp.full((1, 2, 4, 16), 9.0) for _ in range(2))))
+    where = at(jnp.zeros((1, 1, 8)), jnp.zeros(1, jnp.int32), 0)
+    out, _ = attend(RULES, k, k, v, where, KVCache(*(jnp.full((1, 2, 4, 16), 9.0) for _ in range(2))))
     np.testing.assert_allclose(out, v.reshape(1, 1, 32), rtol=1e-6)
 
 
@@ -160,8 +181,8 @@ def test_native_attention_under_transformations():
     keys, values = draw(3, 2, 2, 40, 16), draw(3, 2, 2, 40, 16)
 
     def out(q, k, v, angle, keys, values):
-        where = Positions(jnp.cos(angle), jnp.sin(angle), jnp.array([0, 3]), jnp.int32(20))
-        return attend(q, k, v, where, KVCache(keys, values))[0]
+        where = at(angle, jnp.array([0, 3]), 20)
+        return attend(RULES, q, k, v, where, KVCache(keys, values))[0]
 
     each = [out(*(a[i] for a in (q, k, v, angle, keys, values))) for i in range(3)]
     np.testing.assert_allclose(jax.vmap(out)(q, k, v, angle, keys, values), jnp.stack(each), atol=1e-6)
@@ -182,7 +203,7 @@ def test_the_cache_is_written_in_place():
 
     def step(x, cache, start):
         angle = jnp.zeros((1, 1, 8))
-        return attend(x, x, x, Positions(jnp.cos(angle), jnp.sin(angle), jnp.zeros(1, jnp.int32), start), cache)
+        return attend(RULES, x, x, x, at(angle, jnp.zeros(1, jnp.int32), start), cache)
 
     compiled = jax.jit(step, donate_argnums=1).lower(one, cache, jnp.int32(3)).compile()
     assert "spqr_attend" in compiled.as_text()

@@ -48,7 +48,7 @@ def test_the_sensitivity_is_the_gradient_of_the_loss(tiny_model, tiny_batches):
 
         config = tiny_model.config
         where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
-        state = decoder.State(decoder.embed(tiny_model.outer, tokens))
+        state = decoder.State(decoder.embed(config, tiny_model.outer, tokens, where))
         for index, block in enumerate(tiny_model.layers):
 
             def linear(name, w, x, index=index):
@@ -139,7 +139,7 @@ def test_a_plan_can_be_kept_and_repeated(wide_model, tiny_batches):
 def test_a_measured_plan_beats_one_width_at_equal_bits(wide_model, tiny_batches):
     """One layer's output hardly matters: a plan notices, equal widths do not."""
     layers = list(wide_model.layers)
-    layers[1] = dataclasses.replace(layers[1], o_proj=layers[1].o_proj * 0.01, down_proj=layers[1].down_proj * 0.01)
+    layers[1] = layers[1].replace({name: layers[1][name] * 0.01 for name in ("o_proj", "down_proj")})
     model = dataclasses.replace(wide_model, layers=tuple(layers))
     tokens = jax.random.randint(jax.random.key(1), (4, 32), 0, model.config.vocab_size)
     scores = jax.nn.log_softmax(forward(model, tokens))

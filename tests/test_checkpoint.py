@@ -187,7 +187,7 @@ def test_arrays_are_validated_on_load(tmp_path, quantized):
     assert isinstance(array, SpQRArray)
     cols = np.asarray(array.outlier_cols).copy()
     cols[0] = 60000
-    block = dataclasses.replace(quantized.layers[0], q_proj=dataclasses.replace(array, outlier_cols=jnp.asarray(cols)))
+    block = quantized.layers[0].replace({"q_proj": dataclasses.replace(array, outlier_cols=jnp.asarray(cols))})
     save(tmp_path / "m", dataclasses.replace(quantized, layers=(block, quantized.layers[1])))
     with pytest.raises(CheckpointError, match=r"q_proj.*outlier_cols are not all in"):
         load(tmp_path / "m")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_files import VARIANTS, torch_model, write_gguf
+from family_files import VARIANTS, torch_config, torch_model, write_gguf
 
-from spqr_jax import Generator, ModelError, SpQRConfig, forward, quantize
+from spqr_jax import Generator, SpQRConfig, forward, quantize
 from spqr_jax.blocks import collect
 from spqr_jax.checkpoint import load, save
-from spqr_jax.models.families import FAMILIES, family_of_hf
+from spqr_jax.models.families import family_of_hf
 from spqr_jax.models.gguf import GGUFFile, open_gguf
-from spqr_jax.models.hf import hf_config, hf_tensors, open_hf, write_hf
+from spqr_jax.models.hf import hf_config, open_hf, write_hf
 from spqr_jax.models.weights import random_decoder
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra `parity`): transformers' models cannot run")
@@ -37,6 +37,11 @@ def pair(tmp_path_factory):
         return made[variant]
 
     return get
+
+
+def config_of(variant):
+    values = torch_config(variant).to_dict()
+    return family_of_hf(values).from_hf(values)
 
 
 def their_logits(model, tokens, padding=None):
@@ -108,3 +113,70 @@ def test_quantized_saved_loaded_and_run(pair, variant, tmp_path):
     assert np.corrcoef(np.ravel(dense), np.ravel(rounded))[0, 1] > 0.9
     text = Generator(loaded)([tokens[0, :20].tolist()], max_new_tokens=6, stop_tokens=())
     assert len(text.tokens[0]) == 6
+
+
+# ---- GGUF -------------------------------------------------------------------------------
+
+# Name -> (variant, changes to it that make it one that GGUF can say, entries of the header).
+GGUF_VARIANTS = {
+    "llama": ("llama", {}, {}),
+    "mistral": ("mistral", {}, {"attention.sliding_window": 24}),
+    "qwen2": ("qwen2", {}, {}),
+    "qwen3": ("qwen3", {}, {}),
+    "gemma2": (
+        "gemma2",
+        {"query_scale": 0.25},
+        {"attention.sliding_window": 24, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3": (
+        "gemma3",
+        {"query_scale": 0.25, "num_layers": 6, "local_layers": (0, 1, 2, 3, 4), "rope_factors": None},
+        {"attention.sliding_window": 24},
+    ),
+    "phi3": ("phi3", {}, {"attention.sliding_window": 24}),
+    "falcon 7b": ("falcon 7b", {}, {}),
+    "falcon 40b": ("falcon 40b", {"qkv_bias": False, "o_bias": False, "mlp_bias": False}, {}),
+    "gpt2": ("gpt2", {}, {}),
+    "mixtral": (
+        "mixtral",
+        {"sliding_window": None, "local_layers": ()},
+        {"expert_count": 4, "expert_used_count": 2},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"dense_layers": ()},
+        {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 32},
+    ),
+}
+READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "falcon 7b", "gpt2", "qwen3_moe")
+
+
+def gguf_model(name):
+    variant, changes, keys = GGUF_VARIANTS[name]
+    config = dataclasses.replace(config_of(variant), **changes)
+    return random_decoder(config, seed=5), keys
+
+
+@pytest.mark.parametrize("name", GGUF_VARIANTS)
+def test_gguf_files_are_read_back(tmp_path, name):
+    model, keys = gguf_model(name)
+    loaded = collect(open_gguf(GGUFFile(write_gguf(tmp_path / "m.gguf", model, keys=keys)), jnp.float32))
+    wanted = dataclasses.replace(model.config, norm_eps=loaded.config.norm_eps)  # GGUF keeps it as float32
+    assert loaded.config == wanted
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-7)  # Gemma's norms have a 1 added and taken away
+
+
+@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
+def test_gguf_files_mean_the_same_to_transformers(tmp_path, name, monkeypatch):
+    """It knows from llama.cpp's converter in which order rows lie, and what is added to norms."""
+    import transformers
+
+    model, keys = gguf_model(name)
+    write_gguf(tmp_path / "m.gguf", model, keys=keys)
+    config = transformers.AutoConfig.for_model(**hf_config(model.config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", config=config, dtype=torch.float32
+    ).eval()
+    tokens = random_tokens(1, 40)
+    np.testing.assert_allclose(forward(model, jnp.asarray(tokens)), their_logits(theirs, tokens), atol=1e-4, rtol=1e-4)

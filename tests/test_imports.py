@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
     ["errors", "_compat"],
+    ["atomic"],
     ["packing"],
     ["layout"],
     ["config", "sampling", "data"],
@@ -27,7 +28,7 @@ LAYERS = [
     ["budget", "tune"],
     ["quantize", "generate"],
     ["speed"],
-    ["checkpoint"],
+    ["checkpoint", "formats"],
     ["resolve", "inspection"],
     ["cli"],
     ["__main__", "__init__"],

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_files import write_gguf
 from safetensors.numpy import save_file
 
-from spqr_jax import ModelError, forward, generate
+from spqr_jax import ModelError, forward
 from spqr_jax.blocks import collect
-from spqr_jax.models.config import config_from_hf
 from spqr_jax.models.decoder import random_decoder
+from spqr_jax.models.families import family_of_hf
 from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.models.hf import hf_config, hf_tensors, open_hf
 
@@ -37,101 +38,12 @@ def write_hf(directory, model, shards=1, config=None, tensors=None):
     return directory
 
 
-def write_gguf(path, model, quantization=None):
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_eos_token_id(config.eos_token_ids[0])
-
-    def neighbours(w, heads):  # the order of rows that llama.cpp's converter makes
-        return np.asarray(w).reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-
-    def add(name, value):
-        value = np.asarray(value)
-        if quantization is not None and value.ndim == 2:
-            raw = gguf.quants.quantize(value, quantization)
-            writer.add_tensor(name, raw, raw_dtype=quantization)
-        else:
-            writer.add_tensor(name, value)
-
-    add("token_embd.weight", model.outer.embed_tokens)
-    add("output_norm.weight", model.outer.final_norm)
-    if model.outer.lm_head is not None:
-        add("output.weight", model.outer.lm_head)
-    for i, block in enumerate(model.layers):
-        add(f"blk.{i}.attn_norm.weight", block.attention_norm)
-        add(f"blk.{i}.attn_q.weight", neighbours(block.q_proj, config.num_heads))
-        add(f"blk.{i}.attn_k.weight", neighbours(block.k_proj, config.num_kv_heads))
-        add(f"blk.{i}.attn_v.weight", block.v_proj)
-        add(f"blk.{i}.attn_output.weight", block.o_proj)
-        add(f"blk.{i}.ffn_norm.weight", block.mlp_norm)
-        for name in ("gate", "up", "down"):
-            add(f"blk.{i}.ffn_{name}.weight", getattr(block, f"{name}_proj"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def assert_same_tree(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-# ---- against transformers ---------------------------------------------------------------
-
-VARIANTS = {
-    "plain": {},
-    "tied head": {"tie_word_embeddings": True},
-    "llama 3 rotary": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
-    },
-    "linear rotary": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-}
-
-
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_logits_match_transformers(tmp_path, tiny_config, changes):
-    torch = pytest.importorskip(
-        "torch", reason="torch is not installed (extra `parity`): transformers' own model cannot be run"
-    )
-    import transformers
-
-    torch.manual_seed(0)
-    config = hf_config(tiny_config) | changes
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.15 + (parameter.ndim == 1))
-    theirs.save_pretrained(tmp_path)
-    ours = collect(open_hf(tmp_path, jnp.float32))
-    tokens = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (2, 100))
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    np.testing.assert_allclose(forward(ours, jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
-
-    new = generate(ours, [tokens[0, :9].tolist(), tokens[1, :17].tolist()], max_new_tokens=12, stop_tokens=())
-    for row, length in ((0, 9), (1, 17)):
-        with torch.no_grad():
-            greedy = theirs.generate(
-                torch.from_numpy(tokens[row : row + 1, :length]), max_new_tokens=12, min_new_tokens=12, do_sample=False
-            )
-        assert new.tokens[row] == greedy[0, length:].tolist()
+# ---- the forward pass ------------------------------------------------------------------
 
 
 def test_left_padding_changes_nothing(tiny_model):
@@ -243,13 +155,20 @@ def test_a_broken_gguf_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["FooForCausalLM"], "model_type": "foo"}, "FooForCausalLM.*supported: LlamaForCausalLM"),
-        ({"attention_bias": True}, "biases"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        (
+            {"architectures": ["FooForCausalLM"], "model_type": "foo"},
+            "Foo.*supported: llama .*adding-a-model",
+        ),
+        ({"hidden_act": "tanh"}, "tanh"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"num_key_value_heads": 3}, "cannot share"),
+        ({"model_type": "falcon", "alibi": True}, "alibi"),
+        ({"model_type": "opt", "do_layer_norm_before": False, "ffn_dim": 8}, "do_layer_norm_before"),
+        ({"model_type": "gpt2"}, "lacks n_embd"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )
 def test_what_we_do_not_run_is_refused(tiny_config, changes, says):
+    values = hf_config(tiny_config) | changes
     with pytest.raises(ModelError, match=says):
-        config_from_hf(hf_config(tiny_config) | changes)
+        family_of_hf(values).from_hf(values)

@@ -23,8 +23,9 @@ from spqr_jax import (
 )
 from spqr_jax.blocks import TreeSource
 from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
+from spqr_jax.models.config import BlockKind
 from spqr_jax.models.decoder import plain_linear
-from spqr_jax.quantize import WEIGHT_NAMES, quantize_blocks
+from spqr_jax.quantize import quantize_blocks
 
 GPTQ8 = SpQRConfig.gptq(8, 16)
 
@@ -33,6 +34,9 @@ def divergence(model, other, tokens):
     """Mean KL divergence of the next-token distributions."""
     p, q = (jax.nn.log_softmax(forward(m, tokens)) for m in (model, other))
     return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +48,8 @@ def tokens(tiny_config):
 def test_every_matrix_is_quantized_and_nothing_else(tiny_model, tiny_batches, tokens, sequential):
     quantized = quantize(tiny_model, tiny_batches, SpQRConfig(sequential=sequential))
     for block in quantized.layers:
-        for field in dataclasses.fields(block):
-            weight = getattr(block, field.name)
-            assert isinstance(weight, SpQRArray) == (field.name in WEIGHT_NAMES)
+        for name, weight in block.items():
+            assert isinstance(weight, SpQRArray) == (name in MATRICES)
             if isinstance(weight, SpQRArray):
                 weight.validate()
     assert quantized.outer is tiny_model.outer or quantized.outer == tiny_model.outer
@@ -69,7 +72,7 @@ def test_odd_sizes(odd_model, tiny_batches, tokens):
 def test_the_first_stage_sees_the_hessian_of_its_inputs(tiny_model, tiny_batches):
     """The recording pass gives the very Gram matrix of what q, k and v read."""
     activations = Activations(tiny_model.config, tiny_model.outer, tiny_batches)
-    assert [names for names, _ in stage_groups(tiny_model.config, 0)] == [("q_proj", "k_proj", "v_proj")]
+    assert [names for names, _ in stage_groups(tiny_model.config, BlockKind(), 0)] == [("q_proj", "k_proj", "v_proj")]
     (hessian,) = activations.hessians(0, tiny_model.layers[0])
     total = empty_hessian(64)
     for batch in tiny_batches:
@@ -133,7 +136,7 @@ def test_rules_skip_and_change_bits(tiny_model, tiny_batches):
         rules=(LayerRule(r"layers\.0\..*_proj", skip=True), LayerRule("down_proj", bits=4), LayerRule("k_proj", bits=2))
     )
     quantized = quantize(tiny_model, tiny_batches, config)
-    assert not any(isinstance(getattr(quantized.layers[0], n), SpQRArray) for n in WEIGHT_NAMES)
+    assert not any(isinstance(getattr(quantized.layers[0], n), SpQRArray) for n in MATRICES)
     assert [quantized.layers[1].down_proj.bits, quantized.layers[1].k_proj.bits] == [4, 2]
     assert quantized.layers[1].q_proj.bits == 3
 
@@ -290,4 +293,4 @@ def test_inference_ignores_names(tiny_model):
 
 def test_thresholds_of_infinity_keep_nothing_apart(tiny_model, tiny_batches):
     quantized = quantize(tiny_model, tiny_batches, SpQRConfig(outlier_threshold=math.inf))
-    assert all(getattr(block, name).nnz == 0 for block in quantized.layers for name in WEIGHT_NAMES)
+    assert all(getattr(block, name).nnz == 0 for block in quantized.layers for name in MATRICES)

@@ -15,6 +15,6 @@ it is whole. Nothing is pickled.
 """
 
 from spqr_jax.checkpoint.reading import CheckpointSource, is_checkpoint, load
-from spqr_jax.checkpoint.writing import CheckpointSink, refuse_existing, save
+from spqr_jax.checkpoint.writing import CheckpointSink, save
 
-__all__ = ["CheckpointSink", "CheckpointSource", "is_checkpoint", "load", "refuse_existing", "save"]
+__all__ = ["CheckpointSink", "CheckpointSource", "is_checkpoint", "load", "save"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import numpy as np
 
 from spqr_jax._compat import orbax_v1
 from spqr_jax.array import SpQRArray
+from spqr_jax.atomic import AtomicDirectory
 from spqr_jax.blocks import TreeSource
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, META_FIELDS, fingerprint, leaves_of, orbax_context
 from spqr_jax.config import SpQRConfig
@@ -50,25 +48,22 @@ class CheckpointSink:
         provenance: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self._path = Path(path).absolute()
-        refuse_existing(self._path, overwrite)
+        self._directory = AtomicDirectory(path, overwrite)
         self._config, self._quantization = config, quantization
         self._tokenizer, self._provenance = tokenizer, provenance or {}
         self._layer_stats: dict[str, dict[str, float]] = {}
         self._blocks: set[int] = set()
         self._has_outer = False
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.partial-", dir=self._path.parent))
+        self._partial = self._directory.partial
 
     def __enter__(self) -> CheckpointSink:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        with self._directory:
+            if error is not None:
+                raise error
+            self._finish()
 
     def record(self, path: str, stats: dict[str, float]) -> None:
         """Keeps what quantizing the weight at `path` did; call before its block is put."""
@@ -98,24 +93,6 @@ class CheckpointSink:
             raise CheckpointError(f"the checkpoint is incomplete: blocks {missing} or the outer weights were never put")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(self._partial)
-        self._partial.chmod(0o755)  # mkdtemp's own is for this user alone
-        if self._path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.old-", dir=self._path.parent))
-            os.replace(self._path, old / "old")
-            os.replace(self._partial, self._path)
-            shutil.rmtree(old)
-        else:
-            os.replace(self._partial, self._path)
-
-
-def refuse_existing(path: Path | str, overwrite: bool) -> None:
-    """Says at once what a `CheckpointSink` would say, before work is done for it.
-
-    Raises:
-      CheckpointError: `path` exists and `overwrite` is not set.
-    """
-    if Path(path).exists() and not overwrite:
-        raise CheckpointError(f"{path} exists already: choose another directory, or ask to overwrite it")
 
 
 def _write(directory: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:

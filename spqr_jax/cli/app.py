@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from spqr_jax.atomic import refuse_existing
 from spqr_jax.blocks import TreeSink, collect
 from spqr_jax.budget import plan_budget
 from spqr_jax.calibrate import batched
-from spqr_jax.checkpoint import CheckpointSink, CheckpointSource, refuse_existing
+from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
 from spqr_jax.cli import interrupt
 from spqr_jax.cli.bench import bench
 from spqr_jax.cli.display import (
@@ -30,6 +32,7 @@ from spqr_jax.cli.display import (
     table,
     write_json,
 )
+from spqr_jax.cli.export import export
 from spqr_jax.cli.options import (
     Data,
     Dtype,
@@ -64,6 +67,7 @@ app = typer.Typer(
 
 
 app.command()(bench)
+app.command()(export)
 
 
 @app.command()
@@ -152,7 +156,9 @@ def quantize(
     batches, calibration, windows = None, None, None
     if config.needs_calibration or tuning is not None:
         calib = calib or default_corpus()
-        windows = calibration_windows(read_tokens(calib, "calibration", opened), seqlen, nsamples, seed, calib)
+        windows = calibration_windows(
+            read_tokens(calib, "calibration", opened), seqlen, nsamples, seed, calib, opened.first_token
+        )
         batches = batched(windows)
         calibration = {"data": calib, "windows": len(windows), "seqlen": seqlen, "seed": seed}
     begun = time.perf_counter()
@@ -165,6 +171,7 @@ def quantize(
         config = plan.config(config)
     paths = quantizable_paths(opened.source, config)
     provenance: dict[str, Any] = {"model": model, "method": method, "calibration": calibration, "tuned": None}
+    provenance["command"] = shlex.join(["spqr", *sys.argv[1:]])
     if plan is not None:
         provenance["target_bits"] = plan.target_bits
     memory = TreeSink(opened.source.config)
@@ -241,7 +248,7 @@ def perplexity(
     """Measure perplexity over windows that do not overlap."""
     opened = open_model(model, dtype, say)
     data = data or default_corpus()
-    tokens = evaluation_windows(read_tokens(data, "evaluation", opened), seqlen, windows, data)
+    tokens = evaluation_windows(read_tokens(data, "evaluation", opened), seqlen, windows, data, opened.first_token)
     params = collect(opened.source)
     with progress_bar("perplexity", len(tokens)) as advance:
         result = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))

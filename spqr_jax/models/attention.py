@@ -86,16 +86,29 @@ def rotate(x: jax.Array, rotary: Rotary | None) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rules:
-    """What attention of one kind of block does besides: a window, a cap on scores."""
+class AttentionRules:
+    """What attention of one kind of block does besides the formula.
 
-    window: int | None
-    softcap: float | None
+    Attributes:
+      local: it reads the local blocks' rotary angles.
+      window: keys that a query sees, its own included; None for all before it.
+      softcap: s in s · tanh(scores / s), or None.
+      scale: factor on scores; None for head_dim^-1/2.
+    """
+
+    local: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+
+    @classmethod
+    def of(cls, config: DecoderConfig, local: bool) -> AttentionRules:
+        """Those of a model's local blocks, or of the others."""
+        return cls(local, config.sliding_window if local else None, config.attention_softcap, config.query_scale)
 
 
 def attend(
-    config: DecoderConfig,
-    local: bool,
+    rules: AttentionRules,
     q: jax.Array,  # [batch, tokens, heads, head_dim]
     k: jax.Array,  # [batch, tokens, kv_heads, head_dim]
     v: jax.Array,
@@ -104,16 +117,14 @@ def attend(
 ) -> tuple[jax.Array, KVCache | None]:
     """Rotary embedding of queries and keys, then causal attention, softmax in float32.
 
-    A `local` block's queries see the last `config.sliding_window` keys only. More than one
-    token at a time is a prefill and starts an empty cache; one reads what is cached.
+    More than one token at a time is a prefill and starts an empty cache; one reads what is cached.
 
     Returns:
       [batch, tokens, heads * head_dim] and the cache with the new keys and values.
     """
-    rules = _Rules(config.sliding_window if local else None, config.attention_softcap)
-    if config.query_scale is not None:  # beside the head_dim^-1/2 that comes later
-        q = q * jnp.asarray(config.query_scale * config.head_dim**0.5, q.dtype)
-    rotary = where.local_rotary if local else where.rotary
+    if rules.scale is not None:  # beside the head_dim^-1/2 that comes later
+        q = q * jnp.asarray(rules.scale * q.shape[-1] ** 0.5, q.dtype)
+    rotary = where.local_rotary if rules.local else where.rotary
     if cache is not None and q.shape[1] == 1:
         out, cache = _attend_cache(rules, q, k, v, rotary, where, cache)
         return _merge_heads(out[..., None, :]), cache
@@ -131,7 +142,7 @@ def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> K
 
 
 def _attend_cache(
-    rules: _Rules,
+    rules: AttentionRules,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -198,7 +209,7 @@ def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _attend_self(rules: _Rules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+def _attend_self(rules: AttentionRules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
     """Self-attention of whole sequences, heads split."""
     batch, kv_heads = k.shape[:2]
     each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
@@ -228,7 +239,7 @@ def _merge_heads(out: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, kv_heads * share * head_dim)
 
 
-def _attend_queries(rules: _Rules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+def _attend_queries(rules: AttentionRules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
     """One sequence's queries [share, tokens, head_dim] in chunks, each against the keys that it can see."""
     chunks = []
     for begin in range(0, q.shape[1], _QUERY_CHUNK):
@@ -242,7 +253,13 @@ def _attend_queries(rules: _Rules, q: jax.Array, k: jax.Array, v: jax.Array, pad
 
 
 def _attend_head(
-    rules: _Rules, q: jax.Array, k: jax.Array, v: jax.Array, query: jax.Array, key: jax.Array, padding: jax.Array
+    rules: AttentionRules,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    padding: jax.Array,
 ) -> jax.Array:
     """Queries [share, tokens, head_dim] against keys and values [length, head_dim], softmax in float32.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from spqr_jax.linear import take_rows
 from spqr_jax.models import experts
-from spqr_jax.models.attention import KVCache, Positions, attend, positions
+from spqr_jax.models.attention import AttentionRules, KVCache, Positions, attend, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.products import Linear, activate, plain_linear, products
 from spqr_jax.models.weights import Block, Decoder, Outer, Weight, abstract_decoder, matrix_names, random_decoder
@@ -95,7 +95,7 @@ def _attention(config: DecoderConfig, block: Block, state: State, where: Positio
     k, v = (each.reshape(batch, tokens, config.num_kv_heads, config.head_dim) for each in (k, v))
     if config.qk_norm:
         q, k = norm(config, block, "q_norm", q), norm(config, block, "k_norm", k)
-    inner, cache = attend(config, block.kind.local, q, k, v, where, state.cache)
+    inner, cache = attend(AttentionRules.of(config, block.kind.local), q, k, v, where, state.cache)
     return State(state.residual, inner, cache, state.residual if config.parallel else None)
 
 

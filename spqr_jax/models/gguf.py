@@ -10,54 +10,58 @@ import numpy as np
 
 from spqr_jax.errors import ModelError
 from spqr_jax.models.families import names_of_gguf
+from spqr_jax.models.gguf_header import BadHeader, read_header, tensor_bytes
 from spqr_jax.models.names import TensorSource
 
 _WEIGHTS_AT_ONCE = 1 << 24  # that are read and dequantized before they take the type asked for
 
 
 class GGUFFile:
-    """An open GGUF file: its key-value header, and its tensors, read when asked for."""
+    """An open GGUF file: its key-value header, and its tensors, read when asked for.
+
+    Raises:
+      ModelError: no GGUF file, another version, or truncated.
+    """
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.label, self._path = str(path), path
         try:
-            self._reader = gguf.GGUFReader(path)
-            self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        except Exception as error:  # the package raises many kinds on a damaged file
-            raise ModelError(f"{path} cannot be read as GGUF: {error or type(error).__name__}") from None
+            self._entries, self._tensors = read_header(path)
+            self._sizes = {name: tensor_bytes(entry) for name, entry in self._tensors.items()}
+            ends = [entry.offset + self._sizes[name][1] for name, entry in self._tensors.items()]
+            if max(ends, default=0) > path.stat().st_size:
+                raise BadHeader(f"it has {path.stat().st_size} bytes, and tensors up to byte {max(ends)}: truncated?")
+        except (BadHeader, OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{path} cannot be read as GGUF: {error}") from None
 
     def get(self, key: str, default: Any = None) -> Any:
         """A header entry, or `default`."""
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        return self._entries.get(key, default)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        return {name: entry.shape for name, entry in self._tensors.items()}
 
     def read(self, name: str, dtype: Any) -> np.ndarray:
         """One tensor. Some rows at a time, not mapped: of the file nothing stays in memory."""
         import gguf
 
-        tensor, shape = self._tensors[name], self.shapes()[name]
-        rows = math.prod(shape[:-1])
-        width = int(tensor.n_bytes) // rows
-        step = max(1, _WEIGHTS_AT_ONCE // shape[-1])
-        values = np.empty((rows, shape[-1]), dtype)
+        entry, (kind, size) = self._tensors[name], self._sizes[name]
+        rows = math.prod(entry.shape[:-1])
+        width, step = size // rows, max(1, _WEIGHTS_AT_ONCE // entry.shape[-1])
+        values = np.empty((rows, entry.shape[-1]), dtype)
         try:
             with self._path.open("rb") as file:
-                file.seek(int(tensor.data_offset))
+                file.seek(entry.offset)
                 for first in range(0, rows, step):
                     raw = np.fromfile(file, np.uint8, width * min(step, rows - first)).reshape(-1, width)
-                    values[first : first + step] = gguf.quants.dequantize(raw, tensor.tensor_type)
+                    values[first : first + step] = gguf.quants.dequantize(raw, kind)
         except NotImplementedError:
             raise ModelError(
-                f"{self.label}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantized here"
+                f"{self.label}: tensor {name} has type {kind.name}, which cannot be dequantized here"
             ) from None
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.label}: tensor {name} cannot be read: {error}") from None
-        return values.reshape(shape)
+        return values.reshape(entry.shape)
 
 
 def open_gguf(file: GGUFFile, dtype: Any) -> TensorSource:

@@ -43,9 +43,11 @@ class SafetensorsReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def read(self, name: str, dtype: Any) -> np.ndarray:
+    def read(self, name: str, dtype: Any = None) -> np.ndarray:
+        """One tensor, an array of its own; `dtype` None for the file's."""
         with _open_safetensors(self._files[name]) as file:
-            return np.asarray(file.get_tensor(name)).astype(dtype, copy=False)
+            value = np.asarray(file.get_tensor(name))
+        return value if dtype is None else value.astype(dtype, copy=False)
 
 
 def _open_safetensors(path: Path) -> Any:

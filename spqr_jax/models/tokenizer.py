@@ -12,7 +12,7 @@ from spqr_jax.models.gguf import GGUFFile
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
-_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of special tokens
+_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4  # tokenizer.ggml.token_type
 
 _GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_WORDS = (
@@ -140,13 +140,17 @@ def _sentencepiece_bpe(file: GGUFFile) -> Any:
 
 
 def _add_special_tokens(file: GGUFFile, tokenizer: Any, add_bos: bool) -> None:
-    """Control tokens, and the BOS token before a text where the file (or its kind) wants one."""
+    """Tokens that are found before all others, and a BOS token before a text where the file (or its kind) wants one."""
     from tokenizers import AddedToken, processors
 
     tokens = file.get("tokenizer.ggml.tokens")
     types = file.get("tokenizer.ggml.token_type") or []
-    control = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
+    by_kind: dict[int, list[Any]] = {}
+    for token, kind in zip(tokens, types, strict=False):
+        if kind in (_CONTROL_TOKEN, _USER_DEFINED_TOKEN):
+            by_kind.setdefault(kind, []).append(AddedToken(token, normalized=False))
+    tokenizer.add_special_tokens(by_kind.get(_CONTROL_TOKEN, []))
+    tokenizer.add_tokens(by_kind.get(_USER_DEFINED_TOKEN, []))
     bos = file.get("tokenizer.ggml.bos_token_id")
     if bos is not None and file.get("tokenizer.ggml.add_bos_token", add_bos):
         tokenizer.post_processor = processors.TemplateProcessing(

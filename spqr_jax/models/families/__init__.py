@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spqr_jax.errors import ModelError
+from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families.falcon import FALCON
 from spqr_jax.models.families.family import Family, GGUFNames
 from spqr_jax.models.families.gemma import GEMMA2, GEMMA3
@@ -63,4 +64,9 @@ def names_of_gguf(header: Any) -> GGUFNames:
     return known[architecture]
 
 
-__all__ = ["FAMILIES", "Family", "GGUFNames", "family_of_hf", "names_of_gguf"]
+def first_token(config: DecoderConfig) -> int | None:
+    """The token that every window of text should begin with; None for a model that minds none."""
+    return config.bos_token_id if FAMILIES[config.family].starts_with_bos else None
+
+
+__all__ = ["FAMILIES", "Family", "GGUFNames", "family_of_hf", "first_token", "names_of_gguf"]

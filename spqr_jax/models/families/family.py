@@ -41,6 +41,7 @@ class Family:
       table: names of the tensors in Hugging Face directories.
       gguf: the family in GGUF files, where it has one.
       other_names: further values of ``model_type``.
+      starts_with_bos: made for texts that begin with the BOS token, and of no use without it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     table: Table
     gguf: tuple[GGUFNames, ...] = ()
     other_names: tuple[str, ...] = ()
+    starts_with_bos: bool = False
 
 
 # ---- config.json --------------------------------------------------------------------------------

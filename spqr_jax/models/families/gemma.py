@@ -143,6 +143,7 @@ GEMMA2 = Family(
     lambda config: _to_hf(config, "Gemma2ForCausalLM"),
     _TABLE,
     (GGUFNames("gemma2", _gemma2_from_gguf, _GGUF_TABLE),),
+    starts_with_bos=True,
 )
 
 
@@ -196,4 +197,5 @@ GEMMA3 = Family(
     _TABLE,
     (GGUFNames("gemma3", _gemma3_from_gguf, _GGUF_TABLE),),
     other_names=("gemma3",),
+    starts_with_bos=True,
 )

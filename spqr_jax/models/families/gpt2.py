@@ -17,7 +17,7 @@ from spqr_jax.models.families.family import (
     refuse,
 )
 from spqr_jax.models.families.packings import QKV_STACKED, QKV_TRANSPOSED, TRANSPOSED
-from spqr_jax.models.names import Table, block_rows, outer_rows
+from spqr_jax.models.names import Table, block_rows, outer_rows, with_biases
 
 _QKV = tuple(f"{name}_proj" for name in "qkv")
 _QKV_BIAS = tuple(f"{name}_proj_bias" for name in "qkv")
@@ -108,9 +108,7 @@ _GGUF_TABLE = Table(
     + outer_rows({"output_norm.bias": "final_norm_bias", "position_embd.weight": "embed_positions"})
     + block_rows(
         _GGUF_BLOCK,
-        llama.GGUF_ATTENTION
-        | llama.GGUF_MLP
-        | {"attn_norm.bias": "attention_norm_bias", "ffn_norm.bias": "mlp_norm_bias"},
+        llama.GGUF_MLP | with_biases({"attn_norm": "attention_norm", "ffn_norm": "mlp_norm", "attn_output": "o_proj"}),
     )
     + block_rows(_GGUF_BLOCK, {"attn_qkv.weight": _QKV, "attn_qkv.bias": _QKV_BIAS}, QKV_STACKED)
 )

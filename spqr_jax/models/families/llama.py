@@ -151,7 +151,7 @@ LLAMA = Family(
     TABLE,
     (GGUFNames("llama", _llama_from_gguf, Table(LLAMA_GGUF_ROWS, ignored=GGUF_IGNORED)),),
 )
-MISTRAL = Family("mistral", "MistralForCausalLM", _mistral_from_hf, _mistral_to_hf, TABLE)
+MISTRAL = Family("mistral", "MistralForCausalLM", _mistral_from_hf, _mistral_to_hf, TABLE, LLAMA.gguf)
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",

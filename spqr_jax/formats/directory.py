@@ -1,0 +1,83 @@
+"""Hugging Face directories that grow tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spqr_jax.atomic import AtomicDirectory
+
+_SHARD_BYTES = 4 << 30
+
+
+class HFDirectory:
+    """A directory of config.json and safetensors, sharded if it is large; a context manager as `AtomicDirectory` is.
+
+    Args:
+      path: directory to make.
+      shard_bytes: bytes of tensors a file, about.
+      overwrite: replace an existing directory, once the new one is whole.
+
+    Raises:
+      CheckpointError: `path` exists and `overwrite` is not set.
+    """
+
+    def __init__(self, path: Path, *, shard_bytes: int = _SHARD_BYTES, overwrite: bool = False) -> None:
+        self._directory, self._shard_bytes = AtomicDirectory(path, overwrite), shard_bytes
+        self._partial = self._directory.partial
+        self._waiting: dict[str, np.ndarray] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> HFDirectory:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        with self._directory:
+            if error is not None:
+                raise error
+            self._finish()
+
+    def add(self, tensors: dict[str, np.ndarray]) -> None:
+        """Takes tensors, each once."""
+        for name, value in tensors.items():
+            self._waiting[name] = np.ascontiguousarray(value)
+            self._bytes += value.nbytes
+        if sum(value.nbytes for value in self._waiting.values()) >= self._shard_bytes:
+            self._write_shard()
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """A JSON file beside the weights."""
+        (self._partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file beside the weights."""
+        (self._partial / name).write_text(text, encoding="utf-8")
+
+    def save_tokenizer(self, tokenizer: Any) -> None:
+        """A transformers tokenizer beside the weights."""
+        tokenizer.save_pretrained(self._partial)
+
+    def _write_shard(self) -> None:
+        from safetensors.numpy import save_file
+
+        self._shards.append(list(self._waiting))
+        save_file(self._waiting, self._partial / f"{len(self._shards)}.part", metadata={"format": "pt"})
+        self._waiting = {}
+
+    def _finish(self) -> None:
+        if self._waiting or not self._shards:
+            self._write_shard()
+        count = len(self._shards)
+        where: dict[str, str] = {}
+        for index, names in enumerate(self._shards, 1):
+            file = "model.safetensors" if count == 1 else f"model-{index:05d}-of-{count:05d}.safetensors"
+            os.replace(self._partial / f"{index}.part", self._partial / file)
+            where |= dict.fromkeys(names, file)
+        if count > 1:
+            index_values = {"metadata": {"total_size": self._bytes}, "weight_map": where}
+            self.write_json("model.safetensors.index.json", index_values)
