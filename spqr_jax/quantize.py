@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ class LayerReport:
     seconds: float
 
 
+_LEAST_DAMPING = 0.01  # that is multiplied for experts which few tokens reach
 _TRIES = 6  # times that weights are solved at most to keep to a budget
 
 OnLayer = Callable[[LayerReport], None]
@@ -144,6 +146,7 @@ def quantize_blocks(
             block = solver.sequential(activations, block, prefix, last)
         else:
             block = solver.parallel(activations, block, prefix, last)
+        solver.warn_of_starved(prefix)
         sink.put_block(index, block)
     if own is not None:
         hessian = activations.head_hessian(outer) if activations is not None and calibrates_head else None
@@ -180,6 +183,7 @@ class _BlockSolver:
         self, config: SpQRConfig, report: _Reporter, ledger: Ledger | None, activations: Activations | None
     ) -> None:
         self._config, self._report, self._ledger = config, report, ledger
+        self.starved: dict[str, int] = {}  # experts of the block at hand that few tokens reached, and how many
         # The same text on its way through the dense model.
         self._dense = activations.copy() if activations is not None and config.corrects_drift else None
 
@@ -234,6 +238,8 @@ class _BlockSolver:
         dense = block if dense is None else dense
         together: dict[int, list[str]] = {}
         configs = {name: own for name in names if (own := self._config.for_path(prefix + name)) is not None}
+        if hessian is not None and names[0].startswith("experts."):
+            configs = self._damped_by_need(configs, hessian)
         for name in configs:
             together.setdefault(getattr(block, name).shape[1], []).append(name)
         for members in together.values():
@@ -248,6 +254,29 @@ class _BlockSolver:
             for name, one in zip(members, solved, strict=True):
                 self._report(prefix + name, one.array, one.stats)
         return block, dense
+
+    def _damped_by_need(self, configs: dict[str, SpQRConfig], hessian: Hessian) -> dict[str, SpQRConfig]:
+        """More damping for an expert that fewer tokens reach than it has inputs: its Hessian knows too few directions.
+
+        With no tokens at all the Hessian is the identity, and its weights are rounded to nearest.
+        """
+        tokens, width = float(hessian.tokens), hessian.gram.shape[0]
+        if tokens >= width:
+            return configs
+        self.starved |= {name.split(".")[1]: int(tokens) for name in configs}
+        more = width / max(tokens, 1.0)
+        return {n: dataclasses.replace(c, damping=max(c.damping, _LEAST_DAMPING) * more) for n, c in configs.items()}
+
+    def warn_of_starved(self, prefix: str) -> None:
+        """Once a block: the experts that calibration text hardly reached."""
+        if self.starved:
+            listed = ", ".join(f"{expert} ({tokens})" for expert, tokens in self.starved.items())
+            warnings.warn(
+                f"{prefix.rstrip('.')}: calibration text hardly reaches these experts (tokens): {listed}. They are "
+                "quantized with more damping; more text (--nsamples) tells more of them",
+                stacklevel=2,
+            )
+            self.starved = {}
 
     def _quantize(
         self, weights: Sequence[jax.Array], hessian: Hessian | None, configs: dict[str, SpQRConfig]

@@ -160,7 +160,7 @@ def test_a_broken_gguf_is_refused(tmp_path):
             "Foo.*supported: llama .*adding-a-model",
         ),
         ({"hidden_act": "tanh"}, "tanh"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"model_type": "falcon", "alibi": True}, "alibi"),
         ({"model_type": "opt", "do_layer_norm_before": False, "ffn_dim": 8}, "do_layer_norm_before"),

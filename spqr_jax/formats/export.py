@@ -31,7 +31,8 @@ def _parts(source: BlockSource) -> Iterator[tuple[str, dict[str, Any]]]:
 def _dense(path: str, weight: Any, dtype: Any) -> np.ndarray:
     """A weight in `dtype`, which must be able to hold it."""
     values = np.asarray(weight.to_dense() if isinstance(weight, SpQRArray) else weight, np.float32)
-    cast = values.astype(dtype)
+    with np.errstate(over="ignore"):  # what does not fit is refused below
+        cast = values.astype(dtype)
     if not np.all(np.isfinite(cast)):
         raise SpQRError(
             f"{path} has values up to {np.abs(values).max():.3g}, beyond {np.dtype(dtype)}; "
