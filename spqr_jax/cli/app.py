@@ -32,7 +32,7 @@ from spqr_jax.cli.display import (
     table,
     write_json,
 )
-from spqr_jax.cli.export import export
+from spqr_jax.cli.exchange import export, import_original
 from spqr_jax.cli.options import (
     Data,
     Dtype,
@@ -68,6 +68,7 @@ app = typer.Typer(
 
 app.command()(bench)
 app.command()(export)
+app.command("import")(import_original)
 
 
 @app.command()

@@ -1,24 +1,26 @@
-"""`spqr export`: a quantized model for other programs."""
+"""`spqr export` and `spqr import`: quantized models to and from other programs."""
 
 from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import jax.numpy as jnp
 import typer
 
 from spqr_jax.atomic import refuse_existing
-from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.cli.display import console, progress_bar, say
+from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
+from spqr_jax.cli.display import console, progress_bar, say, size
+from spqr_jax.cli.options import Dtype
 from spqr_jax.errors import DataError, ModelError, SpQRError
 from spqr_jax.formats.card import model_card
 from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.formats.export import export_dense, export_hf_spqr
+from spqr_jax.formats.legacy import LegacySource, Outliers
 from spqr_jax.inspection import summarize
 from spqr_jax.models.tokenizer import load_tokenizer
-from spqr_jax.resolve import DTYPES
+from spqr_jax.resolve import DTYPES, default_dtype
 
 FORMATS = ("dense", "hf-spqr")
 
@@ -73,6 +75,50 @@ def export(
     console.print(f"[bold]{out}[/bold]: {', '.join(path.name for path in files)}; {total / 1e6:.1f} MB")
     if push is not None:
         _push(out, push, private)
+
+
+def import_original(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that the original's main.py --save wrote.", show_default=False)
+    ],
+    base: Annotated[Path, typer.Option(help="Directory of the model that it was made from: config.json, tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Directory to write to.")],
+    outliers: Annotated[
+        str,
+        typer.Option(
+            help="replaced: outliers take the place of dense weights, as the folder's own loader has it; added: they "
+            "are added to them, as its converter has it."
+        ),
+    ] = "replaced",
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Read a folder of the original implementation, safely, and write it as a model of ours."""
+    if outliers not in get_args(Outliers):
+        raise SpQRError(f"--outliers must be one of {', '.join(get_args(Outliers))}, got {outliers!r}")
+    refuse_existing(out, overwrite)
+    source = LegacySource(folder, base, jnp.dtype(dtype or default_dtype()), cast(Outliers, outliers))
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(base)
+    except ModelError as error:
+        say(f"no tokenizer is kept: {error}")
+    provenance = {"model": str(base), "method": "original", "calibration": None, "folder": str(folder)}
+    with (
+        CheckpointSink(
+            out, source.config, source.settings(), tokenizer=tokenizer, provenance=provenance, overwrite=overwrite
+        ) as sink,
+        progress_bar("importing", source.config.num_layers) as advance,
+    ):
+        for index in range(source.config.num_layers):
+            sink.put_block(index, source.block(index))
+            advance(f"block {index}")
+        sink.put_outer(source.outer())
+    summary = summarize(CheckpointSource(out))
+    console.print(
+        f"[bold]{out}[/bold]: {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
+        f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in all"
+    )
 
 
 def _generation_config(source: CheckpointSource) -> dict[str, Any]:
