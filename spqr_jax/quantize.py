@@ -121,7 +121,7 @@ def quantize_blocks(
     for `config.target_bits`, or None to make it now.
     """
     outer = source.outer()
-    report = _Reporter(on_layer)
+    report = Reporter(on_layer)
     activations, ledger = None, None
     if config.needs_calibration:
         if calib_batches is None:
@@ -156,7 +156,7 @@ def quantize_blocks(
     sink.put_outer(outer)
 
 
-class _Reporter:
+class Reporter:
     """Tells `on_layer` of each weight, with the time since the last."""
 
     def __init__(self, on_layer: OnLayer | None) -> None:
@@ -180,7 +180,7 @@ class _BlockSolver:
     """
 
     def __init__(
-        self, config: SpQRConfig, report: _Reporter, ledger: Ledger | None, activations: Activations | None
+        self, config: SpQRConfig, report: Reporter, ledger: Ledger | None, activations: Activations | None
     ) -> None:
         self._config, self._report, self._ledger = config, report, ledger
         self.starved: dict[str, int] = {}  # experts of the block at hand that few tokens reached, and how many
@@ -325,7 +325,7 @@ def _quantize_forward(
         hessians = accumulate(leaves, first, [empty_hessian(width) for width in widths])
         for batch in batches:
             hessians = accumulate(leaves, batch, hessians)
-    report = _Reporter(on_layer)
+    report = Reporter(on_layer)
     for names, hessian in zip(groups, hessians, strict=True):
         for name in names:
             own = config.for_path(name)

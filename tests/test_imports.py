@@ -27,7 +27,7 @@ LAYERS = [
     ["sensitivity"],
     ["budget", "tune"],
     ["quantize", "generate"],
-    ["speed"],
+    ["speed", "integrations"],
     ["checkpoint", "formats"],
     ["resolve", "inspection"],
     ["cli"],
