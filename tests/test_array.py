@@ -43,14 +43,16 @@ def test_to_dense_is_the_formula(config):
     out, inner = array.shape
     codes = np.asarray(unpack_codes(array.codes, array.bits)).astype(np.float32)
     stats = np.asarray(array.tile_stats, np.float32)
+    if array.quantized_stats:
+        scale_codes = np.asarray(unpack_codes(array.scale_codes, array.scale_bits)).astype(np.float32)
+        zero_codes = np.asarray(unpack_codes(array.zero_codes, array.zero_bits)).astype(np.float32)
     dense = np.zeros((out, inner), np.float32)
     for i in range(out):
         for j in range(inner):
             g = j // array.group_size
             if array.quantized_stats:
                 ss, sz, zs, zz = stats[i // array.stats_group_size, g]
-                s = ss * (np.asarray(unpack_codes(array.scale_codes, array.scale_bits))[g, i].astype(np.float32) - sz)
-                z = zs * (np.asarray(unpack_codes(array.zero_codes, array.zero_bits))[g, i].astype(np.float32) - zz)
+                s, z = ss * (scale_codes[g, i] - sz), zs * (zero_codes[g, i] - zz)
             else:
                 s, z = stats[i, g]
             dense[i, j] = s * (codes[i, j] - z)

@@ -23,6 +23,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra `pari
 each_family = pytest.mark.parametrize("variant", VARIANTS)
 
 
+def mostly_slow(*quick):
+    """Each family, but only some in the quick tests."""
+    marks = [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in VARIANTS]
+    return pytest.mark.parametrize("variant", marks)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(transformers' model, ours read from its files), made once."""
@@ -62,7 +68,7 @@ def test_logits_match(pair, variant):
     np.testing.assert_allclose(forward(ours, jnp.asarray(tokens)), their_logits(theirs, tokens), atol=1e-4, rtol=1e-4)
 
 
-@each_family
+@mostly_slow("gemma3", "falcon 40b", "opt")
 def test_logits_match_under_padding(pair, variant):
     theirs, ours = pair(variant)
     tokens, padding = random_tokens(2, 60), np.array([0, 23])
@@ -71,7 +77,7 @@ def test_logits_match_under_padding(pair, variant):
         np.testing.assert_allclose(got[row, first:], expected[row, first:], atol=1e-4, rtol=1e-4)
 
 
-@each_family
+@mostly_slow("mistral", "gemma3", "falcon 7b", "gpt2", "mixtral")
 def test_greedy_text_matches(pair, variant):
     """With the cache, and prompts of different lengths in one batch."""
     theirs, ours = pair(variant)
@@ -84,7 +90,7 @@ def test_greedy_text_matches(pair, variant):
         assert got == greedy[0, len(prompt) :].tolist()
 
 
-@each_family
+@mostly_slow("gemma2", "phi3", "falcon 11b", "gpt2", "qwen3_moe")
 def test_written_directories_are_transformers_models(pair, variant, tmp_path):
     import transformers
 
@@ -98,7 +104,7 @@ def test_written_directories_are_transformers_models(pair, variant, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@each_family
+@mostly_slow("gemma3", "opt")
 def test_quantized_saved_loaded_and_run(pair, variant, tmp_path):
     _, ours = pair(variant)
     batches = [random_tokens(2, 48, seed).astype(np.int32) for seed in range(2)]
@@ -167,8 +173,14 @@ def test_gguf_files_are_read_back(tmp_path, name):
         np.testing.assert_allclose(a, b, atol=2e-7)  # Gemma's norms have a 1 added and taken away
 
 
-@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
-def test_gguf_files_mean_the_same_to_transformers(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("llama", "gemma3", "gpt2") else [pytest.mark.slow])
+        for name in READ_BY_TRANSFORMERS
+    ],
+)
+def test_gguf_files_mean_the_same_to_transformers(tmp_path, name):
     """It knows from llama.cpp's converter in which order rows lie, and what is added to norms."""
     import transformers
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,17 @@ def text(count=3, seed=0):
 
 def correlation(a, b):
     return np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]
+
+
+def test_the_page_in_the_docs_runs():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "flax.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        names = {"__name__": "example"}
+        exec(example, names)
+        assert names["logits"].shape == (4, 32, 256)
+        assert jnp.all(jnp.isfinite(names["logits"]))
 
 
 # ---- kernels as matrices ----------------------------------------------------------------

@@ -12,11 +12,16 @@ from spqr_jax import DataError, Generator, Sampling, SpQRConfig, SpQRError, forw
 from spqr_jax.sampling import sample
 from spqr_jax.speed import take_turns
 
+compiled_forward = jax.jit(forward)
+
 
 def greedy_without_cache(model, prompt, count):
+    """What comes after a token has no say in its logits, so one length serves all."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(jnp.argmax(forward(model, jnp.asarray([tokens]))[0, -1])))
+        whole = np.zeros((1, 32), np.int32)
+        whole[0, : len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(compiled_forward(model, whole)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
 
 
