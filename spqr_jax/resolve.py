@@ -15,6 +15,7 @@ from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.formats.hf_spqr_source import HFSpQRSource, is_hf_spqr
+from spqr_jax.formats.legacy import is_legacy
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.families import first_token
 from spqr_jax.models.gguf import GGUFFile, open_gguf
@@ -83,6 +84,11 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
     if path.is_dir():
         if is_checkpoint(path):
             return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path), quantized=True)
+        if is_legacy(path):
+            raise ModelError(
+                f"{spec} is a folder of the original implementation: read it with "
+                f"'spqr import {spec} --base DIRECTORY_OF_THE_MODEL --out OUT'"
+            )
         return _open_hf_directory(spec, path, weights_dtype)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype)

@@ -152,6 +152,13 @@ def test_a_folder_becomes_a_checkpoint(folder, tiny_model):
     np.testing.assert_array_equal(source.outer().embed_tokens, tiny_model.outer.embed_tokens)
 
 
+def test_as_a_model_it_points_to_the_import(folder):
+    from spqr_jax.resolve import open_model
+
+    with pytest.raises(ModelError, match="spqr import"):
+        open_model(str(folder / "saved"))
+
+
 def test_what_is_missing_is_named(folder):
     (folder / "saved" / "1" / "mlp.up_proj").unlink()
     source = LegacySource(folder / "saved", folder / "base", jnp.float32)

@@ -153,7 +153,7 @@ def quantize(
     refuse_existing(out, overwrite)
     opened = open_model(model, dtype, say)
     if opened.quantized:
-        raise ModelError(f"{model} is a checkpoint of ours already: quantize the original model")
+        raise ModelError(f"{model} is quantized already: quantize the original model")
     batches, calibration, windows = None, None, None
     if config.needs_calibration or tuning is not None:
         calib = calib or default_corpus()
