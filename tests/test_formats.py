@@ -200,6 +200,15 @@ def test_exports_are_read_back_bit_for_bit(quantized, exported):
     np.testing.assert_allclose(forward(again, tokens), forward(quantized, tokens), atol=0.02)  # norms, head in float16
 
 
+def test_hub_ids_may_name_such_a_model(exported, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(exported))
+    opened = open_model("someone/tiny", "float32")
+    assert opened.quantized
+    assert isinstance(opened.source, HFSpQRSource)
+
+
 def test_transformers_accepts_the_configuration(exported):
     import transformers
 

@@ -165,6 +165,7 @@ def test_a_broken_gguf_is_refused(tmp_path):
         ({"model_type": "falcon", "alibi": True}, "alibi"),
         ({"model_type": "opt", "do_layer_norm_before": False, "ffn_dim": 8}, "do_layer_norm_before"),
         ({"model_type": "gpt2"}, "lacks n_embd"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9, "num_local_experts": 4}, "9 experts a token of 4"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )
@@ -172,3 +173,9 @@ def test_what_we_do_not_run_is_refused(tiny_config, changes, says):
     values = hf_config(tiny_config) | changes
     with pytest.raises(ModelError, match=says):
         family_of_hf(values).from_hf(values)
+
+
+def test_a_configuration_without_its_sizes_is_refused():
+    for kind in ("llama", "falcon", "gpt2", "opt", "mixtral"):
+        with pytest.raises(ModelError, match=r"config\.json lacks"):
+            family_of_hf({"model_type": kind}).from_hf({"model_type": kind})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import llama
 from spqr_jax.models.families.family import (
@@ -69,18 +70,20 @@ _TABLE = Table(
 def _from_hf(values: Values) -> DecoderConfig:
     refuse(values, {"alibi": False})
     # Names of the files from before transformers had the model.
-    values = {"hidden_size": values.get("n_embed"), "num_hidden_layers": values.get("n_layer"),
-              "num_attention_heads": values.get("n_head"), **values}  # fmt: skip
+    older = {"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    values = {**{name: values[theirs] for name, theirs in older.items() if theirs in values}, **values}
+    if missing := [name for name in older if name not in values]:
+        raise ModelError(f"config.json lacks {', '.join(missing)}")
     new = bool(values.get("new_decoder_architecture"))
     parallel = new or bool(values.get("parallel_attn", True))
     norms = values.get("num_ln_in_parallel_attn") or (2 if new else 1)
-    heads = values["num_attention_heads"] or 1
+    heads = values["num_attention_heads"]
     kv_heads = values.get("num_kv_heads") or values.get("n_head_kv") or heads
     bias = bool(values.get("bias", False))
     return common_from_hf(
         {**values, "num_key_value_heads": kv_heads if new or not values.get("multi_query", True) else 1},
         "falcon",
-        intermediate_size=values.get("ffn_hidden_size") or 4 * (values["hidden_size"] or 0),
+        intermediate_size=values.get("ffn_hidden_size") or 4 * values["hidden_size"],
         tied_head=bool(values.get("tie_word_embeddings", True)),
         norm="layer",
         norm_eps=float(values.get("layer_norm_epsilon") or 1e-5),
