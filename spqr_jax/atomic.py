@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from spqr_jax.errors import CheckpointError
 
@@ -14,8 +14,8 @@ from spqr_jax.errors import CheckpointError
 class AtomicDirectory:
     """A directory that grows under a temporary name beside its target.
 
-    Use as a context manager: leaving it without an error gives the directory its
-    name; leaving it with one, Ctrl-C included, removes every trace.
+    Use as a context manager: leaving it without an error finishes the directory and
+    gives it its name; leaving it with one, Ctrl-C included, removes every trace.
 
     Args:
       path: directory to make.
@@ -34,15 +34,19 @@ class AtomicDirectory:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self.partial = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.partial-", dir=self._path.parent))
 
-    def __enter__(self) -> AtomicDirectory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
             if kind is None:
+                self.finish()
                 self._give_name()
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Writes what remains, or refuses to; for those that build on this."""
 
     def _give_name(self) -> None:
         self.partial.chmod(0o755)  # mkdtemp's own is for this user alone

@@ -19,12 +19,8 @@ from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import OUTER_NAMES
 
 
-class CheckpointSink:
-    """A `BlockSink` that writes a checkpoint as it goes.
-
-    Use as a context manager: leaving it without an error finishes the checkpoint
-    and gives it its name; leaving it with one, Ctrl-C included, removes every
-    trace.
+class CheckpointSink(AtomicDirectory):
+    """A `BlockSink` that writes a checkpoint as it goes, a context manager as `AtomicDirectory` is.
 
     Args:
       path: directory to make.
@@ -48,22 +44,12 @@ class CheckpointSink:
         provenance: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self._directory = AtomicDirectory(path, overwrite)
+        super().__init__(path, overwrite)
         self._config, self._quantization = config, quantization
         self._tokenizer, self._provenance = tokenizer, provenance or {}
         self._layer_stats: dict[str, dict[str, float]] = {}
         self._blocks: set[int] = set()
         self._has_outer = False
-        self._partial = self._directory.partial
-
-    def __enter__(self) -> CheckpointSink:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        with self._directory:
-            if error is not None:
-                raise error
-            self._finish()
 
     def record(self, path: str, stats: dict[str, float]) -> None:
         """Keeps what quantizing the weight at `path` did; call before its block is put."""
@@ -73,7 +59,7 @@ class CheckpointSink:
         weights = dict(block)
         stats = {n: s for n in weights if (s := self._layer_stats.get(f"layers.{index}.{n}")) is not None}
         header = {"index": index, "layer_stats": stats}
-        _write(self._partial / "layers" / f"{index:05d}", weights, header)
+        _write(self.partial / "layers" / f"{index:05d}", weights, header)
         self._blocks.add(index)
 
     def put_outer(self, outer: Outer) -> None:
@@ -84,15 +70,16 @@ class CheckpointSink:
             "layer_stats": {n: s for n in weights if (s := self._layer_stats.get(n)) is not None},
             "provenance": self._provenance,
         }
-        _write(self._partial / "model", weights, header)
+        _write(self.partial / "model", weights, header)
         self._has_outer = True
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Keeps the tokenizer, once every part was put."""
         missing = sorted(set(range(self._config.num_layers)) - self._blocks)
         if missing or not self._has_outer:
             raise CheckpointError(f"the checkpoint is incomplete: blocks {missing} or the outer weights were never put")
         if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(self._partial)
+            self._tokenizer.save_pretrained(self.partial)
 
 
 def _write(directory: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from spqr_jax.atomic import AtomicDirectory
 _SHARD_BYTES = 4 << 30
 
 
-class HFDirectory:
+class HFDirectory(AtomicDirectory):
     """A directory of config.json and safetensors, sharded if it is large; a context manager as `AtomicDirectory` is.
 
     Args:
@@ -27,20 +27,11 @@ class HFDirectory:
     """
 
     def __init__(self, path: Path, *, shard_bytes: int = _SHARD_BYTES, overwrite: bool = False) -> None:
-        self._directory, self._shard_bytes = AtomicDirectory(path, overwrite), shard_bytes
-        self._partial = self._directory.partial
+        super().__init__(path, overwrite)
+        self._shard_bytes = shard_bytes
         self._waiting: dict[str, np.ndarray] = {}
         self._shards: list[list[str]] = []
         self._bytes = 0
-
-    def __enter__(self) -> HFDirectory:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        with self._directory:
-            if error is not None:
-                raise error
-            self._finish()
 
     def add(self, tensors: dict[str, np.ndarray]) -> None:
         """Takes tensors, each once."""
@@ -52,31 +43,32 @@ class HFDirectory:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """A JSON file beside the weights."""
-        (self._partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (self.partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def write_text(self, name: str, text: str) -> None:
         """A text file beside the weights."""
-        (self._partial / name).write_text(text, encoding="utf-8")
+        (self.partial / name).write_text(text, encoding="utf-8")
 
     def save_tokenizer(self, tokenizer: Any) -> None:
         """A transformers tokenizer beside the weights."""
-        tokenizer.save_pretrained(self._partial)
+        tokenizer.save_pretrained(self.partial)
 
     def _write_shard(self) -> None:
         from safetensors.numpy import save_file
 
         self._shards.append(list(self._waiting))
-        save_file(self._waiting, self._partial / f"{len(self._shards)}.part", metadata={"format": "pt"})
+        save_file(self._waiting, self.partial / f"{len(self._shards)}.part", metadata={"format": "pt"})
         self._waiting = {}
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Writes the last shard, and the index if there are several."""
         if self._waiting or not self._shards:
             self._write_shard()
         count = len(self._shards)
         where: dict[str, str] = {}
         for index, names in enumerate(self._shards, 1):
             file = "model.safetensors" if count == 1 else f"model-{index:05d}-of-{count:05d}.safetensors"
-            os.replace(self._partial / f"{index}.part", self._partial / file)
+            os.replace(self.partial / f"{index}.part", self.partial / file)
             where |= dict.fromkeys(names, file)
         if count > 1:
             index_values = {"metadata": {"total_size": self._bytes}, "weight_map": where}
