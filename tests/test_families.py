@@ -107,7 +107,7 @@ def test_written_directories_are_transformers_models(pair, variant, tmp_path):
 @mostly_slow("gemma3", "opt")
 def test_quantized_saved_loaded_and_run(pair, variant, tmp_path):
     _, ours = pair(variant)
-    batches = [random_tokens(2, 48, seed).astype(np.int32) for seed in range(2)]
+    batches = [random_tokens(4, 48, seed).astype(np.int32) for seed in range(4)]  # enough for every expert
     quantized = quantize(ours, batches, SpQRConfig(bits=4, head_bits=8, outlier_threshold=0.5))
     save(tmp_path / "m", quantized, SpQRConfig())
     loaded = load(tmp_path / "m")
