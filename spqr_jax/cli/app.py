@@ -92,7 +92,7 @@ def quantize(
     ] = None,
     bits: Annotated[
         str | None,
-        typer.Option(help="Bits a weight code, 2..8; auto: 2, 3 or 4 for each weight, the default with a target."),
+        typer.Option(help="Bits a weight code, 2..8; several (3,4) or auto (2,3,4): to choose from, with a target."),
     ] = None,
     tune: Annotated[
         str, typer.Option(help="Train statistics and outlier values afterwards: none, blocks or logits.")

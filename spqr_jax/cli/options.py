@@ -91,13 +91,14 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
     if (head := changes.get("head_bits")) is not None:
         changes["head_bits"] = None if head == "none" else _whole_number("--head-bits", head, "'none'")
     bits = changes.pop("bits", None)
+    widths: tuple[int, ...] = ()
     if bits not in (None, "auto"):
-        width = _whole_number("--bits", bits, "'auto'")
-        changes |= {"bits": width, "bit_choices": (width,)}
+        widths = tuple(_whole_number("--bits", one, "several, such as 3,4, or 'auto'") for one in bits.split(","))
+        changes |= {"bit_choices": widths} | ({"bits": widths[0]} if len(widths) == 1 else {})
     if method == "spqr" and not {"target_bits", "bits", "outlier_threshold"} & set(changes):
         preset = preset or DEFAULT_PRESET
-    if bits == "auto" and preset is None and "target_bits" not in changes:
-        raise SpQRError("--bits auto chooses widths to meet a size: give --target-bits or a --preset")
+    if (bits == "auto" or len(widths) > 1) and preset is None and "target_bits" not in changes:
+        raise SpQRError(f"--bits {bits} chooses widths to meet a size: give --target-bits or a --preset")
     return SpQRConfig.preset(preset, **changes) if preset else methods[method](**changes)
 
 
