@@ -15,7 +15,8 @@ from test_models import write_gguf, write_hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spqr_jax import Generation
+from spqr_jax import Generation, SpQRError
+from spqr_jax.cli.options import build_config
 from spqr_jax.cli.stream import TextStream, converse
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
 
@@ -296,3 +297,13 @@ def test_text_is_shown_in_whole_characters(capsys):
         stream.put(token)
         shown.append(capsys.readouterr().out)
     assert shown == ["a", "", "é", "!"]
+
+
+def test_widths_to_choose_from():
+    assert build_config("spqr", bits="3,4", target_bits=4.3).bit_choices == (3, 4)
+    assert build_config("spqr", bits="4").bit_choices == (4,)
+    assert build_config("spqr", bits="auto", preset="3bit").bit_choices == (2, 3, 4)
+    with pytest.raises(SpQRError, match="give --target-bits"):
+        build_config("spqr", bits="3,4", outlier_threshold=0.2)
+    with pytest.raises(SpQRError, match="such as 3,4"):
+        build_config("spqr", bits="3;4", target_bits=4.3)
