@@ -38,7 +38,7 @@ def test_the_page_in_the_docs_runs():
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(examples) == 2
     for example in examples:
-        names = {"__name__": "example"}
+        names = {"__name__": __name__}  # dataclasses look their module up
         exec(example, names)
         assert names["logits"].shape == (4, 32, 256)
         assert jnp.all(jnp.isfinite(names["logits"]))
