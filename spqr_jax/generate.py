@@ -63,7 +63,7 @@ def _forward(
     residual, filled = embed(config, params.outer, tokens, where), []
     for block, block_cache in zip(params.layers, cache, strict=True):
         state = run_block(config, block, State(residual, None, block_cache), where)
-        assert state.cache is not None
+        assert isinstance(state.cache, KVCache)
         residual = state.residual
         filled.append(state.cache)
     return logits(config, params.outer, residual[:, -1]), tuple(filled)
@@ -168,6 +168,7 @@ class Generator:
         sampling: Sampling = Sampling(),
         seed: int = 0,
         stop_tokens: Iterable[int] | None = None,
+        stop_when: Callable[[list[int]], bool] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Generation:
         """Continues prompts; arguments, result and errors as :func:`generate`."""
@@ -192,7 +193,7 @@ class Generator:
 
         begun = time.perf_counter()
         cache, progress = prefill(self._params, cache, progress, rest)
-        text = _Text(progress.tokens, stops, on_token)
+        text = _Text(progress.tokens, stops, stop_when, on_token)
         first_token_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
         self._decode_into(text, decode, cache, progress, rest, steps - 1)
@@ -242,10 +243,16 @@ class _Text:
       decoded: tokens in these, of rows that were running.
     """
 
-    def __init__(self, first: jax.Array, stops: frozenset[int], on_token: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        first: jax.Array,
+        stops: frozenset[int],
+        stop_when: Callable[[list[int]], bool] | None,
+        on_token: Callable[[int, int], None] | None,
+    ) -> None:
         self.rows: list[list[int]] = [[] for _ in range(first.shape[0])]
         self.running = set(range(first.shape[0]))
-        self._stops, self._on_token = stops, on_token
+        self._stops, self._stop_when, self._on_token = stops, stop_when, on_token
         self.steps = self.decoded = 0
         self.add(np.asarray(first))
         self.steps = self.decoded = 0  # only what comes after the first token is timed
@@ -265,6 +272,8 @@ class _Text:
         self.rows[row].append(token)
         if self._on_token is not None:
             self._on_token(row, token)
+        if self._stop_when is not None and self._stop_when(self.rows[row]):
+            self.running.discard(row)
 
 
 def _bucket(length: int) -> int:
@@ -282,6 +291,8 @@ def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) 
       sampling: a `Sampling`; greedy by default.
       seed: of the random draws (0); the same seed gives the same text.
       stop_tokens: end a prompt's text; the model's own by default.
+      stop_when: asked after each token, given the new tokens of its prompt, whether the text
+        ends with it, such as at a phrase.
       on_token: called with (prompt index, token) as tokens are made.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from spqr_jax.atomic import refuse_existing
-from spqr_jax.blocks import TreeSink, collect
+from spqr_jax.blocks import TreeSink
 from spqr_jax.budget import plan_budget
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
@@ -33,6 +33,7 @@ from spqr_jax.cli.display import (
     write_json,
 )
 from spqr_jax.cli.exchange import export, import_original
+from spqr_jax.cli.measure import compare, perplexity
 from spqr_jax.cli.options import (
     Data,
     Dtype,
@@ -46,10 +47,10 @@ from spqr_jax.cli.options import (
     read_tokens,
 )
 from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator
+from spqr_jax.cli.zero_shot import evaluate
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
-from spqr_jax.data import calibration_windows, evaluation_windows
+from spqr_jax.data import calibration_windows
 from spqr_jax.errors import ModelError, SpQRError
-from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
 from spqr_jax.generate import Generation
 from spqr_jax.inspection import summarize
 from spqr_jax.quantize import quantizable_paths, quantize_blocks
@@ -66,6 +67,9 @@ app = typer.Typer(
 )
 
 
+app.command()(perplexity)
+app.command()(compare)
+app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(export)
 app.command("import")(import_original)
@@ -234,42 +238,6 @@ def _tokenizer_or_none(opened: OpenedModel) -> Any:
     except ModelError as error:
         say(f"no tokenizer is kept: {error}")
         return None
-
-
-@app.command()
-def perplexity(
-    model: Model,
-    data: Data = None,
-    seqlen: SeqLen = 2048,
-    windows: Annotated[int | None, typer.Option(help="Use only the first N windows.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 1,
-    dtype: Dtype = None,
-    json: Json = None,
-) -> None:
-    """Measure perplexity over windows that do not overlap."""
-    opened = open_model(model, dtype, say)
-    data = data or default_corpus()
-    tokens = evaluation_windows(read_tokens(data, "evaluation", opened), seqlen, windows, data, opened.first_token)
-    params = collect(opened.source)
-    with progress_bar("perplexity", len(tokens)) as advance:
-        result = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
-    console.print(
-        f"perplexity [bold]{result.perplexity:.4f}[/bold] ± {number(result.stderr, 4)} on {data}, "
-        f"{result.windows} windows of {tokens.shape[1]}, {result.seconds:.1f} s"
-    )
-    write_json(
-        json,
-        {
-            "perplexity": result.perplexity,
-            "stderr": result.stderr,
-            "tokens": result.tokens,
-            "windows": result.windows,
-            "seconds": result.seconds,
-            "window_losses": result.window_losses.tolist(),
-            "data": data,
-            "seqlen": int(tokens.shape[1]),
-        },
-    )
 
 
 @app.command()

@@ -96,10 +96,7 @@ def perplexity(
     losses: list[np.ndarray] = []
     for first in range(0, len(windows), batch_size):
         tokens = jnp.asarray(windows[first : first + batch_size])
-        where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
-        residual = embed(config, params.outer, tokens, where)
-        for block in params.layers:
-            residual = pass_block(config, block, residual, where)
+        residual = final_residual(params, tokens)
         losses.append(np.asarray(sequence_losses(config, params.outer, residual, tokens), np.float64))
         if progress is not None:
             progress(min(first + batch_size, len(windows)), len(windows))
@@ -108,6 +105,15 @@ def perplexity(
     spread = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("nan")
     count = len(each) * (windows.shape[1] - 1)
     return Perplexity(value, value * spread, each, count, len(each), time.perf_counter() - begun)
+
+
+def final_residual(params: Decoder, tokens: jax.Array) -> jax.Array:
+    """The residual stream after all blocks, which share programs: int32 [batch, tokens] -> [batch, tokens, hidden]."""
+    where = positions(params.config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
+    residual = embed(params.config, params.outer, tokens, where)
+    for block in params.layers:
+        residual = pass_block(params.config, block, residual, where)
+    return residual
 
 
 def checked_windows(windows: np.ndarray, config: DecoderConfig) -> np.ndarray:

@@ -28,6 +28,20 @@ class KVCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What was read before some texts, which several may share.
+
+    Attributes:
+      cache: of the block at hand, [prefixes, ...], full to its last position.
+      which: int32 [batch], the prefix of each text.
+    """
+
+    cache: KVCache
+    which: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Positions:
     """Where the tokens of a call stand.
 
@@ -113,24 +127,30 @@ def attend(
     k: jax.Array,  # [batch, tokens, kv_heads, head_dim]
     v: jax.Array,
     where: Positions,
-    cache: KVCache | None,
-) -> tuple[jax.Array, KVCache | None]:
+    cache: KVCache | Prefix | None,
+) -> tuple[jax.Array, KVCache | Prefix | None]:
     """Rotary embedding of queries and keys, then causal attention, softmax in float32.
 
     More than one token at a time is a prefill and starts an empty cache; one reads what is cached.
+    Any number go on from a `Prefix`, whose length is `where.start`.
 
     Returns:
-      [batch, tokens, heads * head_dim] and the cache with the new keys and values.
+      [batch, tokens, heads * head_dim] and the cache with the new keys and values; a `Prefix` as it was.
     """
     if rules.scale is not None:  # beside the head_dim^-1/2 that comes later
         q = q * jnp.asarray(rules.scale * q.shape[-1] ** 0.5, q.dtype)
     rotary = where.local_rotary if rules.local else where.rotary
-    if cache is not None and q.shape[1] == 1:
+    if isinstance(cache, KVCache) and q.shape[1] == 1:
         out, cache = _attend_cache(rules, q, k, v, rotary, where, cache)
         return _merge_heads(out[..., None, :]), cache
     q, k, v = _split_heads(rotate(q, rotary), rotate(k, rotary), v)
+    if isinstance(cache, Prefix):
+        k, v = (
+            jnp.concatenate([before[cache.which].astype(now.dtype), now], axis=2)
+            for before, now in ((cache.cache.keys, k), (cache.cache.values, v))
+        )
     out = _attend_self(rules, q, k, v, where.padding)
-    return out, None if cache is None else _extended(cache, k, v, where.start)
+    return out, _extended(cache, k, v, where.start) if isinstance(cache, KVCache) else cache
 
 
 def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
@@ -210,7 +230,7 @@ def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def _attend_self(rules: AttentionRules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
-    """Self-attention of whole sequences, heads split."""
+    """Self-attention of whole sequences, or of what ends them, heads split."""
     batch, kv_heads = k.shape[:2]
     each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
     each = (*each, jnp.repeat(padding, kv_heads))
@@ -240,15 +260,13 @@ def _merge_heads(out: jax.Array) -> jax.Array:
 
 
 def _attend_queries(rules: AttentionRules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
-    """One sequence's queries [share, tokens, head_dim] in chunks, each against the keys that it can see."""
-    chunks = []
+    """One sequence's last queries [share, tokens, head_dim] in chunks, each against the keys that it can see."""
+    chunks, before = [], k.shape[0] - q.shape[1]  # keys before the first query
     for begin in range(0, q.shape[1], _QUERY_CHUNK):
         end = min(begin + _QUERY_CHUNK, q.shape[1])
-        first = 0 if rules.window is None else max(0, begin - rules.window + 1)
-        keys = jnp.arange(first, end)
-        chunks.append(
-            _attend_head(rules, q[:, begin:end], k[first:end], v[first:end], jnp.arange(begin, end), keys, padding)
-        )
+        first, last = 0 if rules.window is None else max(0, before + begin - rules.window + 1), before + end
+        keys, queries = jnp.arange(first, last), jnp.arange(before + begin, last)
+        chunks.append(_attend_head(rules, q[:, begin:end], k[first:last], v[first:last], queries, keys, padding))
     return jnp.concatenate(chunks, axis=1)
 
 

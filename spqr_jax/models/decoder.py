@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from spqr_jax.linear import take_rows
 from spqr_jax.models import experts
-from spqr_jax.models.attention import AttentionRules, KVCache, Positions, attend, positions
+from spqr_jax.models.attention import AttentionRules, KVCache, Positions, Prefix, attend, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.products import Linear, activate, plain_linear, products
 from spqr_jax.models.weights import Block, Decoder, Outer, Weight, abstract_decoder, matrix_names, random_decoder
@@ -50,14 +50,14 @@ class State:
     Attributes:
       residual: [batch, tokens, hidden], the residual stream.
       inner: what the next stage's matrices read, once the stage before made it.
-      cache: of the block at hand, or None.
+      cache: of the block at hand, or what was read before, or None.
       entry: of a block whose MLP stands beside its attention: what both read.
       route: which experts `inner` is for.
     """
 
     residual: jax.Array
     inner: jax.Array | None = None
-    cache: KVCache | None = None
+    cache: KVCache | Prefix | None = None
     entry: jax.Array | None = None
     route: experts.Route | None = None
 

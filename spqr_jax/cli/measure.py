@@ -1,0 +1,142 @@
+"""`spqr perplexity` and `spqr compare`: what a model predicts, alone and beside the dense one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from spqr_jax.blocks import collect
+from spqr_jax.cli.display import console, number, progress_bar, say, table, write_json
+from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
+from spqr_jax.data import evaluation_windows
+from spqr_jax.evaluate.fidelity import Fidelity
+from spqr_jax.evaluate.fidelity import compare as compare_models
+from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
+from spqr_jax.resolve import MODEL_HELP, OpenedModel, open_model
+
+Windows = Annotated[int | None, typer.Option(help="Use only the first N windows.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Windows at a time.", min=1)]
+
+
+def perplexity(
+    model: Model,
+    data: Data = None,
+    seqlen: SeqLen = 2048,
+    windows: Windows = None,
+    batch_size: BatchSize = 1,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model: also say how far the predictions are from its; see compare.")
+    ] = None,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Measure perplexity over windows that do not overlap."""
+    opened = open_model(model, dtype, say)
+    dense = None if against is None else open_model(against, dtype, say)
+    data = data or default_corpus()
+    tokens = _windows(opened, data, seqlen, windows)
+    if dense is not None:
+        result = _compare(dense, opened, tokens, batch_size)
+        console.print(
+            f"perplexity [bold]{result.perplexity:.4f}[/bold] ± {number(_perplexity_stderr(result), 4)} on {data}, "
+            f"{result.windows} windows of {tokens.shape[1]}, {result.seconds:.1f} s\n"
+            f"{against}: {result.dense_perplexity:.4f}; ratio {result.perplexity_ratio:.4f} ± "
+            f"{number(result.perplexity_ratio_stderr, 4)}, KL {result.kl_mean:.4f} nats, "
+            f"same top token {100 * result.same_top:.2f}%"
+        )
+        own = {"stderr": _perplexity_stderr(result)} | result.to_json() | _setting(model, data, tokens)
+        write_json(json, own | {"against": against})
+        return
+    params = collect(opened.source)
+    with progress_bar("perplexity", len(tokens)) as advance:
+        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
+    console.print(
+        f"perplexity [bold]{alone.perplexity:.4f}[/bold] ± {number(alone.stderr, 4)} on {data}, "
+        f"{alone.windows} windows of {tokens.shape[1]}, {alone.seconds:.1f} s"
+    )
+    write_json(
+        json,
+        {
+            "perplexity": alone.perplexity,
+            "stderr": alone.stderr,
+            "tokens": alone.tokens,
+            "windows": alone.windows,
+            "seconds": alone.seconds,
+            "window_losses": alone.window_losses.tolist(),
+            **_setting(model, data, tokens),
+        },
+    )
+
+
+def compare(
+    dense: Annotated[str, typer.Argument(help=f"The dense model: {MODEL_HELP}", show_default=False)],
+    quantized: Annotated[str, typer.Argument(help="The model that was made from it.", show_default=False)],
+    data: Data = None,
+    seqlen: SeqLen = 2048,
+    windows: Windows = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Compare a quantized model's predictions with the dense one's, token by token, in one pass over the same text."""
+    reference, opened = open_model(dense, dtype, say), open_model(quantized, dtype, say)
+    data = data or default_corpus()
+    tokens = _windows(reference, data, seqlen, windows)
+    result = _compare(reference, opened, tokens, batch_size)
+    title = (
+        f"{quantized} beside {dense}: {result.windows} windows of {tokens.shape[1]} of {data}, {result.tokens} tokens"
+    )
+    table(title, ["", "", "±"], fidelity_rows(result))
+    console.print(f"[dim]± is the standard error, from the spread between windows. {result.seconds:.1f} s[/dim]")
+    write_json(json, result.to_json() | _setting(quantized, data, tokens) | {"against": dense})
+
+
+def fidelity_rows(result: Fidelity) -> list[list[str]]:
+    """The table of `spqr compare`: what, value, standard error."""
+
+    def percent(share: float, digits: int = 2) -> str:
+        return f"{100 * share:.{digits}f}%"
+
+    rows = [
+        ["perplexity", number(result.perplexity, 4), number(_perplexity_stderr(result), 4)],
+        ["perplexity, dense", number(result.dense_perplexity, 4), ""],
+        ["perplexity ratio", number(result.perplexity_ratio, 5), number(result.perplexity_ratio_stderr, 5)],
+        ["loss above dense, nats", f"{result.loss_increase:+.5f}", number(result.loss_increase_stderr, 5)],
+        ["KL divergence, mean, nats", number(result.kl_mean, 5), number(result.kl_stderr, 5)],
+    ]
+    names = {50.0: "median"}
+    for which, value in result.kl_percentiles.items():
+        rows.append([f"KL divergence, {names.get(which, f'{which:g}%')}", number(value, 5), ""])
+    rows += [
+        ["KL divergence, largest", number(result.kl_max, 4), ""],
+        ["same top token", percent(result.same_top), percent(result.same_top_stderr)],
+        ["flips", percent(result.flips), ""],
+        ["  right before, wrong now", percent(result.lost), ""],
+        ["  wrong before, right now", percent(result.gained), ""],
+        ["Δp of the true token, mean", f"{100 * result.delta_p_mean:+.3f}%", ""],
+        ["Δp, root mean square", percent(result.delta_p_rms, 3), ""],
+    ]
+    for which, value in result.delta_p_percentiles.items():
+        rows.append([f"Δp, {names.get(which, f'{which:g}%')}", f"{100 * value:+.3f}%", ""])
+    return rows
+
+
+def _windows(opened: OpenedModel, data: str, seqlen: int, count: int | None) -> np.ndarray:
+    return evaluation_windows(read_tokens(data, "evaluation", opened), seqlen, count, data, opened.first_token)
+
+
+def _compare(dense: OpenedModel, opened: OpenedModel, tokens: np.ndarray, batch_size: int) -> Fidelity:
+    models = collect(dense.source), collect(opened.source)
+    with progress_bar("comparing", len(tokens)) as advance:
+        return compare_models(*models, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
+
+
+def _perplexity_stderr(result: Fidelity) -> float:
+    losses = result.window_losses
+    return result.perplexity * losses.std(ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else float("nan")
+
+
+def _setting(model: str, data: str, tokens: np.ndarray) -> dict[str, Any]:
+    return {"model": model, "data": data, "seqlen": int(tokens.shape[1])}

@@ -1,0 +1,207 @@
+"""How likely a model thinks continuations of contexts, many at a time.
+
+Continuations of one context share what is read of it: a context goes through each
+block once, and then all its continuations go on from its keys and values. Only one
+block's keys and values are held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spqr_jax.errors import DataError
+from spqr_jax.layout import round_up
+from spqr_jax.linear import prepare
+from spqr_jax.models.attention import KVCache, Positions, Prefix, positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Decoder, Outer, State, embed, logits, pass_block, run_block
+
+_HEAD_CHUNK = 128  # positions whose logits are held at once
+
+Tokens = Sequence[int]
+
+
+class ContinuationScore(NamedTuple):
+    """Of one continuation.
+
+    Attributes:
+      log_probability: of all its tokens, given the context and those before, in nats.
+      greedy: whether each token is the likeliest at its place.
+    """
+
+    log_probability: float
+    greedy: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A continuation to score: the model reads `prefix`, then `suffix`, which predicts `targets`."""
+
+    index: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]  # the context's last token, and the continuation without its last
+    targets: tuple[int, ...]
+
+
+def continuation_scores(
+    params: Decoder,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    *,
+    batch_tokens: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> list[ContinuationScore]:
+    """Scores continuations.
+
+    Args:
+      params: the model, dense or quantized.
+      requests: (context, continuation) as token ids, neither empty. A context that is too
+        long for the model beside its continuation loses its first tokens.
+      batch_tokens: about how many tokens to read at a time.
+      progress: called with how many more are done.
+
+    Returns:
+      A score for each request, in their order.
+
+    Raises:
+      DataError: an empty context or continuation, a continuation longer than the model's
+        context, ids outside its vocabulary.
+    """
+    config = params.config
+    params = prepare(params, implementation="xla")  # many rows at a time: dense weights, and programs that blocks share
+    scores: list[ContinuationScore | None] = [None] * len(requests)
+    for batch in _batches([_checked(i, *pair, config) for i, pair in enumerate(requests)], batch_tokens):
+        totals, greedy = _score(params, batch)
+        for request, total, is_greedy in zip(batch, totals, greedy, strict=False):  # rows behind are padding
+            scores[request.index] = ContinuationScore(float(total), bool(is_greedy))
+        if progress is not None:
+            progress(len(batch))
+    return [score for score in scores if score is not None]
+
+
+def _checked(index: int, context: Tokens, continuation: Tokens, config: DecoderConfig) -> _Request:
+    if not len(context) or not len(continuation):
+        raise DataError(
+            f"request {index} has {len(context)} tokens of context and {len(continuation)} of continuation: at least "
+            "one of each is needed (an empty context: give the BOS or EOS token)"
+        )
+    room = config.max_positions + 1 - len(continuation)  # the last token of a continuation is never read
+    if room < 1:
+        raise DataError(
+            f"request {index} has a continuation of {len(continuation)} tokens, more than the model's context of "
+            f"{config.max_positions}"
+        )
+    whole = (*context[-room:], *continuation)
+    if min(whole) < 0 or max(whole) >= config.vocab_size:
+        raise DataError(
+            f"request {index} has token ids from {min(whole)} to {max(whole)}, but the model's vocabulary has "
+            f"{config.vocab_size}: tokenized for another model?"
+        )
+    split = len(whole) - len(continuation)
+    return _Request(index, whole[: split - 1], whole[split - 1 : -1], whole[split:])
+
+
+def _batches(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Request]]:
+    """Requests of similar length together, those of one prefix side by side, as many as fit."""
+    batch: list[_Request] = []
+    prefixes, longest = 0, 0
+    for request in sorted(requests, key=lambda r: (-len(r.prefix), r.prefix, -len(r.suffix))):
+        new = not batch or batch[-1].prefix != request.prefix
+        longest = max(longest, len(request.suffix))
+        tokens = (prefixes + new) * len((batch or [request])[0].prefix) + (len(batch) + 1) * longest
+        if batch and tokens > batch_tokens:
+            yield batch
+            batch, prefixes, longest, new = [], 0, len(request.suffix), True
+        batch.append(request)
+        prefixes += new
+    if batch:
+        yield batch
+
+
+def _score(params: Decoder, batch: list[_Request]) -> tuple[np.ndarray, np.ndarray]:
+    """Summed log-probabilities and whether all tokens are greedy, for the batch's rows and padding behind them."""
+    config, outer = params.config, params.outer
+    prefixes = list(dict.fromkeys(request.prefix for request in batch))
+    width, suffix_width = _bucket(len(prefixes[0])), _bucket(max(len(request.suffix) for request in batch))
+    rows, contexts = _power_of_two(len(batch)), _power_of_two(len(prefixes))
+    before, padding = np.zeros((contexts, width), np.int32), np.full(contexts, width, np.int32)
+    for row, prefix in enumerate(prefixes):
+        padding[row] = width - len(prefix)
+        before[row, padding[row] :] = prefix
+    suffix, targets = np.zeros((rows, suffix_width), np.int32), np.full((rows, suffix_width), -1, np.int32)
+    which, place = np.zeros(rows, np.int32), {prefix: row for row, prefix in enumerate(prefixes)}
+    for row, request in enumerate(batch):
+        which[row] = place[request.prefix]
+        suffix[row, : len(request.suffix)] = request.suffix
+        targets[row, : len(request.targets)] = request.targets
+    where = positions(config, suffix_width, jnp.asarray(padding[which]), jnp.int32(width))
+    residual = embed(config, outer, jnp.asarray(suffix), where)
+    if width:
+        earlier = positions(config, width, jnp.asarray(padding), jnp.int32(0))
+        context = embed(config, outer, jnp.asarray(before), earlier)
+        for block in params.layers:
+            context, residual = _pass_both(config, block, context, residual, earlier, where, jnp.asarray(which))
+    else:
+        for block in params.layers:
+            residual = pass_block(config, block, residual, where)
+    totals, greedy = _target_log_probabilities(config, outer, residual, jnp.asarray(targets))
+    return np.asarray(totals, np.float64), np.asarray(greedy)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pass_both(
+    config: DecoderConfig,
+    block: Block,
+    context: jax.Array,
+    residual: jax.Array,
+    earlier: Positions,
+    where: Positions,
+    which: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Contexts [prefixes, width, hidden] and what follows them [rows, tokens, hidden] through one block."""
+    shape = (context.shape[0], config.num_kv_heads, context.shape[1], config.head_dim)
+    empty = KVCache(jnp.zeros(shape, context.dtype), jnp.zeros(shape, context.dtype))
+    state = run_block(config, block, State(context, None, empty), earlier)
+    assert isinstance(state.cache, KVCache)
+    return state.residual, run_block(config, block, State(residual, None, Prefix(state.cache, which)), where).residual
+
+
+@partial(jax.jit, static_argnums=0)
+def _target_log_probabilities(
+    config: DecoderConfig, outer: Outer, residual: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """f32 [rows], bool [rows] of [rows, tokens, hidden]; a target of -1 is none."""
+    rows, tokens, _ = residual.shape
+    chunk = min(_HEAD_CHUNK, rows * tokens)
+    padded = round_up(rows * tokens, chunk)
+
+    def by_chunk(x: jax.Array, fill: int) -> jax.Array:
+        flat = x.reshape(rows * tokens, *x.shape[2:])
+        width = [(0, padded - rows * tokens)] + [(0, 0)] * (flat.ndim - 1)
+        return jnp.pad(flat, width, constant_values=fill).reshape(-1, chunk, *flat.shape[1:])
+
+    def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scores, target = logits(config, outer, part[0]), part[1]
+        picked = jnp.take_along_axis(scores, jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
+        log_p = jnp.where(target >= 0, picked - jax.nn.logsumexp(scores, axis=-1), 0.0)
+        return log_p, (jnp.argmax(scores, axis=-1) == target) | (target < 0)
+
+    log_p, greedy = lax.map(one, (by_chunk(residual, 0), by_chunk(targets, -1)))
+    log_p, greedy = (a.reshape(-1)[: rows * tokens].reshape(rows, tokens) for a in (log_p, greedy))
+    return jnp.sum(log_p, axis=1), jnp.all(greedy, axis=1)
+
+
+def _bucket(length: int) -> int:
+    """Lengths are rounded up, so that few of them are compiled: to 16 up to 64, 64 up to 256, 256 above."""
+    return round_up(length, 16 if length <= 64 else 64 if length <= 256 else 256)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

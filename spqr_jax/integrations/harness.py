@@ -1,0 +1,273 @@
+"""Zero-shot tasks through EleutherAI's LM Evaluation Harness (the `eval` extra): the tasks are theirs, the model ours.
+
+Importing this module imports the harness.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.evaluate.continuations import continuation_scores
+from spqr_jax.generate import Generator
+from spqr_jax.linear import prepare
+from spqr_jax.models.decoder import Decoder
+from spqr_jax.sampling import Sampling
+
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[str], None]]]
+"""Opens a progress display of so many steps; what it yields is called after each."""
+
+
+@contextlib.contextmanager
+def no_progress(label: str, total: int) -> Any:
+    """Shows nothing."""
+    yield lambda note: None
+
+
+class HarnessModel(TemplateLM):
+    """A model as the harness wants it.
+
+    Args:
+      params: dense or quantized.
+      tokenizer: its tokenizer, a transformers one.
+      batch_tokens: about how many tokens to read at a time.
+      progress: shows how far it is.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self, params: Decoder, tokenizer: Any, *, batch_tokens: int = 4096, progress: Progress = no_progress
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._params, self._batch_tokens, self._progress = params, batch_tokens, progress
+        self._scoring: Decoder | None = None
+        self._generator: Generator | None = None
+
+    # ---- what the harness asks of a model ---------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        stops = self._params.config.eos_token_ids
+        token = self.tokenizer.eos_token_id
+        if token is None and not stops:
+            raise SpQRError("this model has no end-of-text token, which the harness needs to begin and to end texts")
+        return stops[0] if token is None else token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is conditioned on."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def max_length(self) -> int:
+        """The model's context."""
+        return self._params.config.max_positions
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens to generate where a task does not say: the harness's own default."""
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the name under which the harness keeps prepared requests."""
+        return str(getattr(self.tokenizer, "name_or_path", "")).replace("/", "__") or "spqr-jax"
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model was trained to see."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise SpQRError("this model's tokenizer has no chat template: leave out --apply-chat-template")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; special tokens as the tokenizer has them, but no second BOS where the text begins with one."""
+        begin = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (begin and string.startswith(begin))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    # ---- the three kinds of request ----------------------------------------------------
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # our own display shows more
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        found = [(score.log_probability, score.greedy) for score in self._scores("log-likelihoods", pairs)]
+        for (texts, _, _), answer in zip(requests, found, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        """Whole texts, each token once, in windows as long as the model's context."""
+        pairs: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(
+                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            for context, continuation in map(make_disjoint_window, windows):
+                pairs.append((context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, self._scores("texts", pairs), strict=True):
+            totals[owner] += score.log_probability
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        """Texts up to a phrase, requests with the same settings and similar lengths together."""
+        answers: dict[int, str] = {}
+        encoded = [self.tok_encode(request.args[0]) for request in requests]
+        by_settings: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        with self._progress("generating", len(requests)) as advance:
+            for members in by_settings.values():
+                members.sort(key=lambda index: -len(encoded[index]))
+                for index, text in self._generate(members, encoded, requests[members[0]].args[1]):
+                    answers[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    advance("")
+        return [answers[index] for index in range(len(requests))]
+
+    # ---- how ----------------------------------------------------------------------------
+
+    def _scores(self, label: str, pairs: Sequence[tuple[list[int], list[int]]]) -> Any:
+        if self._scoring is None:
+            self._scoring = prepare(self._params, implementation="xla")
+        with self._progress(label, len(pairs)) as advance:
+
+            def done(count: int) -> None:
+                for _ in range(count):
+                    advance("")
+
+            return continuation_scores(self._scoring, pairs, batch_tokens=self._batch_tokens, progress=done)
+
+    def _generate(self, members: list[int], encoded: list[list[int]], settings: dict[str, Any]) -> Any:
+        """(index, text) of requests that share their settings, the longest first."""
+        if self._generator is None:
+            self._generator = Generator(self._params)
+        options = normalize_gen_kwargs(settings, self.max_gen_toks)
+        new_tokens = options["max_gen_toks"]
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise DataError(
+                f"a task asks for {new_tokens} new tokens, which leaves no room for a prompt in the model's context of "
+                f"{self.max_length}: give fewer with --gen-kwargs max_gen_toks=N"
+            )
+        until = handle_stop_sequences(options.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+
+        def at_phrase(tokens: list[int]) -> bool:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+            return any(phrase and phrase in text for phrase in until)
+
+        while members:
+            longest = min(len(encoded[members[0]]), room) + new_tokens
+            batch = members[: max(1, self._batch_tokens // longest)]
+            members = members[len(batch) :]
+            made = self._generator(
+                [encoded[index][-room:] for index in batch],
+                max_new_tokens=new_tokens,
+                sampling=_sampling(options),
+                stop_when=at_phrase,
+            )
+            for index, tokens in zip(batch, made.tokens, strict=True):
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                yield index, postprocess_generated_text(text, until, None)
+
+
+def _sampling(options: Any) -> Sampling:
+    if not options.get("do_sample") or not options.get("temperature"):
+        return Sampling()
+    return Sampling(options["temperature"], options.get("top_k", 0), options.get("top_p", 1.0))
+
+
+def evaluate_tasks(
+    model: HarnessModel,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | float | None = None,
+    include_path: Path | None = None,
+    apply_chat_template: bool = False,
+    gen_kwargs: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Runs tasks of the harness.
+
+    Args:
+      model: what is evaluated.
+      tasks: names of tasks or groups.
+      num_fewshot: worked examples before each question; None for the task's own number.
+      limit: only so many documents a task, or this share of them.
+      include_path: folder of task files of one's own.
+      apply_chat_template: put questions as a user's messages.
+      gen_kwargs: settings of generation tasks, ``key=value,...``.
+      seed: of the choice of worked examples, and of all the harness draws.
+
+    Returns:
+      JSON-serializable: `results` (task, then metric, then value), `versions`, `n-samples`,
+      `harness`, the harness's version.
+
+    Raises:
+      SpQRError: there is no such task, or it cannot be loaded.
+    """
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise SpQRError(
+            f"the harness {lm_eval.__version__} has no task {', '.join(unknown)}; `lm-eval ls tasks` lists what it "
+            "has, --include-path DIR adds task files of your own"
+        )
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            apply_chat_template=apply_chat_template,
+            gen_kwargs=gen_kwargs,
+            log_samples=False,
+            bootstrap_iters=1000,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise SpQRError(
+            f"a task's data could not be loaded: {type(error).__name__}: {str(error).splitlines()[0]}. Without a "
+            "network, use tasks over local files (--include-path)"
+        ) from None
+    assert found is not None
+    return {
+        "results": {task: dict(values) for task, values in found["results"].items()},
+        "versions": dict(found["versions"]),
+        "n-samples": dict(found["n-samples"]),
+        "harness": lm_eval.__version__,
+    }
