@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import hashlib
-import json
 import math
-import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept_rows import file_name, kept_or_made, markdown_table
 
 from spqr_jax import SpQRArray, SpQRConfig, SpQRError
 from spqr_jax.blocks import TreeSink, collect
@@ -107,7 +106,7 @@ def run(row: Row, opened: OpenedModel, calibration: np.ndarray, windows: np.ndar
         quantize_blocks(opened.source, sink, batched(calibration), row.config)
         params = sink.params()
         for block in params.layers:
-            arrays += [leaf for leaf in vars(block).values() if isinstance(leaf, SpQRArray)]
+            arrays += [weight for weight in block.values() if isinstance(weight, SpQRArray)]
         size = sum(array.size for array in arrays)
         values = {
             "ideal_bits": sum(array.ideal_bits * array.size for array in arrays) / size,
@@ -124,23 +123,9 @@ def run(row: Row, opened: OpenedModel, calibration: np.ndarray, windows: np.ndar
     }
 
 
-def kept(path: Path) -> dict[str, Any] | None:
-    """A finished row's result."""
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def keep(path: Path, values: dict[str, Any]) -> None:
-    """Written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(partial, path)
-
-
 def name_of(setup: Setup, row: Row) -> str:
     """A file name that changes with anything that changes the result."""
-    what = json.dumps([dataclasses.asdict(setup), row.config and row.config.to_json()], sort_keys=True)
-    return f"{row.name.replace(' ', '-').replace('/', '-')}-{hashlib.sha256(what.encode()).hexdigest()[:12]}.json"
+    return file_name(row.name, dataclasses.asdict(setup), row.config and row.config.to_json())
 
 
 def versus(values: dict[str, Any], base: dict[str, Any]) -> str:
@@ -175,11 +160,8 @@ def write_tables(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]
     header = [
         f"{setup.model}; calibrated on {setup.nsamples} x {setup.seqlen} tokens of {setup.calib} (seed {setup.seed}); "
         f"perplexity on {setup.windows} x {setup.eval_seqlen} tokens of {setup.data}.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---:|" * (len(COLUMNS) - 2),
     ]
-    (out / "table.md").write_text("\n".join([*header, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n")
+    (out / "table.md").write_text("\n".join([*header, "", markdown_table(COLUMNS, lines, left=2)]))
     with (out / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         names = ("perplexity", "stderr", "ideal_bits", "stored_bits", "outlier_percent", "seconds")
@@ -275,10 +257,7 @@ def main() -> None:
     done = []
     for index, row in enumerate(todo):
         path = given.out / "rows" / name_of(setup, row)
-        values = kept(path)
-        if values is None:
-            values = run(row, opened, calibration, evaluation)
-            keep(path, values)
+        values = kept_or_made(path, partial(run, row, opened, calibration, evaluation))
         done.append((row, values))
         console.print(
             f"{index + 1:3d}/{len(todo)}  {row.name:<36} perplexity {values['perplexity']:9.2f}   "

@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept_rows import file_name, kept_or_made, markdown_table, measured
 
 from spqr_jax import SpQRError
 from spqr_jax.blocks import collect
@@ -54,18 +52,9 @@ def quantize(model: str, options: list[str], out: Path) -> dict[str, Any]:
     """Runs `spqr quantize`; returns its summary, CPU and wall seconds and peak GiB."""
     report = out.with_suffix(".json")
     command = [sys.executable, "-m", "spqr_jax", "quantize", model, "--out", str(out), "--json", str(report), *options]
-    begun = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
-        sys.exit(f"quality: failed: {shlex.join(command)}")
+    cost = measured(command)
     summary = json.loads(report.read_text())
-    taken = ("ideal_bits", "stored_bits", "outlier_percent")
-    return {name: summary[name] for name in taken} | {
-        "wall_seconds": time.perf_counter() - begun,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_gib": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30,
-    }
+    return {name: summary[name] for name in ("ideal_bits", "stored_bits", "outlier_percent")} | cost
 
 
 def measure(model: str, texts: list[Text]) -> dict[str, Any]:
@@ -117,13 +106,6 @@ def cells(row: str, values: dict[str, Any], dense: dict[str, Any], texts: list[T
     return [row, *sizes, *outliers, *measured, rise(values, dense, texts[0].label), *spent]
 
 
-def write_table(path: Path, title: str, columns: list[str], lines: list[list[str]]) -> None:
-    """As Markdown."""
-    ruler = "|---|" + "---:|" * (len(columns) - 1)
-    body = ["| " + " | ".join(line) + " |" for line in [columns, *lines]]
-    path.write_text("\n".join([title, "", body[0], ruler, *body[1:]]) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="demo, a GGUF file, a Hugging Face directory or hub id")
@@ -142,14 +124,10 @@ def main() -> None:
     done = []
     for row in [DENSE, *given.row]:
         shared = [] if row == DENSE else calibration
-        what = json.dumps([given.model, row, shared, [dataclasses.asdict(text) for text in texts]])
-        path = given.out / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
-        if path.is_file():
-            values = json.loads(path.read_text())
-        else:
-            values = {"model": given.model, "row": row, "calibration": shared} | run(given.model, row, shared, texts)
-            path.with_suffix(".partial").write_text(json.dumps(values, indent=1) + "\n")
-            os.replace(path.with_suffix(".partial"), path)
+        path = given.out / file_name("row", given.model, row, shared, [dataclasses.asdict(text) for text in texts])
+        setting = {"model": given.model, "row": row, "calibration": shared}
+        make = partial(run, given.model, row, shared, texts)
+        values = kept_or_made(path, lambda setting=setting, make=make: setting | make())
         done.append((row, values))
         found = "   ".join(f"{t.label} {values['texts'][t.label]['perplexity']:.2f}" for t in texts)
         console.print(f"{row}:  {values['stored_bits']:.3f} stored bits   {found}", markup=False)
@@ -158,7 +136,7 @@ def main() -> None:
     lines = [cells(row, values, done[0][1], texts) for row, values in done]
     title = f"{given.model}, calibrated with `{shlex.join(calibration)}`"
     table(title, columns, lines)
-    write_table(given.out / "table.md", title, columns, lines)
+    (given.out / "table.md").write_text(f"{title}\n\n{markdown_table(columns, lines)}")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,17 @@ from spqr_jax.errors import SpQRError
 Order = Literal["activation", "identity"]
 Fit = Literal["search", "minmax", "reference"]
 CalibrationDtype = Literal["bfloat16", "float32"]
+Solver = Literal["columns", "obq", "adaround", "adaquant", "bit-split", "brecq"]
 
 UNQUANTIZED_STATS_BITS = 16
 """`stats_bits` of a model whose scales and zeros are kept as 16-bit floats."""
 
+
+BASELINES = tuple(solver for solver in get_args(Solver) if solver != "columns")
+"""Other methods' ways to look for codes, to compare with (`spqr_jax.solver.baselines`, `spqr_jax.brecq`)."""
+
+DEFAULT_STEPS = {"adaround": 300, "adaquant": 300, "bit-split": 4, "brecq": 100}
+"""Steps of those that go on for as long as one likes."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "near-lossless": {"target_bits": 4.75, "bit_choices": (4,), "head_bits": 8},
@@ -102,6 +109,11 @@ class SpQRConfig:
         `spqr_jax.budget`), and `bits` and `outlier_threshold` play no part. None for
         one width and one threshold throughout.
       bit_choices: code bits that a target may be met with; one for that width alone.
+      solver: how codes are looked for: ``columns``, the loop that SpQR, GPTQ and
+        round-to-nearest are; or one of `BASELINES`, see `baseline`.
+      steps: of solvers that go on for as long as one likes: gradient steps, for
+        ``brecq`` those of a block, for ``bit-split`` sweeps over a matrix; None for
+        `DEFAULT_STEPS`.
       rules: per-layer exceptions, first match wins.
     """
 
@@ -121,6 +133,8 @@ class SpQRConfig:
     head_bits: int | None = None
     target_bits: float | None = None
     bit_choices: tuple[int, ...] = (2, 3, 4)
+    solver: Solver = "columns"
+    steps: int | None = None
     rules: tuple[LayerRule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -153,7 +167,7 @@ class SpQRConfig:
             problems.append(f"damping must be a finite number >= 0, got {self.damping}")
         if not 0 <= self.drift_correction <= 1:
             problems.append(f"drift_correction must lie in 0..1, got {self.drift_correction}")
-        for name, kind in (("order", Order), ("fit", Fit), ("calibration_dtype", CalibrationDtype)):
+        for name, kind in (("order", Order), ("fit", Fit), ("calibration_dtype", CalibrationDtype), ("solver", Solver)):
             if getattr(self, name) not in get_args(kind):
                 problems.append(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if not self.bit_choices:
@@ -166,6 +180,22 @@ class SpQRConfig:
             problems.append(
                 "outliers are found through the compensated error: with compensate=False set outlier_threshold=inf"
             )
+        return problems + self._baseline_problems()
+
+    def _baseline_problems(self) -> list[str]:
+        problems = []
+        if self.steps is not None and (self.steps < 1 or self.solver not in DEFAULT_STEPS):
+            problems.append(
+                f"steps must be at least 1 and goes with {', '.join(DEFAULT_STEPS)}; got {self.steps} for {self.solver}"
+            )
+        if self.solver == "columns":
+            return problems
+        if self.outliers or self.target_bits is not None:
+            problems.append(f"{self.solver} keeps no weights apart and meets no target: set outlier_threshold=inf")
+        if self.order != "identity" or not self.compensate or self.corrects_drift:
+            problems.append(f"{self.solver} needs order='identity', compensate=True and no drift_correction")
+        if self.solver in ("adaquant", "bit-split") and self.quantized_stats:
+            problems.append(f"{self.solver} finds scales of its own, which are 16-bit floats: set stats_bits=16")
         return problems
 
     @property
@@ -177,6 +207,11 @@ class SpQRConfig:
     def quantized_stats(self) -> bool:
         """Whether scales and zeros are quantized themselves."""
         return self.stats_bits != UNQUANTIZED_STATS_BITS
+
+    @property
+    def solver_steps(self) -> int:
+        """Steps of a solver that goes on for as long as one likes; 0 for the others."""
+        return DEFAULT_STEPS.get(self.solver, 0) if self.steps is None else self.steps
 
     @property
     def corrects_drift(self) -> bool:
@@ -212,6 +247,12 @@ class SpQRConfig:
         return cls.gptq(bits, group_size, **(base | changes))
 
     @classmethod
+    def baseline(cls, solver: Solver, bits: int = 3, group_size: int | None = 64, **changes: Any) -> SpQRConfig:
+        """One of `BASELINES`: scales with the least squared error to begin with, no outliers, no second level."""
+        base: dict[str, Any] = {"solver": solver, "order": "identity", "fit": "search"}
+        return cls.gptq(bits, group_size, **(base | changes))
+
+    @classmethod
     def reference(cls, **changes: Any) -> SpQRConfig:
         """The public PyTorch SpQR's own choices, to reproduce its numbers."""
         base: dict[str, Any] = {"fit": "reference", "sequential": False, "damping": 1.0}
@@ -242,6 +283,8 @@ class SpQRConfig:
         if self.head_bits is None:
             return None
         base = dataclasses.replace(self, bits=self.head_bits)
+        if self.solver == "brecq":  # the head is no block: AdaRound, which BRECQ is within one
+            base = dataclasses.replace(base, solver="adaround")
         if self.head_bits > 4:
             base = SpQRConfig.rtn(self.head_bits, 32, fit="search", stats_bits=3, rules=self.rules)
         return base.for_path(path)

@@ -134,13 +134,21 @@ def quantize_blocks(
         linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
         activations = Activations(source.config, outer, calib_batches, linear)
     solver = _BlockSolver(config, report, ledger, activations)
+    whole_blocks = None
+    if config.solver == "brecq":
+        from spqr_jax.brecq import BlockReconstruction  # it needs optax
+
+        assert calib_batches is not None
+        whole_blocks = BlockReconstruction(source, list(calib_batches), config, report)
     head = source.config.head_path
     own = config.for_head(head)
     calibrates_head = own is not None and own.needs_calibration
     for index in range(source.config.num_layers):
         block, prefix = source.block(index), f"layers.{index}."
         last = index + 1 == source.config.num_layers and not calibrates_head
-        if activations is None:
+        if whole_blocks is not None and activations is not None:
+            block = whole_blocks.solve(activations, block, prefix)
+        elif activations is None:
             block = solver.solve(block, matrix_names(source.config, block.kind), prefix, None)[0]
         elif config.sequential:
             block = solver.sequential(activations, block, prefix, last)

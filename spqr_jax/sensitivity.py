@@ -49,7 +49,9 @@ class BlockSensitivity:
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_gradient(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
+def loss_gradient(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Gradient of the summed next-token loss by the residual stream behind the last block."""
+
     def total(residual: jax.Array) -> jax.Array:
         return jnp.sum(sequence_losses(config, outer, residual, tokens)) * (tokens.shape[1] - 1)
 
@@ -140,7 +142,7 @@ def block_sensitivities(
         if progress is not None:
             progress(f"forward through block {index}")
     gradients = [
-        _loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
+        loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
     ]
     tokens_seen = sum(tokens.size for tokens in batches)
     for index in reversed(range(config.num_layers)):

@@ -25,7 +25,7 @@ LAYERS = [
     ["calibrate"],
     ["evaluate"],
     ["sensitivity"],
-    ["budget", "tune"],
+    ["budget", "tune", "brecq"],
     ["quantize", "generate"],
     ["speed", "integrations"],
     ["checkpoint", "formats"],
@@ -65,7 +65,7 @@ def test_every_module_has_its_place():
 
 def test_the_solver_knows_no_model():
     known = {"array", "config", "errors", "layout", "packing", "solver"}
-    for path in (PACKAGE / "solver").glob("*.py"):
+    for path in (PACKAGE / "solver").rglob("*.py"):
         assert set(imports_of(path)) <= known, path
 
 

@@ -35,6 +35,7 @@ from spqr_jax.cli.display import (
 from spqr_jax.cli.exchange import export, import_original
 from spqr_jax.cli.measure import compare, perplexity
 from spqr_jax.cli.options import (
+    METHOD_HELP,
     Data,
     Dtype,
     Json,
@@ -79,7 +80,7 @@ app.command("import")(import_original)
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write the quantized model to.")],
-    method: Annotated[str, typer.Option(help="spqr, gptq, rtn, or reference (the original SpQR's choices).")] = "spqr",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "spqr",
     calib: Data = None,
     nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     seqlen: SeqLen = 2048,
@@ -124,6 +125,10 @@ def quantize(
     rule: Annotated[
         list[str] | None, typer.Option(help="PATTERN=skip or PATTERN=BITS for weights whose path matches; repeatable.")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help=STEPS_HELP, min=1),
+    ] = None,
     head_bits: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +156,7 @@ def quantize(
         order=order,
         fit=fit,
         sequential=sequential,
+        steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()),
         head_bits=head_bits,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -12,7 +13,7 @@ import numpy as np
 import typer  # the command line from type annotations; it brings rich, which draws the rest
 
 from spqr_jax.cli.display import say
-from spqr_jax.config import DEFAULT_PRESET, LayerRule, SpQRConfig
+from spqr_jax.config import BASELINES, DEFAULT_PRESET, DEFAULT_STEPS, LayerRule, SpQRConfig
 from spqr_jax.data import DATA_HELP, Split, load_tokens
 from spqr_jax.errors import SpQRError
 from spqr_jax.models.tokenizer import encode_stream
@@ -27,6 +28,12 @@ Dtype = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help=f"Text: {DATA_HELP}. Default: wikitext2, or pydoc without a network.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a window.", min=2)]
+
+METHOD_HELP = (
+    "spqr, gptq, rtn (round to nearest), reference (the original SpQR's choices), or another to compare with: "
+    f"{', '.join(BASELINES)}."
+)
+STEPS_HELP = f"Steps of methods that learn: {', '.join(f'{name} ({steps})' for name, steps in DEFAULT_STEPS.items())}."
 
 _HUB = ("huggingface.co", 443)
 
@@ -78,6 +85,7 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
         "gptq": SpQRConfig.gptq,
         "rtn": SpQRConfig.rtn,
         "reference": SpQRConfig.reference,
+        **{name: partial(SpQRConfig.baseline, name) for name in BASELINES},
     }
     if method not in methods:
         raise SpQRError(f"method must be one of {', '.join(methods)}, got {method!r}")

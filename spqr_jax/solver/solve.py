@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -84,6 +85,8 @@ def quantize_weights(
     are stacked along their rows and solved as one.
     """
     h = _checked_hessian(weights, hessian, configs)
+    if any(config.solver != "columns" for config in configs):
+        return [_solve_otherwise(*each, h) for each in zip(weights, configs, strict=True)]
     factors: dict[tuple[str, float], Factor] = {}
     stacks: dict[SpQRConfig, list[int]] = {}
     for index, config in enumerate(configs):
@@ -100,6 +103,53 @@ def quantize_weights(
         own = [configs[index] for index in members]
         results.update(zip(members, _solve_stack([weights[i] for i in members], h, factor, own), strict=True))
     return [results[index] for index in range(len(weights))]
+
+
+def _solve_otherwise(w: jax.Array, config: SpQRConfig, h: jax.Array | None) -> Solved:
+    """One matrix by one of the `BASELINES`, beginning from its weights rounded to nearest."""
+    if config.solver == "columns":
+        return quantize_weights([w], h, [config])[0]
+    from spqr_jax.solver.baselines import SOLVERS  # they need optax
+    from spqr_jax.solver.baselines.obq import LARGEST
+
+    if config.solver == "obq" and w.shape[1] > LARGEST:
+        warnings.warn(
+            f"OBQ takes time in the cube of the inputs: matrices of more than {LARGEST}, such as this one of "
+            f"{tuple(w.shape)}, are rounded by GPTQ, which is the same in one order for all rows",
+            stacklevel=2,
+        )
+        return quantize_weights([w], h, [dataclasses.replace(config, solver="columns")])[0]
+    if config.solver not in SOLVERS:
+        raise SpQRError(f"{config.solver} looks at whole blocks: use spqr_jax.quantize, not a matrix by itself")
+    assert h is not None
+    nearest = dataclasses.replace(config, solver="columns", steps=None, compensate=False, sequential=False)
+    start = quantize_weights([w], None, [nearest])[0].array
+    array = SOLVERS[config.solver](w.astype(jnp.float32), h, start, config)
+    return solved_as(w, h, array, config.damping)
+
+
+def solved_as(w: jax.Array, h: jax.Array, array: SpQRArray, damping: float = 0.0) -> Solved:
+    """An array found for W [out, in] in some other way, with its figures."""
+    if not np.all(np.isfinite(np.asarray(array.tile_stats))):
+        raise SpQRError(f"a scale or zero point learned for a weight of shape {array.shape} does not fit float16")
+    dense = array.to_dense()
+    stats = LayerStats(
+        output_error=float(_whole_error(w, dense, h)),
+        outlier_share=array.nnz / array.size,
+        ideal_bits=array.ideal_bits,
+        stored_bits=array.stored_bits,
+        damping=damping,
+        outlier_threshold=None,
+    )
+    return Solved(array, dense, stats)
+
+
+@jax.jit
+def _whole_error(w: jax.Array, dense: jax.Array, h: jax.Array) -> jax.Array:
+    """‖(W-Ŵ)X‖/‖WX‖."""
+    w = w.astype(jnp.float32)
+    total = quadratic_form(w, h)
+    return jnp.sqrt(jnp.maximum(quadratic_form(w - dense, h), 0.0) / jnp.where(total > 0, total, 1.0))
 
 
 def _program(config: SpQRConfig) -> SpQRConfig:

@@ -1,0 +1,194 @@
+"""BRECQ (Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction",
+arXiv 2102.05426): AdaRound's choices for all matrices of a block at once.
+
+Letters: z, what a block adds up to for one token, from the quantized blocks before it; z*, the
+same of the dense model; g = ∂L/∂z* of the summed next-token loss L. A block minimizes
+
+    mean over tokens of  Σ_i g_i² (z_i - z*_i)² / unit + λ Σ (1 - |2h(v) - 1|^β)
+
+(the paper's diagonal Fisher information, equation 10) over the v of all its matrices, whose
+h(v) say how far each weight is rounded up (`spqr_jax.solver.baselines.adaround`). A step
+sees one chunk of text. Beside the text's activations before and after a block, g² of every
+block is held, in bfloat16: some gigabytes for a model of a billion parameters, which is
+what this method manages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spqr_jax.array import SpQRArray
+from spqr_jax.blocks import BlockSource
+from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
+from spqr_jax.config import SpQRConfig
+from spqr_jax.models.attention import Positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, run_block
+from spqr_jax.sensitivity import loss_gradient
+from spqr_jax.solver import LayerStats, quantize_weights
+from spqr_jax.solver.baselines.adaround import LAMBDA, choice_of, soft_choice, undecided
+from spqr_jax.solver.baselines.grid import WeightGrid, adam_step, weight_grid, with_codes
+from spqr_jax.solver.solve import solved_as
+
+LEARNING_RATE = 0.05
+_SEED = 0  # of the order of the chunks
+
+Report = Callable[[str, SpQRArray, LayerStats], None]
+
+
+class BlockReconstruction:
+    """Quantizes a model's blocks in order.
+
+    Args:
+      source: the dense model.
+      batches: int32 [batch, seq] of token ids, as `activations` was made from.
+      config: `SpQRConfig.baseline("brecq")`, perhaps with rules.
+      report: told of each weight.
+    """
+
+    def __init__(self, source: BlockSource, batches: Sequence[Any], config: SpQRConfig, report: Report) -> None:
+        self._config, self._report = config, report
+        self._importance = _output_importance(source, batches)
+        self._dense = Activations(source.config, source.outer(), batches, rounded_linear)
+
+    def solve(self, activations: Activations, block: Block, prefix: str) -> Block:
+        """Quantizes one block and takes both streams of activations through it."""
+        model = activations.config
+        inputs = [state.residual for state, _ in activations.chunks()]
+        for stage in range(len(STAGES)):
+            self._dense.advance(stage, block)
+        wanted = [state.residual for state, _ in self._dense.chunks()]
+        where = [where for _, where in activations.chunks()]
+        configs = {name: self._config.for_path(prefix + name) for name in matrix_names(model, block.kind)}
+        starts = {name: _nearest(block[name], own) for name, own in configs.items() if own is not None}
+        grids = {name: weight_grid(array) for name, array in starts.items()}
+        grids = {name: grid._replace(maxq=jnp.float32(grid.maxq)) for name, grid in grids.items()}
+        places = {name: block[name].astype(jnp.float32) / g.scale + g.zero for name, g in grids.items()}
+        below = {name: jnp.floor(place) for name, place in places.items()}
+        choices = {name: choice_of(place - below[name]) for name, place in places.items()}
+        if starts:
+            data = list(zip(inputs, where, wanted, self._importance.pop(0), strict=True))
+            choices = self._learn(model, block, grids, below, choices, data)
+        hessians = self._hessians(activations, block)
+        quantized, dense = block, block
+        for name, array in starts.items():
+            up = (soft_choice(choices[name]) >= 0.5).astype(jnp.float32)
+            codes = jnp.clip(below[name] + up, 0.0, grids[name].maxq)
+            solved = solved_as(block[name], hessians[name], with_codes(array, codes))
+            quantized = quantized.replace({name: solved.array})
+            dense = dense.replace({name: solved.dense.astype(block[name].dtype)})
+            self._report(prefix + name, solved.array, solved.stats)
+        for stage in range(len(STAGES)):
+            activations.advance(stage, dense)
+        return quantized
+
+    def _learn(
+        self,
+        model: DecoderConfig,
+        block: Block,
+        grids: dict[str, WeightGrid],
+        below: dict[str, jax.Array],
+        choices: dict[str, jax.Array],
+        data: list[tuple[jax.Array, Positions, jax.Array, jax.Array]],
+    ) -> dict[str, jax.Array]:
+        steps, rng = self._config.solver_steps, np.random.default_rng(_SEED)
+        nearest = block.replace({name: grid.values(grid.codes(block[name])) for name, grid in grids.items()})
+        error = np.mean([float(_error(model, nearest, *part)) for part in data])
+        unit = jnp.float32((error if error > 0 else 1.0) / sum(choice.size for choice in choices.values()))
+        state = optax.adam(LEARNING_RATE).init(choices)
+        order = np.concatenate([rng.permutation(len(data)) for _ in range(-(-steps // len(data)))])[:steps]
+        for step, chunk in enumerate(order):
+            choices, state = _step(
+                model, steps, block, grids, below, choices, state, data[chunk], unit, jnp.float32(step)
+            )
+        return choices
+
+    def _hessians(self, activations: Activations, block: Block) -> dict[str, jax.Array]:
+        """H of each matrix's input in the dense block, for the report."""
+        ahead = activations.copy()
+        found: dict[str, jax.Array] = {}
+        for stage in range(len(STAGES)):
+            groups = stage_groups(activations.config, block.kind, stage)
+            for (names, _), hessian in zip(groups, ahead.hessians(stage, block), strict=True):
+                found |= dict.fromkeys(names, hessian.matrix())
+            if stage + 1 < len(STAGES):
+                ahead.advance(stage, block)
+        return found
+
+
+def _nearest(w: jax.Array, config: SpQRConfig) -> SpQRArray:
+    own = SpQRConfig.rtn(config.bits, config.group_size, fit=config.fit, stats_bits=config.stats_bits)
+    return quantize_weights([w], None, [own])[0].array
+
+
+@partial(jax.jit, static_argnums=0)
+def _error(
+    model: DecoderConfig, block: Block, x: jax.Array, where: Positions, wanted: jax.Array, importance: jax.Array
+) -> jax.Array:
+    """Mean over tokens of Σ_i g_i² (z_i - z*_i)²."""
+    got = run_block(model, block, State(x), where, rounded_linear).residual
+    return jnp.mean(jnp.sum(importance.astype(got.dtype) * jnp.square(got - wanted), axis=-1))
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
+def _step(
+    model: DecoderConfig,
+    steps: int,
+    block: Block,
+    grids: dict[str, WeightGrid],
+    below: dict[str, jax.Array],
+    choices: dict[str, jax.Array],
+    state: optax.OptState,
+    data: tuple[jax.Array, Positions, jax.Array, jax.Array],
+    unit: jax.Array,
+    step: jax.Array,
+) -> tuple[dict[str, jax.Array], optax.OptState]:
+    """One gradient step of all choices of a block."""
+
+    def loss(choices: dict[str, jax.Array]) -> jax.Array:
+        values = {
+            name: grid.values(jnp.clip(below[name] + soft_choice(choices[name]), 0.0, grid.maxq)).astype(
+                block[name].dtype
+            )
+            for name, grid in grids.items()
+        }
+        term = sum((undecided(choice, step, steps) for choice in choices.values()), jnp.float32(0))
+        return _error(model, block.replace(values), *data) / unit + LAMBDA * term
+
+    return adam_step(optax.adam(LEARNING_RATE), jax.grad(loss)(choices), state, choices)
+
+
+@partial(jax.jit, static_argnums=0)
+def _before(model: DecoderConfig, block: Block, x: jax.Array, where: Positions, gradient: jax.Array) -> jax.Array:
+    """The gradient before a block from that behind it."""
+    return jax.vjp(lambda x: run_block(model, block, State(x), where).residual, x)[1](gradient)[0]
+
+
+def _output_importance(source: BlockSource, batches: Sequence[Any]) -> list[list[jax.Array]]:
+    """g² of what each block adds up to, bfloat16 [batch, tokens, hidden] for each block and chunk."""
+    model, outer = source.config, source.outer()
+    chunks = list(Activations(model, outer, batches).chunks())
+    places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
+    inputs: list[list[jax.Array]] = []
+    for index in range(model.num_layers):
+        block = source.block(index)
+        inputs.append(residuals)
+        residuals = [pass_block(model, block, x, where) for x, where in zip(residuals, places, strict=True)]
+    gradients = [
+        loss_gradient(model, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
+    ]
+    found: list[list[jax.Array]] = []
+    for index in reversed(range(model.num_layers)):
+        found.append([jnp.square(g).astype(jnp.bfloat16) for g in gradients])
+        if index:
+            block = source.block(index)
+            parts = zip(inputs.pop(), places, gradients, strict=True)
+            gradients = [_before(model, block, *part) for part in parts]
+    return found[::-1]

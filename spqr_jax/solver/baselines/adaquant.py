@@ -1,0 +1,99 @@
+"""AdaQuant (Hubara et al., "Improving Post Training Neural Quantization: Layer-wise Calibration and Integer
+Programming", arXiv 2006.10518, section 3), for weights alone.
+
+    min over V, s, z of  Σ_r (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ,   Ŵ = s (clip(round((W+V)/s + z), 0, maxq) - z)
+
+by Adam; rounding passes gradients straight through. Unlike AdaRound's, a code may move by
+more than one step, and scales and zero points move too. Rounding makes the loss jump, so
+each row keeps the best it has been at, its statistics rounded to float16.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from spqr_jax.array import SpQRArray
+from spqr_jax.config import SpQRConfig
+from spqr_jax.solver.baselines.grid import WeightGrid, adam_step, by_weight, row_losses, weight_grid, with_codes
+
+_LEARNING_RATES = {"shift": 2e-2, "stretch": 2e-3, "zero": 2e-2}
+"""In steps of the grid, in shares of a scale, in steps of the grid."""
+
+
+class _Learned(NamedTuple):
+    """What is learned."""
+
+    shift: Any  # f32 [out, in], V in steps of the first scale
+    stretch: Any  # f32 [out, groups], ln(s / first s)
+    zero: Any  # f32 [out, groups]
+
+
+class _Best(NamedTuple):
+    """The best of each row so far."""
+
+    loss: jax.Array  # [out]
+    codes: jax.Array  # [out, in]
+    scale: jax.Array  # [out, groups]
+    zero: jax.Array  # [out, groups]
+
+
+def solve_adaquant(w: jax.Array, h: jax.Array, rounded: SpQRArray, config: SpQRConfig) -> SpQRArray:
+    """Learns codes and statistics of W [out, in]."""
+    scale, zero = rounded.statistics()
+    maxq = jnp.float32(weight_grid(rounded).maxq)
+    best = _learn(w, h, jnp.where(scale == 0, 1.0, scale), zero, maxq, config.solver_steps, rounded.group_size)
+    return with_codes(rounded, best.codes, best.scale, best.zero)
+
+
+def _straight_through(x: jax.Array) -> jax.Array:
+    return x + lax.stop_gradient(jnp.round(x) - x)
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def _learn(
+    w: jax.Array, h: jax.Array, scale: jax.Array, zero: jax.Array, maxq: jax.Array, steps: int, group_size: int
+) -> _Best:
+    inner = w.shape[1]
+    wide = partial(by_weight, group_size=group_size, inner=inner)
+    first_step = wide(scale)
+
+    def grid_of(learned: _Learned, rounded: bool) -> tuple[jax.Array, jax.Array]:
+        pair = scale * jnp.exp(learned.stretch), learned.zero
+        return tuple(part.astype(jnp.float16).astype(w.dtype) for part in pair) if rounded else pair  # type: ignore[return-value]
+
+    def losses(learned: _Learned, rounded: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        s, z = grid_of(learned, rounded)
+        grid = WeightGrid(wide(s), wide(z), maxq)
+        place = (w + learned.shift * first_step) / grid.scale + grid.zero
+        codes = jnp.clip(_straight_through(place), 0.0, maxq)
+        return row_losses(w - grid.values(codes), h), codes, s, z
+
+    def body(step: jax.Array, carry: tuple[_Learned, optax.OptState, _Best]) -> tuple[_Learned, optax.OptState, _Best]:
+        learned, state, best = carry
+        gradient = jax.grad(lambda learned: jnp.sum(losses(learned, False)[0]) / unit)(learned)
+        learned, state = adam_step(optimizer, gradient, state, learned)
+        return learned, state, better(best, learned)
+
+    def better(best: _Best, learned: _Learned) -> _Best:
+        found = _Best(*losses(learned, True))
+        improved = found.loss < best.loss
+        return _Best(
+            *(
+                jnp.where(improved.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+                for new, old in zip(found, best, strict=True)
+            )
+        )
+
+    learned = _Learned(jnp.zeros_like(w), jnp.zeros_like(scale), zero)
+    start = _Best(*losses(learned, True))
+    total = jnp.sum(start.loss)
+    unit = jnp.where(total > 0, total, 1.0) / w.size
+    rates = {name: optax.adam(optax.cosine_decay_schedule(rate, steps)) for name, rate in _LEARNING_RATES.items()}
+    optimizer = optax.multi_transform(rates, _Learned("shift", "stretch", "zero"))
+    return lax.fori_loop(0, steps, body, (learned, optimizer.init(learned), start))[2]
