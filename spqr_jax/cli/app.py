@@ -36,6 +36,7 @@ from spqr_jax.cli.exchange import export, import_original
 from spqr_jax.cli.measure import compare, perplexity
 from spqr_jax.cli.options import (
     METHOD_HELP,
+    STEPS_HELP,
     Data,
     Dtype,
     Json,
