@@ -25,11 +25,12 @@ LAYERS = [
     ["calibrate"],
     ["evaluate"],
     ["sensitivity"],
-    ["budget", "tune", "brecq"],
+    ["budget", "tune", "brecq", "analysis"],
     ["quantize", "generate"],
     ["speed", "integrations"],
     ["checkpoint", "formats"],
     ["resolve", "inspection"],
+    ["report"],
     ["cli"],
     ["__main__", "__init__"],
 ]

@@ -48,6 +48,7 @@ from spqr_jax.cli.options import (
     parse_rule,
     read_tokens,
 )
+from spqr_jax.cli.report import analyze, report
 from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator
 from spqr_jax.cli.zero_shot import evaluate
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
@@ -73,6 +74,8 @@ app.command()(perplexity)
 app.command()(compare)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(analyze)
+app.command()(report)
 app.command()(export)
 app.command("import")(import_original)
 
@@ -198,10 +201,10 @@ def quantize(
         with progress_bar("quantizing", len(paths)) as advance:
             view = QuantizeProgress(advance)
 
-            def on_layer(report: Any) -> None:
+            def on_layer(done: Any) -> None:
                 interrupt.check()
-                sink.record(report.path, dataclasses.asdict(report.stats))
-                view(report)
+                sink.record(done.path, dataclasses.asdict(done.stats))
+                view(done)
 
             target = sink if tuning is None else memory
             quantize_blocks(opened.source, target, batches, config, on_layer=on_layer, plan=plan)

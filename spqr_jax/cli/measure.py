@@ -40,14 +40,13 @@ def perplexity(
     if dense is not None:
         result = _compare(dense, opened, tokens, batch_size)
         console.print(
-            f"perplexity [bold]{result.perplexity:.4f}[/bold] ± {number(_perplexity_stderr(result), 4)} on {data}, "
+            f"perplexity [bold]{result.perplexity:.4f}[/bold] ± {number(result.perplexity_stderr, 4)} on {data}, "
             f"{result.windows} windows of {tokens.shape[1]}, {result.seconds:.1f} s\n"
             f"{against}: {result.dense_perplexity:.4f}; ratio {result.perplexity_ratio:.4f} ± "
             f"{number(result.perplexity_ratio_stderr, 4)}, KL {result.kl_mean:.4f} nats, "
             f"same top token {100 * result.same_top:.2f}%"
         )
-        own = {"stderr": _perplexity_stderr(result)} | result.to_json() | _setting(model, data, tokens)
-        write_json(json, own | {"against": against})
+        write_json(json, result.to_json() | _setting(model, data, tokens) | {"against": against})
         return
     params = collect(opened.source)
     with progress_bar("perplexity", len(tokens)) as advance:
@@ -100,7 +99,7 @@ def fidelity_rows(result: Fidelity) -> list[list[str]]:
         return f"{100 * share:.{digits}f}%"
 
     rows = [
-        ["perplexity", number(result.perplexity, 4), number(_perplexity_stderr(result), 4)],
+        ["perplexity", number(result.perplexity, 4), number(result.perplexity_stderr, 4)],
         ["perplexity, dense", number(result.dense_perplexity, 4), ""],
         ["perplexity ratio", number(result.perplexity_ratio, 5), number(result.perplexity_ratio_stderr, 5)],
         ["loss above dense, nats", f"{result.loss_increase:+.5f}", number(result.loss_increase_stderr, 5)],
@@ -131,11 +130,6 @@ def _compare(dense: OpenedModel, opened: OpenedModel, tokens: np.ndarray, batch_
     models = collect(dense.source), collect(opened.source)
     with progress_bar("comparing", len(tokens)) as advance:
         return compare_models(*models, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
-
-
-def _perplexity_stderr(result: Fidelity) -> float:
-    losses = result.window_losses
-    return result.perplexity * losses.std(ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else float("nan")
 
 
 def _setting(model: str, data: str, tokens: np.ndarray) -> dict[str, Any]:

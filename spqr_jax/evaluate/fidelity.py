@@ -104,6 +104,11 @@ class Fidelity:
         return self.perplexity_ratio * self.loss_increase_stderr
 
     @property
+    def perplexity_stderr(self) -> float:
+        """Standard error of `perplexity`, from the spread of windows (nan for one)."""
+        return self.perplexity * _stderr(self.window_losses)
+
+    @property
     def flips(self) -> float:
         """Share of tokens whose prediction went from right to wrong or from wrong to right."""
         return self.lost + self.gained
@@ -116,7 +121,7 @@ class Fidelity:
         for name in ("dense_window_losses", "window_losses", "window_kl"):
             values[name] = values[name].tolist()
         derived = ("perplexity_ratio", "perplexity_ratio_stderr", "flips")
-        return values | {name: getattr(self, name) for name in derived}
+        return values | {name: getattr(self, name) for name in derived} | {"stderr": self.perplexity_stderr}
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,0 +1,171 @@
+"""`spqr analyze` and `spqr report`: which weights matter, and pages on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from spqr_jax.analysis import ModelAnalysis
+from spqr_jax.analysis import analyze as analyze_model
+from spqr_jax.atomic import AtomicDirectory, refuse_existing
+from spqr_jax.calibrate import batched
+from spqr_jax.checkpoint import CheckpointSource
+from spqr_jax.cli.display import console, progress_bar, say, table
+from spqr_jax.cli.options import Data, Dtype, Model, default_corpus, read_tokens
+from spqr_jax.config import SpQRConfig
+from spqr_jax.data import calibration_windows
+from spqr_jax.errors import DataError, ModelError, SpQRError
+from spqr_jax.inspection import summarize
+from spqr_jax.quantize import quantizable_paths
+from spqr_jax.report import Run, figures, read_run, render_page, write_analysis
+from spqr_jax.resolve import OpenedModel, open_model
+
+Results = Annotated[
+    list[Path] | None,
+    typer.Option(help="What 'spqr perplexity', 'compare' or 'eval' wrote with --json; repeatable."),
+]
+
+
+def analyze(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write to: report.html, analysis.json, figures.")],
+    calib: Data = None,
+    nsamples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 16,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the draw of windows.")] = 0,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model of a quantized one. Default: the one it says it was made from.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="How wide a dense model's weights would be rounded.", min=2, max=8)] = 3,
+    maps: Annotated[
+        str,
+        typer.Option(help="Regular expression: whose weights to draw. Default: the first, middle and last block's."),
+    ] = "",
+    results: Results = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    dtype: Dtype = None,
+) -> None:
+    """Measure how sensitive each weight is to rounding, and find patterns among the most sensitive."""
+    refuse_existing(out, overwrite)
+    _need_plots()
+    measured = [read_result(path) for path in results or ()]
+    opened = open_model(model, dtype, say)
+    config, summary, original = SpQRConfig(bits=bits), None, opened
+    if opened.quantized:
+        config, summary = _quantization(opened)
+        original = open_model(dense or _made_from(summary, model), dtype, say)
+    calib = calib or default_corpus()
+    tokens = read_tokens(calib, "calibration", original)
+    windows = calibration_windows(tokens, seqlen, nsamples, seed, calib, original.first_token)
+    setting: dict[str, Any] = {
+        "dense": original.label,
+        "calibration": {"data": calib, "windows": len(windows), "seqlen": int(windows.shape[1]), "seed": seed},
+        "config": config.to_json(),
+        "command": shlex.join(["spqr", *sys.argv[1:]]),
+    }
+    begun = time.perf_counter()
+    paths = [path for path in quantizable_paths(original.source, config) if path.startswith("layers.")]
+    with progress_bar("analyzing", len(paths)) as advance:
+        found = analyze_model(original.source, batched(windows), config, maps=maps, progress=advance)
+    setting["seconds"] = time.perf_counter() - begun
+    run = Run(model, summary, found, setting, tuple(r for r in measured if str(r.get("model")) == model))
+    with AtomicDirectory(out, overwrite) as folder:
+        write_analysis(folder.partial, model, found, summary, setting)
+        page = render_page([run], f"{model}: which weights matter", setting["command"])
+        (folder.partial / "report.html").write_text(page, encoding="utf-8")
+        _write_figures(folder.partial / "figures", run)
+    table(f"{model}: the costliest 1% of weights", *structure_table(found))
+    console.print(f"[bold]{out}/report.html[/bold], {setting['seconds']:.0f} s")
+
+
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Quantized models, and what 'spqr analyze' wrote.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    results: Results = None,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Quantized models",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write one self-contained HTML page on quantized models: tables, figures, settings and commands."""
+    refuse_existing(out, overwrite)
+    _need_plots()
+    measured = [read_result(path) for path in results or ()]
+    runs = [read_run(directory, measured) for directory in directories]
+    for path, result in zip(results or (), measured, strict=True):
+        if not any(result in run.results for run in runs):
+            say(f"{path}: of {result.get('model')!r}, which is none of the models given; left out")
+    page = render_page(runs, title, shlex.join(["spqr", *sys.argv[1:]]))
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise SpQRError(f"cannot write {out}: {error.strerror}") from None
+    console.print(f"[bold]{out}[/bold], {len(page) / 1e6:.1f} MB, {len(runs)} models")
+
+
+def structure_table(found: ModelAnalysis) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: how many patterns each kind of matrix has, and what share of the costliest lies there."""
+    columns = ["kind", "they carry", "rows", "columns", "heads", "rotary pairs", "unstructured"]
+    lines = []
+    for kind in figures.kinds_of([weight.path for weight in found.weights]):
+        own = [weight.structures for weight in found.weights if weight.kind == kind]
+        line = [kind, f"{100 * np.mean([s.top_share for s in own]):.1f}%"]
+        for name in ("rows", "columns", "heads", "rotary_pairs"):
+            count = sum(len(getattr(s, name)) for s in own)
+            share = 100 * np.mean([s.shares.get(name.removesuffix("_pairs"), 0.0) for s in own])
+            line.append(f"{count}: {share:.1f}%" if count else "–")
+        lines.append([*line, f"{100 * np.mean([s.shares['unstructured'] for s in own]):.1f}%"])
+    return columns, lines
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a command wrote with --json."""
+    try:
+        values = json_module.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no JSON file that spqr wrote ({error})") from None
+    if not isinstance(values, dict) or not ({"perplexity", "results"} & set(values)):
+        raise DataError(f"{path} is no result of 'spqr perplexity', 'compare' or 'eval'")
+    return values
+
+
+def _need_plots() -> None:
+    """Says what is missing before work is done."""
+    figures.heat({"layers.0.q_proj": 1.0}, "")
+
+
+def _quantization(opened: OpenedModel) -> tuple[SpQRConfig, dict[str, Any]]:
+    if not isinstance(opened.source, CheckpointSource):
+        raise ModelError(
+            f"{opened.label} is quantized but not a directory that spqr quantize wrote: give its dense model"
+        )
+    config = opened.source.quantization or SpQRConfig()
+    return dataclasses.replace(config, target_bits=None), summarize(opened.source)
+
+
+def _made_from(summary: dict[str, Any], model: str) -> str:
+    origin = (summary["provenance"] or {}).get("model")
+    if origin is None:
+        raise ModelError(f"{model} does not say what it was made from: give its dense model with --dense")
+    return str(origin)
+
+
+def _write_figures(folder: Path, run: Run) -> None:
+    """The figures as PNG files."""
+    folder.mkdir()
+    assert run.analysis is not None
+    by_block: dict[str, dict[str, Any]] = {}
+    for path, values in run.analysis.maps().items():
+        by_block.setdefault(path.split(".")[1], {})[path] = values
+    for block, maps in by_block.items():
+        figures.to_png(figures.sensitivity_maps(maps), folder / f"sensitivities-block-{block}.png")
+    figures.to_png(figures.structure_shares(run.analysis), folder / "structures.png")
+    figures.to_png(figures.by_column(run.analysis), folder / "cost-by-column.png")

@@ -1,0 +1,6 @@
+"""One self-contained HTML page on quantized models: `runs.py` gathers, `figures.py` draws, `page.py` writes."""
+
+from spqr_jax.report.page import render_page
+from spqr_jax.report.runs import Run, environment, read_run, write_analysis
+
+__all__ = ["Run", "environment", "read_run", "render_page", "write_analysis"]
