@@ -7,6 +7,10 @@
 Each row differs from SpQR's defaults in one thing, or is another method. Rows
 that are done are kept in OUT and not run again, so a run can be stopped and
 resumed. Writes table.md, table.csv and perplexity_by_bits.png into OUT.
+
+    scripts/ablations.py demo --tasks winogrande,piqa,hellaswag,arc_easy,arc_challenge
+
+adds a column for each task of the LM Evaluation Harness (the `eval` extra), zero-shot.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from spqr_jax.blocks import TreeSink, collect
 from spqr_jax.calibrate import batched
 from spqr_jax.cli.display import console, number, say, table
 from spqr_jax.cli.options import default_corpus, read_tokens
+from spqr_jax.cli.zero_shot import import_harness
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.quantize import quantize_blocks
@@ -93,9 +98,12 @@ class Setup:
     data: str
     windows: int
     eval_seqlen: int
+    tasks: tuple[str, ...] = ()
+    limit: float | None = None
+    include_path: str | None = None
 
 
-def run(row: Row, opened: OpenedModel, calibration: np.ndarray, windows: np.ndarray) -> dict[str, Any]:
+def run(row: Row, setup: Setup, opened: OpenedModel, calibration: np.ndarray, windows: np.ndarray) -> dict[str, Any]:
     """Quantizes (unless dense) and measures."""
     begun = time.perf_counter()
     values: dict[str, Any] = {"ideal_bits": 32.0, "stored_bits": 32.0, "outlier_percent": 0.0}
@@ -117,15 +125,45 @@ def run(row: Row, opened: OpenedModel, calibration: np.ndarray, windows: np.ndar
     result = perplexity(params, windows)
     return {
         **values,
+        "tasks": answer_tasks(setup, opened, params),
         "perplexity": result.perplexity,
         "stderr": result.stderr,
         "window_losses": result.window_losses.tolist(),
     }
 
 
+METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
+"""What stands in a task's column: the first of these that the task has."""
+
+
+def answer_tasks(setup: Setup, opened: OpenedModel, params: Any) -> dict[str, tuple[float, float]]:
+    """(value, standard error) of each task; none if none were asked for."""
+    if not setup.tasks:
+        return {}
+    harness = import_harness()
+    found = harness.evaluate_tasks(
+        harness.HarnessModel(params, opened.tokenizer()),
+        setup.tasks,
+        num_fewshot=0,
+        limit=setup.limit,
+        include_path=setup.include_path,
+        seed=setup.seed,
+    )
+    values = {}
+    for task in setup.tasks:
+        metrics = found["results"][task]
+        name = next((name for name in METRICS if name in metrics), None)
+        if name is None:
+            raise SpQRError(f"task {task} has none of the metrics {', '.join(METRICS)}: it has {', '.join(metrics)}")
+        error = metrics.get(name.replace(",", "_stderr,"), math.nan)
+        values[task] = (metrics[name], error if isinstance(error, float) else math.nan)
+    return values
+
+
 def name_of(setup: Setup, row: Row) -> str:
     """A file name that changes with anything that changes the result."""
-    return file_name(row.name, dataclasses.asdict(setup), row.config and row.config.to_json())
+    settings = {name: value for name, value in dataclasses.asdict(setup).items() if value not in (None, ())}
+    return file_name(row.name, settings, row.config and row.config.to_json())
 
 
 def versus(values: dict[str, Any], base: dict[str, Any]) -> str:
@@ -150,6 +188,7 @@ def cells(row: Row, values: dict[str, Any], base: dict[str, Any]) -> list[str]:
         number(values["stored_bits"], 3),
         f"{values['outlier_percent']:.2f}%",
         number(values["seconds"], 0),
+        *(f"{100 * value:.1f}" for value, _ in values["tasks"].values()),
     ]
 
 
@@ -161,12 +200,20 @@ def write_tables(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]
         f"{setup.model}; calibrated on {setup.nsamples} x {setup.seqlen} tokens of {setup.calib} (seed {setup.seed}); "
         f"perplexity on {setup.windows} x {setup.eval_seqlen} tokens of {setup.data}.",
     ]
-    (out / "table.md").write_text("\n".join([*header, "", markdown_table(COLUMNS, lines, left=2)]))
+    (out / "table.md").write_text("\n".join([*header, "", markdown_table([*COLUMNS, *setup.tasks], lines, left=2)]))
     with (out / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         names = ("perplexity", "stderr", "ideal_bits", "stored_bits", "outlier_percent", "seconds")
-        writer.writerow(["question", "what", *names])
-        writer.writerows([row.question, row.name, *(values[name] for name in names)] for row, values in done)
+        errors = [f"{task}_stderr" for task in setup.tasks]
+        writer.writerow(["question", "what", *names, *setup.tasks, *errors])
+        for row, values in done:
+            tasks = values["tasks"].values()
+            numbers = [
+                *(values[name] for name in names),
+                *(value for value, _ in tasks),
+                *(error for _, error in tasks),
+            ]
+            writer.writerow([row.question, row.name, *numbers])
 
 
 _SHOWN = 1.4  # times the dense perplexity, up to which a row is in the plot
@@ -238,6 +285,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="evaluation windows")
     parser.add_argument("--eval-seqlen", type=int, help="tokens an evaluation window")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", default="", help="zero-shot tasks of the harness, separated by commas")
+    parser.add_argument("--limit", type=float, help="questions a task, or below 1 the share of them")
+    parser.add_argument("--include-path", help="folder of task files of your own")
     given = parser.parse_args()
     corpus = (given.calib and given.data) or default_corpus()
     fallback = (4, 512, 8, 512) if given.quick else (16, 1024, 10, 2048)
@@ -246,6 +296,11 @@ def main() -> None:
     setup = Setup(
         given.model, given.calib or corpus, nsamples, seqlen, given.seed, given.data or corpus, windows, eval_seqlen
     )
+    tasks = tuple(task.strip() for task in given.tasks.split(",") if task.strip())
+    limit = int(given.limit) if given.limit is not None and given.limit >= 1 else given.limit
+    setup = dataclasses.replace(setup, tasks=tasks, limit=limit, include_path=given.include_path)
+    if tasks:
+        import_harness()  # says now what is missing
     opened = open_model(given.model, "float32", say)
     tokens = read_tokens(setup.calib, "calibration", opened)
     calibration = calibration_windows(tokens, seqlen, nsamples, given.seed, setup.calib, opened.first_token)
@@ -257,14 +312,15 @@ def main() -> None:
     done = []
     for index, row in enumerate(todo):
         path = given.out / "rows" / name_of(setup, row)
-        values = kept_or_made(path, partial(run, row, opened, calibration, evaluation))
+        values = kept_or_made(path, partial(run, row, setup, opened, calibration, evaluation))
         done.append((row, values))
         console.print(
             f"{index + 1:3d}/{len(todo)}  {row.name:<36} perplexity {values['perplexity']:9.2f}   "
             f"{values['stored_bits']:6.3f} stored bits   {values['seconds']:5.0f} s"
         )
     base = next(values for row, values in done if row.name == BASE)
-    table(f"Ablations on {setup.model}", COLUMNS, [cells(row, values, base) for row, values in done])
+    columns = [*COLUMNS, *setup.tasks]
+    table(f"Ablations on {setup.model}", columns, [cells(row, values, base) for row, values in done])
     write_tables(given.out, setup, done)
     plot(given.out, setup, done)
     console.print(f"{given.out}/table.md, table.csv, perplexity_by_bits.png")

@@ -26,7 +26,6 @@ def folder(tiny_model, tmp_path_factory):
     byte_tokenizer().save_pretrained(folder / "model")
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
     text = ("--data", "ids.npy", "--seqlen", 64, "--windows", 5)
-    results = ("--results", "three.json", "--results", "four.json")
     commands = [
         ("quantize", "model", "--out", "three", "--bits", 3, "--calib", "ids.npy", *QUICK),
         ("quantize", "model", "--out", "four<b>", "--method", "rtn", "--bits", 4),

@@ -10,6 +10,7 @@ each row keeps the best it has been at, its statistics rounded to float16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,8 +52,12 @@ def solve_adaquant(w: jax.Array, h: jax.Array, rounded: SpQRArray, config: SpQRC
     return with_codes(rounded, best.codes, best.scale, best.zero)
 
 
-def _straight_through(x: jax.Array) -> jax.Array:
-    return x + lax.stop_gradient(jnp.round(x) - x)
+def _straight_through(x: jax.Array, rounded: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    return x + lax.stop_gradient(rounded(x) - x)
+
+
+def _half(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float16).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=(5, 6))
@@ -63,37 +68,34 @@ def _learn(
     wide = partial(by_weight, group_size=group_size, inner=inner)
     first_step = wide(scale)
 
-    def grid_of(learned: _Learned, rounded: bool) -> tuple[jax.Array, jax.Array]:
-        pair = scale * jnp.exp(learned.stretch), learned.zero
-        return tuple(part.astype(jnp.float16).astype(w.dtype) for part in pair) if rounded else pair  # type: ignore[return-value]
-
-    def losses(learned: _Learned, rounded: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        s, z = grid_of(learned, rounded)
+    def losses(learned: _Learned) -> tuple[jax.Array, _Best]:
+        """Their sum, and what the rows have come to."""
+        s = _straight_through(scale * jnp.exp(learned.stretch), _half)
+        z = _straight_through(learned.zero, _half)
         grid = WeightGrid(wide(s), wide(z), maxq)
         place = (w + learned.shift * first_step) / grid.scale + grid.zero
-        codes = jnp.clip(_straight_through(place), 0.0, maxq)
-        return row_losses(w - grid.values(codes), h), codes, s, z
+        codes = jnp.clip(_straight_through(place, jnp.round), 0.0, maxq)
+        by_row = row_losses(w - grid.values(codes), h)
+        return jnp.sum(by_row) / unit, _Best(by_row, codes, s, z)
+
+    def better(best: _Best, found: _Best) -> _Best:
+        improved = found.loss < best.loss
+
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(improved.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return _Best(*(chosen(new, old) for new, old in zip(found, best, strict=True)))
 
     def body(step: jax.Array, carry: tuple[_Learned, optax.OptState, _Best]) -> tuple[_Learned, optax.OptState, _Best]:
         learned, state, best = carry
-        gradient = jax.grad(lambda learned: jnp.sum(losses(learned, False)[0]) / unit)(learned)
+        gradient, found = jax.grad(losses, has_aux=True)(learned)
         learned, state = adam_step(optimizer, gradient, state, learned)
-        return learned, state, better(best, learned)
+        return learned, state, better(best, found)
 
-    def better(best: _Best, learned: _Learned) -> _Best:
-        found = _Best(*losses(learned, True))
-        improved = found.loss < best.loss
-        return _Best(
-            *(
-                jnp.where(improved.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-                for new, old in zip(found, best, strict=True)
-            )
-        )
-
-    learned = _Learned(jnp.zeros_like(w), jnp.zeros_like(scale), zero)
-    start = _Best(*losses(learned, True))
-    total = jnp.sum(start.loss)
+    learned, unit = _Learned(jnp.zeros_like(w), jnp.zeros_like(scale), zero), jnp.float32(1)
+    total, start = losses(learned)
     unit = jnp.where(total > 0, total, 1.0) / w.size
     rates = {name: optax.adam(optax.cosine_decay_schedule(rate, steps)) for name, rate in _LEARNING_RATES.items()}
     optimizer = optax.multi_transform(rates, _Learned("shift", "stretch", "zero"))
-    return lax.fori_loop(0, steps, body, (learned, optimizer.init(learned), start))[2]
+    learned, _, best = lax.fori_loop(0, steps, body, (learned, optimizer.init(learned), start))
+    return better(best, losses(learned)[1])

@@ -83,6 +83,18 @@ def adam_step(
         return optax.apply_updates(values, update), state
 
 
+@jax.custom_vjp
 def row_losses(miss: jax.Array, h: jax.Array) -> jax.Array:
-    """(w-ŵ) H (w-ŵ)ᵀ of each row: [out, in], [in, in] -> [out]."""
+    """(w-ŵ) H (w-ŵ)ᵀ of each row: [out, in], symmetric [in, in] -> [out].
+
+    Its gradient 2 (w-ŵ) H takes no other product than the loss itself; H has none.
+    """
     return jnp.sum((miss @ h) * miss, axis=1)
+
+
+def _row_losses_forward(miss: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    product = miss @ h
+    return jnp.sum(product * miss, axis=1), product
+
+
+row_losses.defvjp(_row_losses_forward, lambda product, g: (2.0 * g[:, None] * product, None))
