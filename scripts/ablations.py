@@ -19,6 +19,7 @@ import argparse
 import csv
 import dataclasses
 import math
+import re
 import sys
 import time
 from functools import partial
@@ -285,6 +286,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="evaluation windows")
     parser.add_argument("--eval-seqlen", type=int, help="tokens an evaluation window")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", default="", help="regular expression: only rows whose name it matches (and SpQR)")
     parser.add_argument("--tasks", default="", help="zero-shot tasks of the harness, separated by commas")
     parser.add_argument("--limit", type=float, help="questions a task, or below 1 the share of them")
     parser.add_argument("--include-path", help="folder of task files of your own")
@@ -309,6 +311,7 @@ def main() -> None:
     )
     setup = dataclasses.replace(setup, nsamples=len(calibration), windows=len(evaluation))
     todo = [row for row in rows() if row.quick or not given.quick]
+    todo = [row for row in todo if row.name == BASE or row.config is None or re.search(given.rows, row.name)]
     done = []
     for index, row in enumerate(todo):
         path = given.out / "rows" / name_of(setup, row)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from harness_tasks import ANSWERS, CHOICES, ROLLING
 from test_cli import byte_tokenizer, spqr
 from test_models import write_hf
 
@@ -14,39 +15,6 @@ from spqr_jax.blocks import collect
 from spqr_jax.models.hf import open_hf
 
 lm_eval = pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed (extra `eval`)")
-
-CHOICES = """\
-task: tiny_choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{folder}/choices.jsonl"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-ANSWERS = """\
-task: tiny_answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{folder}/answers.jsonl"}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["{stop}"], max_gen_toks: 12, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
-ROLLING = """\
-task: tiny_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{folder}/choices.jsonl"}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}]
-"""
 
 
 def text(rng, length):

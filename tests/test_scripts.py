@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness_tasks import CHOICES
+from test_cli import byte_tokenizer
 from test_models import write_hf
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -45,6 +47,80 @@ def test_quality_measures_each_row_once(tiny_model, tmp_path):
     run()  # what is done is kept
     assert times == [path.stat().st_mtime_ns for path in files]
     assert (tmp_path / "found" / "table.md").read_text() == table
+
+
+def run_script(name, folder, *arguments):
+    environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, SCRIPTS / name, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    write_hf(folder / "model", tiny_model)
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(2)
+    tokenizer.save_pretrained(folder / "model")
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
+    return folder
+
+
+@pytest.mark.slow
+def test_compare_methods_gives_all_the_same_bits(folder):
+    text = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32, "--data", "ids.npy", "--windows", 4)
+    arguments = ("model", *text, "--eval-seqlen", 64, "--methods", "rtn,adaround", "--group-size", 32, "--out", "found")
+    result = run_script("compare_methods.py", folder, *arguments)
+    assert result.returncode == 0, result.stderr
+    rows = {v["row"]: v for v in (json.loads(path.read_text()) for path in (folder / "found").glob("*.json"))}
+    assert set(rows) == {"rtn", "adaround", "spqr"}
+    assert rows["rtn"]["stored_bits"] == rows["adaround"]["stored_bits"]
+    assert rows["spqr"]["stored_bits"] <= rows["rtn"]["stored_bits"] + 0.02
+    for values in rows.values():
+        assert values["peak_gib"] > 0.05
+        assert values["kl_mean"] > 0
+        assert f"| {values['perplexity']:.2f} |" in (folder / "found" / "table.md").read_text()
+    assert run_script("compare_methods.py", folder, "model", "--methods", "magic").returncode == 1
+
+
+@pytest.mark.slow
+def test_paper_tables_run_dry_on_the_demo_model_and_go_on_where_they_were(tmp_path):
+    environment = os.environ | {"ACCELERATOR": "cpu", "VENV": str(Path(sys.prefix)), "COLUMNS": "200"}
+    command = [SCRIPTS / "perplexity.sh", "--dry-run", "--out", tmp_path / "paper"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    table = (tmp_path / "paper" / "table.md").read_text()
+    assert table.count("\n| ") == 7  # a head and six rows
+    assert "| dense, 16 bits | 16.000 |" in table
+    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "$ spqr" not in again.stdout  # nothing was left to do
+    assert (tmp_path / "paper" / "table.md").read_text() == table
+
+
+def test_paper_tables_ask_what_to_do(tmp_path):
+    assert "nothing to do" in run_script("paper_tables.py", tmp_path).stderr
+    assert "no model llama" in run_script("paper_tables.py", tmp_path, "llama").stderr
+
+
+@pytest.mark.slow
+def test_ablations_answer_tasks(folder):
+    pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed (extra `eval`)")
+    (folder / "tasks").mkdir()
+    rows = [{"question": "ab " * n, "choices": ["c", " d"], "answer": n % 2} for n in range(1, 7)]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks" / "choices.yaml").write_text(CHOICES.format(folder=folder))
+    text = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32, "--data", "ids.npy", "--windows", 4)
+    asked = ("--tasks", "tiny_choices", "--include-path", "tasks", "--rows", "^RTN 4")
+    result = run_script("ablations.py", folder, "model", *text, "--eval-seqlen", 64, *asked, "--out", "ablated")
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(path.read_text()) for path in (folder / "ablated" / "rows").iterdir()]
+    assert len(found) == 3
+    for values in found:
+        value, _ = values["tasks"]["tiny_choices"]
+        assert 0 <= value <= 1
+    table = (folder / "ablated" / "table.md").read_text()
+    assert "tiny_choices" in table
+    assert len((folder / "ablated" / "table.csv").read_text().splitlines()) == 4
+    assert (folder / "ablated" / "perplexity_by_bits.png").is_file()
 
 
 def test_the_tables_of_the_kernels_page_are_made_from_what_was_counted():
