@@ -228,7 +228,7 @@ def block_error(model, other, batches):
 
 def test_brecq_reconstructs_blocks_better_than_rounding_to_nearest(tiny_model, tiny_batches, tmp_path, text):
     seen = []
-    config = SpQRConfig.baseline("brecq", 3, 32, steps=150)
+    config = SpQRConfig.baseline("brecq", 3, 32, steps=60)
     small = quantize(tiny_model, tiny_batches, config, on_layer=lambda report: seen.append(report.path))
     plain = quantize(tiny_model, None, SpQRConfig.rtn(3, 32, fit="search"))
     assert block_error(tiny_model, small, tiny_batches) < 0.8 * block_error(tiny_model, plain, tiny_batches)
@@ -267,7 +267,9 @@ def test_the_fisher_weights_are_squared_gradients(tiny_model, tiny_batches):
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2e-2, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", LAYERWISE)
+@pytest.mark.parametrize(
+    "method", ["adaquant", *(pytest.param(m, marks=pytest.mark.slow) for m in LAYERWISE if m != "adaquant")]
+)
 def test_models_are_quantized_by_name(tiny_model, tiny_batches, method):
     small = quantize(tiny_model, tiny_batches, SpQRConfig.baseline(method, 4, 32, steps=None))
     plain = quantize(tiny_model, None, SpQRConfig.rtn(4, 32))

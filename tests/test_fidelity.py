@@ -45,11 +45,11 @@ def by_hand(dense, quantized, windows):
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     p, q = (np.take_along_axis(log, targets, -1)[..., 0] for log in (log_p, log_q))
     top_p, top_q = log_p.argmax(-1), log_q.argmax(-1)
-    return kl, p, q, top_p, top_q, targets[..., 0]
+    return kl, p, q, top_p, top_q, targets[..., 0], np.exp(log_p.max(-1))
 
 
 def test_every_figure_is_that_of_float64(confident_model, small, windows):
-    kl, log_p, log_q, top_p, top_q, targets = by_hand(confident_model, small, windows)
+    kl, log_p, log_q, top_p, top_q, targets, highest = by_hand(confident_model, small, windows)
     found = compare(confident_model, small, windows)
     assert 0.05 < kl.mean() < 20  # it is a comparison of models that differ
     assert 0.02 < (top_p == top_q).mean() < 0.98
@@ -60,6 +60,9 @@ def test_every_figure_is_that_of_float64(confident_model, small, windows):
         np.percentile(kl, [50, 90, 95, 99, 99.9]).tolist(), rel=1e-3
     )
     assert found.same_top == (top_p == top_q).mean()
+    sure = highest >= 0.5
+    assert 0 < found.sure == sure.mean() < 1
+    assert found.same_top_sure == pytest.approx((top_p == top_q)[sure].mean())
     delta = np.exp(log_q) - np.exp(log_p)
     assert found.delta_p_mean == pytest.approx(delta.mean(), rel=1e-3)
     assert found.delta_p_rms == pytest.approx(np.sqrt((delta**2).mean()), rel=1e-4)
@@ -116,6 +119,6 @@ def test_other_vocabularies_and_broken_models_are_refused(confident_model, tiny_
         compare(confident_model, other, windows)
     with pytest.raises(DataError, match="longer than the model's context"):
         compare(confident_model, confident_model, np.zeros((1, 200), np.int32))
-    broken = TokenStatistics(*(np.full((1, 2), np.nan),) * 3, *(np.zeros((1, 2), bool),) * 3)
+    broken = TokenStatistics(*(np.full((1, 2), np.nan),) * 4, *(np.zeros((1, 2), bool),) * 3)
     with pytest.raises(DataError, match="not finite"):
         summarize(broken)

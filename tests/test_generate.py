@@ -40,6 +40,16 @@ def test_quantized_models_generate_what_they_dequantize_to(tiny_model, tiny_batc
     ]
 
 
+def test_a_phrase_ends_its_own_text_and_stays(tiny_model):
+    prompts = [[5, 6, 7], [50, 51]]
+    free = generate(tiny_model, prompts, max_new_tokens=10, stop_tokens=()).tokens
+    phrase = free[0][2:4]
+    cut = generate(
+        tiny_model, prompts, max_new_tokens=10, stop_tokens=(), stop_when=lambda tokens: tokens[-2:] == phrase
+    )
+    assert cut.tokens == [free[0][:4], free[1]]
+
+
 def test_stop_tokens_end_a_text_and_are_left_out(tiny_model):
     free = generate(tiny_model, [[5, 6, 7], [50, 51]], max_new_tokens=10, stop_tokens=())
     stop = free.tokens[0][4]

@@ -88,7 +88,10 @@ def compare(
         f"{quantized} beside {dense}: {result.windows} windows of {tokens.shape[1]} of {data}, {result.tokens} tokens"
     )
     table(title, ["", "", "±"], fidelity_rows(result))
-    console.print(f"[dim]± is the standard error, from the spread between windows. {result.seconds:.1f} s[/dim]")
+    console.print(
+        "[dim]± is the standard error, from the spread between windows. Sure: its likeliest token has 50% or more. "
+        f"{result.seconds:.1f} s[/dim]"
+    )
     write_json(json, result.to_json() | _setting(quantized, data, tokens) | {"against": dense})
 
 
@@ -111,6 +114,7 @@ def fidelity_rows(result: Fidelity) -> list[list[str]]:
     rows += [
         ["KL divergence, largest", number(result.kl_max, 4), ""],
         ["same top token", percent(result.same_top), percent(result.same_top_stderr)],
+        [f"  where the dense model is sure ({percent(result.sure, 0)})", percent(result.same_top_sure), ""],
         ["flips", percent(result.flips), ""],
         ["  right before, wrong now", percent(result.lost), ""],
         ["  wrong before, right now", percent(result.gained), ""],

@@ -31,6 +31,8 @@ from spqr_jax.models.decoder import Decoder, Outer, logits
 
 _HEAD_CHUNK = 128  # positions whose logits, of both models, are held at once
 
+SURE = 0.5
+"""The probability from which on the dense model is called sure of its likeliest token."""
 KL_PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 DELTA_P_PERCENTILES = (0.1, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 
@@ -44,6 +46,7 @@ class TokenStatistics(NamedTuple):
     kl: Array  # f32, KL(p ‖ q) in nats
     dense_loss: Array  # f32, -ln p of the true token
     loss: Array  # f32, -ln q of the true token
+    dense_top: Array  # f32, the probability of the dense model's likeliest token
     same_top: Array  # bool, both models think the same token likeliest
     dense_right: Array  # bool, the dense model's likeliest token is the true one
     right: Array  # bool, the same of the quantized model
@@ -63,6 +66,10 @@ class Fidelity:
       kl_percentiles: by percentile, `KL_PERCENTILES`.
       same_top: share of tokens whose likeliest candidate is the same in both.
       same_top_stderr: from the spread of windows.
+      sure: share of tokens whose likeliest candidate the dense model gives at least
+        `SURE`; on the others it is close to a draw, and little turns it.
+      same_top_sure: share of these whose likeliest candidate is the same in both (nan if
+        there are none).
       delta_p_mean, delta_p_rms: of q - p of the true token.
       delta_p_percentiles: by percentile, `DELTA_P_PERCENTILES`.
       lost: share of tokens that the dense model predicts and the quantized one does not.
@@ -83,6 +90,8 @@ class Fidelity:
     kl_percentiles: dict[float, float]
     same_top: float
     same_top_stderr: float
+    sure: float
+    same_top_sure: float
     delta_p_mean: float
     delta_p_rms: float
     delta_p_percentiles: dict[float, float]
@@ -169,6 +178,7 @@ def _compare_logits(dense: jax.Array, quantized: jax.Array, targets: jax.Array) 
         jnp.maximum(kl, 0.0),
         -of_target(log_p),
         -of_target(log_q),
+        jnp.max(p, axis=-1),
         top == dense_top,
         dense_top == targets,
         top == targets,
@@ -224,8 +234,9 @@ def summarize(statistics: TokenStatistics, seconds: float = math.nan) -> Fidelit
     Raises:
       DataError: a model gave numbers that are not finite.
     """
-    kl, dense_loss, loss = (np.asarray(a, np.float64) for a in statistics[:3])
-    same, dense_right, right = (np.asarray(a, bool) for a in statistics[3:])
+    kl, dense_loss, loss, dense_top = (np.asarray(a, np.float64) for a in statistics[:4])
+    same, dense_right, right = (np.asarray(a, bool) for a in statistics[4:])
+    sure = dense_top >= SURE
     if not all(np.all(np.isfinite(a)) for a in (kl, dense_loss, loss)):
         raise DataError(
             "a model's predictions are not finite on this text: its activations overflow, or its weights are damaged"
@@ -249,6 +260,8 @@ def summarize(statistics: TokenStatistics, seconds: float = math.nan) -> Fidelit
         kl_percentiles=percentiles(kl, KL_PERCENTILES),
         same_top=float(same.mean()),
         same_top_stderr=_stderr(same.mean(1)),
+        sure=float(sure.mean()),
+        same_top_sure=float(same[sure].mean()) if sure.any() else math.nan,
         delta_p_mean=float(delta_p.mean()),
         delta_p_rms=float(np.sqrt(np.mean(np.square(delta_p)))),
         delta_p_percentiles=percentiles(delta_p, DELTA_P_PERCENTILES),
