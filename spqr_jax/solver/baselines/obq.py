@@ -7,13 +7,15 @@ than half a step, a weight that was pushed off its grid, is rounded at once, as 
 
 Letters: A = H⁻¹ (damped). Taking p out, A ← A - A_:p A_p: / A_pp, would rewrite A for each
 weight of each row. Here A stays, and the columns taken out are kept as V with
-A_now = A - VᵀV, so a step reads V once and writes one row of it.
+A_now = A - VᵀV, so a step reads V once and writes one row of it; columns of weights that
+are rounded are dropped from time to time.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,8 @@ from spqr_jax.solver.baselines.grid import WeightGrid, weight_grid, with_codes
 from spqr_jax.solver.hessian import factorize
 
 LARGEST = 1024
-"""Inputs that a row may have: it reads half their cube of numbers, so that one layer of 4096 would take a day."""
-_STAGES = 4  # V grows in as many steps, so that its empty rows are not read
+"""Inputs that a row may have: it reads a quarter of their cube of numbers, and one layer of 4096 would take hours."""
+_STAGES = 8  # V gains rows and loses the columns of rounded weights in so many steps: it is what takes the time
 _AT_ONCE = 4  # rows side by side
 
 
@@ -52,27 +54,50 @@ def _greedy(u: jax.Array, w: jax.Array, scale: jax.Array, zero: jax.Array, maxq:
     return lax.map(lambda part: each(part[0], WeightGrid(part[1], part[2], maxq)), (w, scale, zero))
 
 
+class _Row(NamedTuple):
+    """One row, of whose weights m are left at the beginning of a stage."""
+
+    w: jax.Array  # f32 [m], as it is now
+    scale: jax.Array  # f32 [m]
+    zero: jax.Array  # f32 [m]
+    diagonal: jax.Array  # f32 [m], of A as it is now
+    taken: jax.Array  # f32 [weights rounded, m], V
+    place: jax.Array  # int32 [m], which weight of the row each is
+
+
 def _greedy_row(inverse: jax.Array, w: jax.Array, grid: WeightGrid) -> jax.Array:
     """One row w [in] -> codes [in]."""
     inner = w.shape[0]
+    codes = jnp.zeros_like(w)
+    row = _Row(w, grid.scale, grid.zero, jnp.diagonal(inverse), jnp.zeros((0, inner), w.dtype), jnp.arange(inner))
+    bounds = np.linspace(0, inner, min(_STAGES, inner) + 1).astype(int).tolist()
+    for first, last in pairwise(bounds):
+        row = row._replace(taken=jnp.pad(row.taken, ((0, last - first), (0, 0))))
+        row, found, left = _stage(inverse, row, grid.maxq, first, last)
+        codes = codes.at[row.place].set(jnp.where(left, 0.0, found))
+        kept = jnp.argsort(~left, stable=True)[: inner - last]
+        row = _Row(*(part[..., kept] for part in row))
+    return codes
 
-    def step(removed: int, k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+
+def _stage(inverse: jax.Array, row: _Row, maxq: jax.Array, first: int, last: int) -> tuple[_Row, jax.Array, jax.Array]:
+    """Rounds `last - first` weights: the row after it, their codes [m], and which are left, bool [m]."""
+    grid = WeightGrid(row.scale, row.zero, maxq)
+
+    def step(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         w, codes, diagonal, left, taken = carry
         q = grid.codes(w)
         miss = w - grid.values(q)
         cost = jnp.where(jnp.abs(miss) > 0.5 * jnp.abs(grid.scale), 0.0, jnp.square(miss) / diagonal)
         p = jnp.argmin(jnp.where(left, cost, jnp.inf))
         # Column p of A as it is now. What is taken out already comes to zero there.
-        column = inverse[p] - jnp.sum(taken[:removed, p][:, None] * taken[:removed], axis=0)
+        column = inverse[row.place[p]][row.place] - jnp.sum(taken[:, p][:, None] * taken, axis=0)
         column = jnp.where(left, column, 0.0) * lax.rsqrt(diagonal[p])
         w = w - miss[p] * lax.rsqrt(diagonal[p]) * column
-        codes = codes.at[p].set(q[p])
         left = left.at[p].set(False)
         diagonal = jnp.where(left, jnp.maximum(diagonal - jnp.square(column), 1e-12), 1.0)
-        return w, codes, diagonal, left, taken.at[k].set(column)
+        return w, codes.at[p].set(q[p]), diagonal, left, taken.at[k].set(column)
 
-    carry = (w, jnp.zeros_like(w), jnp.diagonal(inverse), jnp.ones(inner, bool), jnp.zeros((inner, inner), w.dtype))
-    bounds = np.linspace(0, inner, _STAGES + 1).astype(int).tolist()
-    for first, last in pairwise(bounds):
-        carry = lax.fori_loop(first, last, partial(step, last), carry)
-    return carry[1]
+    begin = (row.w, jnp.zeros_like(row.w), row.diagonal, jnp.ones(row.w.shape[0], bool), row.taken)
+    w, codes, diagonal, left, taken = lax.fori_loop(first, last, step, begin)
+    return row._replace(w=w, diagonal=diagonal, taken=taken), codes, left
