@@ -26,6 +26,9 @@ from spqr_jax.models.decoder import Block, Decoder, Outer, State, embed, logits,
 
 _HEAD_CHUNK = 128  # positions whose logits are held at once
 
+_STEPS = ((8, 32), (16, 64), (64, 256), (256, float("inf")))
+"""What lengths are rounded up to a multiple of, up to which length."""
+
 Tokens = Sequence[int]
 
 
@@ -199,8 +202,8 @@ def _target_log_probabilities(
 
 
 def _bucket(length: int) -> int:
-    """Lengths are rounded up, so that few of them are compiled: to 16 up to 64, 64 up to 256, 256 above."""
-    return round_up(length, 16 if length <= 64 else 64 if length <= 256 else 256)
+    """Lengths are rounded up, so that few of them are compiled: to 8 up to 32, 16 up to 64, 64 up to 256, 256 above."""
+    return round_up(length, next(step for step, top in _STEPS if length <= top))
 
 
 def _power_of_two(count: int) -> int:
