@@ -9,7 +9,9 @@ output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 """
 ANSWERS = """\
 task: tiny_answers
@@ -20,7 +22,7 @@ output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: ["{stop}"], max_gen_toks: 12, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
 ROLLING = """\
 task: tiny_rolling
