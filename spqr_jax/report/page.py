@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-import jinja2  # escapes what it fills in
 import numpy as np
 
 from spqr_jax.report import figures
@@ -64,6 +63,8 @@ def render_page(runs: Sequence[Run], title: str, command: str = "") -> str:
     Raises:
       SpQRError: matplotlib is not installed.
     """
+    import jinja2  # escapes what it fills in
+
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
