@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,46 @@ LEARNING_RATE = 0.05
 _SEED = 0  # of the order of the chunks
 
 Report = Callable[[str, SpQRArray, LayerStats], None]
+_Chunk = tuple[jax.Array, Positions, jax.Array, jax.Array]
+"""What goes into a block and where it stands, what should come out, and g² of it."""
+
+
+class _Rounding(NamedTuple):
+    """A block's matrices between the codes below and above each weight."""
+
+    block: Block
+    grids: dict[str, WeightGrid]
+    below: dict[str, jax.Array]  # ⌊w/s + z⌋, f32 [out, in]
+
+    @classmethod
+    def of(cls, block: Block, arrays: dict[str, SpQRArray]) -> _Rounding:
+        """Of matrices that were rounded to nearest, on their grids."""
+        grids = {name: weight_grid(array) for name, array in arrays.items()}
+        grids = {name: grid._replace(maxq=jnp.float32(grid.maxq)) for name, grid in grids.items()}
+        below = {name: jnp.floor(block[name].astype(jnp.float32) / g.scale + g.zero) for name, g in grids.items()}
+        return cls(block, grids, below)
+
+    def choices(self) -> dict[str, jax.Array]:
+        """v with which each weight stays where it is."""
+        places = {n: self.block[n].astype(jnp.float32) / g.scale + g.zero for n, g in self.grids.items()}
+        return {name: choice_of(place - self.below[name]) for name, place in places.items()}
+
+    def codes(self, up: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Codes of weights that go up by so much, 0..1."""
+        return {
+            name: jnp.clip(self.below[name] + up[name].astype(jnp.float32), 0.0, grid.maxq)
+            for name, grid in self.grids.items()
+        }
+
+    def with_codes(self, codes: dict[str, jax.Array]) -> Block:
+        """The block with what codes stand for."""
+        values = {name: grid.values(codes[name]) for name, grid in self.grids.items()}
+        return self.block.replace({name: value.astype(self.block[name].dtype) for name, value in values.items()})
+
+    def nearest(self) -> Block:
+        """The block rounded to nearest."""
+        weights = {name: self.block[name].astype(jnp.float32) for name in self.grids}
+        return self.with_codes({name: grid.codes(weights[name]) for name, grid in self.grids.items()})
 
 
 class BlockReconstruction:
@@ -60,28 +100,22 @@ class BlockReconstruction:
 
     def solve(self, activations: Activations, block: Block, prefix: str) -> Block:
         """Quantizes one block and takes both streams of activations through it."""
-        model = activations.config
-        inputs = [state.residual for state, _ in activations.chunks()]
+        model, importance = activations.config, self._importance.pop(0)
         for stage in range(len(STAGES)):
             self._dense.advance(stage, block)
         wanted = [state.residual for state, _ in self._dense.chunks()]
-        where = [where for _, where in activations.chunks()]
+        data = [
+            (state.residual, where, aim, weights)
+            for (state, where), aim, weights in zip(activations.chunks(), wanted, importance, strict=True)
+        ]
         configs = {name: self._config.for_path(prefix + name) for name in matrix_names(model, block.kind)}
         starts = {name: _nearest(block[name], own) for name, own in configs.items() if own is not None}
-        grids = {name: weight_grid(array) for name, array in starts.items()}
-        grids = {name: grid._replace(maxq=jnp.float32(grid.maxq)) for name, grid in grids.items()}
-        places = {name: block[name].astype(jnp.float32) / g.scale + g.zero for name, g in grids.items()}
-        below = {name: jnp.floor(place) for name, place in places.items()}
-        choices = {name: choice_of(place - below[name]) for name, place in places.items()}
-        if starts:
-            data = list(zip(inputs, where, wanted, self._importance.pop(0), strict=True))
-            choices = self._learn(model, block, grids, below, choices, data)
+        rounding = _Rounding.of(block, starts)
+        up = {name: choice >= 0.5 for name, choice in self._learned(model, rounding, data).items()}
         hessians = self._hessians(activations, block)
         quantized, dense = block, block
-        for name, array in starts.items():
-            up = (soft_choice(choices[name]) >= 0.5).astype(jnp.float32)
-            codes = jnp.clip(below[name] + up, 0.0, grids[name].maxq)
-            solved = solved_as(block[name], hessians[name], with_codes(array, codes))
+        for name, codes in rounding.codes(up).items():
+            solved = solved_as(block[name], hessians[name], with_codes(starts[name], codes))
             quantized = quantized.replace({name: solved.array})
             dense = dense.replace({name: solved.dense.astype(block[name].dtype)})
             self._report(prefix + name, solved.array, solved.stats)
@@ -89,26 +123,19 @@ class BlockReconstruction:
             activations.advance(stage, dense)
         return quantized
 
-    def _learn(
-        self,
-        model: DecoderConfig,
-        block: Block,
-        grids: dict[str, WeightGrid],
-        below: dict[str, jax.Array],
-        choices: dict[str, jax.Array],
-        data: list[tuple[jax.Array, Positions, jax.Array, jax.Array]],
-    ) -> dict[str, jax.Array]:
+    def _learned(self, model: DecoderConfig, rounding: _Rounding, data: list[_Chunk]) -> dict[str, jax.Array]:
+        """h(v) of each weight after the last step."""
+        choices = rounding.choices()
+        if not choices:
+            return {}
         steps, rng = self._config.solver_steps, np.random.default_rng(_SEED)
-        nearest = block.replace({name: grid.values(grid.codes(block[name])) for name, grid in grids.items()})
-        error = np.mean([float(_error(model, nearest, *part)) for part in data])
+        error = np.mean([float(_error(model, rounding.nearest(), *chunk)) for chunk in data])
         unit = jnp.float32((error if error > 0 else 1.0) / sum(choice.size for choice in choices.values()))
         state = optax.adam(LEARNING_RATE).init(choices)
         order = np.concatenate([rng.permutation(len(data)) for _ in range(-(-steps // len(data)))])[:steps]
         for step, chunk in enumerate(order):
-            choices, state = _step(
-                model, steps, block, grids, below, choices, state, data[chunk], unit, jnp.float32(step)
-            )
-        return choices
+            choices, state = _step(model, steps, rounding, choices, state, data[chunk], unit, jnp.float32(step))
+        return {name: soft_choice(choice) for name, choice in choices.items()}
 
     def _hessians(self, activations: Activations, block: Block) -> dict[str, jax.Array]:
         """H of each matrix's input in the dense block, for the report."""
@@ -137,30 +164,23 @@ def _error(
     return jnp.mean(jnp.sum(importance.astype(got.dtype) * jnp.square(got - wanted), axis=-1))
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def _step(
     model: DecoderConfig,
     steps: int,
-    block: Block,
-    grids: dict[str, WeightGrid],
-    below: dict[str, jax.Array],
+    rounding: _Rounding,
     choices: dict[str, jax.Array],
     state: optax.OptState,
-    data: tuple[jax.Array, Positions, jax.Array, jax.Array],
+    chunk: _Chunk,
     unit: jax.Array,
     step: jax.Array,
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
     """One gradient step of all choices of a block."""
 
     def loss(choices: dict[str, jax.Array]) -> jax.Array:
-        values = {
-            name: grid.values(jnp.clip(below[name] + soft_choice(choices[name]), 0.0, grid.maxq)).astype(
-                block[name].dtype
-            )
-            for name, grid in grids.items()
-        }
+        up = {name: soft_choice(choice) for name, choice in choices.items()}
         term = sum((undecided(choice, step, steps) for choice in choices.values()), jnp.float32(0))
-        return _error(model, block.replace(values), *data) / unit + LAMBDA * term
+        return _error(model, rounding.with_codes(rounding.codes(up)), *chunk) / unit + LAMBDA * term
 
     return adam_step(optax.adam(LEARNING_RATE), jax.grad(loss)(choices), state, choices)
 
