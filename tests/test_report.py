@@ -137,7 +137,7 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    for argument in (*quiet.split(), "--disable-component-update", "--window-size=1000,900"):
+    for argument in (*quiet.split(), "--disable-component-update", "--disable-dev-shm-usage", "--window-size=1000,900"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
