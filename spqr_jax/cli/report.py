@@ -83,6 +83,10 @@ def analyze(
         (folder.partial / "report.html").write_text(page, encoding="utf-8")
         _write_figures(folder.partial / "figures", run)
     table(f"{model}: the costliest 1% of weights", *structure_table(found))
+    console.print(
+        "[dim]What they carry of the cost; how many rows, columns, heads and rotary pairs they form in all blocks, and "
+        "what share of them lies there. Means over blocks.[/dim]"
+    )
     console.print(f"[bold]{out}/report.html[/bold], {setting['seconds']:.0f} s")
 
 
@@ -113,16 +117,16 @@ def report(
 
 def structure_table(found: ModelAnalysis) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: how many patterns each kind of matrix has, and what share of the costliest lies there."""
-    columns = ["kind", "they carry", "rows", "columns", "heads", "rotary pairs", "unstructured"]
+    columns = ["kind", "carry", "rows", "columns", "heads", "rotary", "rest"]
     lines = []
     for kind in figures.kinds_of([weight.path for weight in found.weights]):
         own = [weight.structures for weight in found.weights if weight.kind == kind]
-        line = [kind, f"{100 * np.mean([s.top_share for s in own]):.1f}%"]
+        line = [kind, f"{100 * np.mean([s.top_share for s in own]):.0f}%"]
         for name in ("rows", "columns", "heads", "rotary_pairs"):
             count = sum(len(getattr(s, name)) for s in own)
             share = 100 * np.mean([s.shares.get(name.removesuffix("_pairs"), 0.0) for s in own])
-            line.append(f"{count}: {share:.1f}%" if count else "–")
-        lines.append([*line, f"{100 * np.mean([s.shares['unstructured'] for s in own]):.1f}%"])
+            line.append(f"{count}: {share:.0f}%" if count else "–")
+        lines.append([*line, f"{100 * np.mean([s.shares['unstructured'] for s in own]):.0f}%"])
     return columns, lines
 
 
