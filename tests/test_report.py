@@ -94,6 +94,8 @@ def test_the_page_holds_everything_itself(folder):
     for used in set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)):
         assert used in set(ids)
     assert "spqr report analysis three" in page
+    compared = json.loads((folder / "three.json").read_text())
+    assert page.count(f">{compared['perplexity']:.3f}<") == 2  # of the model and of its analysis
     assert page.count("<svg ") > 10
 
 

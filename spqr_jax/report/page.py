@@ -93,7 +93,9 @@ def _summary_table(runs: Sequence[Run]) -> Table:
     tasks = list(dict.fromkeys(task for run in runs for r in run.results for task in r.get("results", {})))
     columns = ["model", "method", "stored bits", "ideal bits", "outliers", "size, MB"]
     for text in texts:
-        columns += [f"perplexity, {text}", f"KL, {text}", f"same top, {text}"]
+        columns += [f"{what}, {_short(text)}" for what in ("perplexity", "KL", "same top")]
+    compared = [r for run in runs for r in run.results if "dense_perplexity" in r]
+    dense = {(r.get("against"), r["data"]): r["dense_perplexity"] for r in compared}
     columns += tasks
     rows = []
     for run in runs:
@@ -108,13 +110,19 @@ def _summary_table(runs: Sequence[Run]) -> Table:
                 if result.get("data") == text:
                     found |= result
             same = found.get("same_top")
-            row += [_number(found.get("perplexity"), 3), _number(found.get("kl_mean"), 4)]
+            row.append(_number(found.get("perplexity", dense.get((run.label, text))), 3))
+            row.append(_number(found.get("kl_mean"), 4))
             row += [_number(None if same is None else 100 * same, 1, "%")]
         for task in tasks:
             row.append(_number(_accuracy(run, task), 4))
         rows.append(row)
     kept = [i for i in range(len(columns)) if i < 2 or any(row[i].text != "–" for row in rows)]
     return Table("All models", [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _short(data: str) -> str:
+    """A text's name: of a file that without its folders."""
+    return data.rsplit("/", 1)[-1]
 
 
 def _accuracy(run: Run, task: str) -> float | None:
@@ -131,7 +139,7 @@ def _shared_pictures(runs: Sequence[Run]) -> list[Picture]:
     for text in dict.fromkeys(r["data"] for run in runs for r in run.results if "perplexity" in r):
         figure = figures.perplexity_by_bits(runs, text)
         if figure is not None:
-            caption = f"Perplexity on {text} against stored bits a weight, everything counted."
+            caption = f"Perplexity on {_short(text)} against stored bits a weight, everything counted."
             pictures.append(Picture(figures.to_svg(figure, "Perplexity against stored bits"), caption))
     return pictures
 
@@ -216,13 +224,14 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ]
     for name, values in (("calibration", origin.get("calibration")), ("analysis", run.setting.get("calibration"))):
         if values:
-            facts.append((name, "{windows} windows of {seqlen} tokens of {data}, seed {seed}".format(**values)))
+            text = "{windows} windows of {seqlen} tokens of {name}, seed {seed}"
+            facts.append((name, text.format(name=_short(values["data"]), **values)))
     for result in run.results:
         if "perplexity" in result:
             text = f"{result['perplexity']:.4f} on {result['windows']} windows of {result['seqlen']} tokens"
             if "kl_mean" in result:
                 text += f"; KL {result['kl_mean']:.4f} nats, same top token {100 * result['same_top']:.1f}%"
-            facts.append((f"perplexity, {result['data']}", text))
+            facts.append((f"perplexity, {_short(result['data'])}", text))
     return facts
 
 
