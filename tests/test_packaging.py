@@ -33,6 +33,7 @@ def test_the_wheel_holds_the_package_and_its_licence(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "spqr_jax").rglob("*.py")}
     assert modules <= set(names)
     assert "spqr_jax/py.typed" in names
+    assert "spqr_jax/report/page.html.j2" in names
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "cpu_kernels").rglob("*.[ch]*")}
     assert sources
     assert {name for name in sources if name.endswith((".cc", ".h"))} <= set(names)
