@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from spqr_jax import SpQRError
 def file_name(label: str, *settings: Any) -> str:
     """A name that changes with anything that changes the result."""
     what = json.dumps(settings, sort_keys=True)
-    prefix = label.replace(" ", "-").replace("/", "-")
+    prefix = re.sub(r"[^\w.]+", "-", label)
     return f"{prefix}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 
