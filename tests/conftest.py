@@ -19,18 +19,29 @@ from hypothesis import settings
 from spqr_jax import Decoder, DecoderConfig
 from spqr_jax.models.decoder import random_decoder
 
-# Many tests run the command line in processes of their own: they share what they compile.
-COMPILED = {
-    "jax_compilation_cache_dir": tempfile.mkdtemp(prefix="spqr-tests-compiled-"),
-    "jax_persistent_cache_min_compile_time_secs": "0.2",
-}
-atexit.register(shutil.rmtree, COMPILED["jax_compilation_cache_dir"], ignore_errors=True)
-os.environ |= {name.upper(): value for name, value in COMPILED.items()}
-jax.config.update("jax_compilation_cache_dir", COMPILED["jax_compilation_cache_dir"])
+# Worker processes, and the many command lines that tests run, share what they compile.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="spqr-tests-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("default", deadline=None, max_examples=30)  # the first example compiles
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Quick tests are mostly time in which XLA compiles: with less optimization, half of it or less.
+
+    The slow tests compile as users do, and so does a run with flags of its own, if empty: ``XLA_FLAGS= scripts/test``.
+    """
+    if config.option.markexpr == "not slow":
+        quick = "--xla_backend_optimization_level=0"
+        if jax.__version_info__ < (0, 11):  # later versions have no other emitters
+            quick += " --xla_cpu_use_fusion_emitters=false"
+        os.environ.setdefault("XLA_FLAGS", quick)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -98,6 +98,7 @@ def test_obq_goes_in_the_exact_greedy_order(problem, solved):
     assert same.all(axis=1).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_order_matters_little_as_gptq_found():
     """On one grid, rows in the greedy order against one order for all: GPTQ's reason to exist (section 3, step 1)."""
     greedy, fixed = [], []
@@ -226,6 +227,7 @@ def block_error(model, other, batches):
     return float(np.mean([np.mean(np.square(a - b)) for a, b in pairs]))
 
 
+@pytest.mark.slow
 def test_brecq_reconstructs_blocks_better_than_rounding_to_nearest(tiny_model, tiny_batches, tmp_path, text):
     seen = []
     config = SpQRConfig.baseline("brecq", 3, 32, steps=60)

@@ -132,6 +132,7 @@ def test_a_router_stays_dense_and_a_budget_is_kept(model, tiny_batches):
     assert len(same) == 1
 
 
+@pytest.mark.slow
 def test_experts_are_tuned(model, tiny_batches):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
