@@ -18,7 +18,7 @@ from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, State, embed, logits, run_block
-from spqr_jax.sampling import Sampling, sample
+from spqr_jax.sampling import Draw, Sampling, sample
 
 Cache = tuple[KVCache, ...]
 
@@ -78,11 +78,13 @@ class _Rest:
       padding: int32 [batch], left-padding tokens.
       key: of the random draws.
       stops: int32 [n], tokens that end a text.
+      draw: how tokens are drawn.
     """
 
     padding: jax.Array
     key: jax.Array
     stops: jax.Array
+    draw: Draw
 
 
 @jax.tree_util.register_dataclass
@@ -101,22 +103,20 @@ class _Progress:
     running: jax.Array
 
 
-def _step(
-    params: Decoder, cache: Cache, progress: _Progress, rest: _Rest, sampling: Sampling
-) -> tuple[Cache, _Progress]:
+def _step(params: Decoder, cache: Cache, progress: _Progress, rest: _Rest) -> tuple[Cache, _Progress]:
     """Reads the tokens at hand and draws the next one of each row."""
     scores, cache = _forward(params, cache, progress.tokens, rest.padding, progress.start)
-    drawn = sample(scores, jax.random.fold_in(rest.key, progress.start), sampling)
+    drawn = sample(scores, jax.random.fold_in(rest.key, progress.start), rest.draw)
     running = progress.running & ~jnp.isin(drawn, rest.stops)
     return cache, _Progress(drawn[:, None], progress.start + progress.tokens.shape[1], running)
 
 
-_prefill = jax.jit(_step, static_argnames="sampling", donate_argnames="cache")
+_prefill = jax.jit(_step, donate_argnames="cache")
 
 
-@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache")
 def _decode(
-    params: Decoder, cache: Cache, progress: _Progress, rest: _Rest, count: jax.Array, sampling: Sampling
+    params: Decoder, cache: Cache, progress: _Progress, rest: _Rest, count: jax.Array
 ) -> tuple[Cache, _Progress, jax.Array, jax.Array]:
     """Up to `count` steps, fewer if no row is running any more.
 
@@ -131,7 +131,7 @@ def _decode(
 
     def step(carry: Any) -> Any:
         done, made, cache, progress = carry
-        cache, progress = _step(params, cache, progress, rest, sampling)
+        cache, progress = _step(params, cache, progress, rest)
         return done + 1, jax.lax.dynamic_update_slice_in_dim(made, progress.tokens, done, axis=1), cache, progress
 
     made = jnp.zeros((progress.running.shape[0], _AT_ONCE), jnp.int32)
@@ -184,11 +184,12 @@ class Generator:
 
         begun = time.perf_counter()
         cache = empty_cache(config, len(prompts), _bucket(width + steps), self._params.outer.final_norm.dtype)
-        rest = _Rest(jnp.asarray(padding), jax.random.key(seed), jnp.array(sorted(stops) or [-1], jnp.int32))
+        ends = jnp.array(sorted(stops) or [-1], jnp.int32)
+        rest = _Rest(jnp.asarray(padding), jax.random.key(seed), ends, sampling.draw(config.vocab_size))
         progress = _Progress(jnp.asarray(tokens), jnp.int32(0), jnp.ones(len(prompts), bool))
-        prefill = self._program(_prefill, cache, progress, rest, sampling=sampling)
+        prefill = self._program(_prefill, cache, progress, rest)
         last = dataclasses.replace(progress, tokens=jnp.zeros((len(prompts), 1), jnp.int32))
-        decode = self._program(_decode, cache, last, rest, jnp.int32(1), sampling=sampling)
+        decode = self._program(_decode, cache, last, rest, jnp.int32(1))
         compile_seconds = time.perf_counter() - begun
 
         begun = time.perf_counter()
@@ -225,11 +226,12 @@ class Generator:
                 step_seconds = (time.perf_counter() - begun) / text.steps
                 count = max(1, min(_AT_ONCE, int(_SHOWN_EVERY / step_seconds)))
 
-    def _program(self, function: Any, cache: Cache, progress: _Progress, *rest: Any, sampling: Sampling) -> Any:
+    def _program(self, function: Any, cache: Cache, progress: _Progress, *rest: Any) -> Any:
         """A compiled function for arguments of these shapes, apart from its timing."""
-        key = (function, *(leaf.shape for leaf in jax.tree.leaves((cache[0], progress, rest))), sampling)
+        leaves, tree = jax.tree.flatten((cache[0], progress, rest))
+        key = (function, tree, *(leaf.shape for leaf in leaves))
         if key not in self._programs:
-            self._programs[key] = function.lower(self._params, cache, progress, *rest, sampling=sampling).compile()
+            self._programs[key] = function.lower(self._params, cache, progress, *rest).compile()
         return self._programs[key]
 
 

@@ -33,21 +33,52 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise SpQRError(f"top_p must lie in (0, 1], got {self.top_p}")
 
+    def draw(self, vocab_size: int) -> Draw:
+        """These values as a compiled program reads them."""
+        ranked: int | None = 0
+        if self.temperature == 0:
+            ranked = None
+        elif self.top_k:  # few different programs: the next power of two
+            ranked = min(1 << (self.top_k - 1).bit_length(), vocab_size)
+        elif self.top_p < 1:
+            ranked = vocab_size
+        values = (jnp.float32(self.temperature), jnp.int32(self.top_k or vocab_size), jnp.float32(self.top_p))
+        return Draw(*values, ranked)
 
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A `Sampling` as an argument of a compiled program: other values are no other program.
+
+    Attributes:
+      temperature, top_p: float32 scalars.
+      top_k: int32 scalar, at most `ranked`.
+      ranked: how many of the likeliest tokens are ranked to draw from; 0 draws from all of
+        them without ranking, None takes the likeliest.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    ranked: int | None = dataclasses.field(metadata={"static": True})
+
+
+def sample(logits: jax.Array, key: jax.Array, draw: Draw) -> jax.Array:
     """Draws one token a row: float32 [batch, vocab] -> int32 [batch].
 
     Top-k is applied before top-p. The token that crosses `top_p` is kept, so at
     least one always is.
     """
-    if sampling.temperature == 0:
+    if draw.ranked is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores = logits / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
-        kept = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
-        ranked, tokens = jax.lax.top_k(scores, kept)
-        before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
-        ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-        choice = jax.random.categorical(key, ranked, axis=-1)
-        return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
+    scores = logits / draw.temperature
+    if not draw.ranked:
+        return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
+    ranked, tokens = jax.lax.top_k(scores, draw.ranked)
+    ranked = jnp.where(jnp.arange(draw.ranked) < draw.top_k, ranked, -jnp.inf)
+    shares = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    ranked = jnp.where(before < draw.top_p, ranked, -jnp.inf)
+    choice = jax.random.categorical(key, ranked, axis=-1)
+    return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

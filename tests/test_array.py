@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import correlated_problem
+from support.problems import correlated_problem
 
 from spqr_jax import (
     SpQRArray,

@@ -51,6 +51,7 @@ from spqr_jax.cli.options import (
 from spqr_jax.cli.report import analyze, report
 from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator
 from spqr_jax.cli.zero_shot import evaluate
+from spqr_jax.compile_cache import keep_programs
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
 from spqr_jax.data import calibration_windows
 from spqr_jax.errors import ModelError, SpQRError
@@ -354,6 +355,8 @@ def main() -> None:
     """Runs the command line: bad input exits with 2 and one message, Ctrl-C with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
     interrupt.install()
+    if problem := keep_programs():
+        say(problem)
     try:
         app()
     except SpQRError as error:

@@ -172,9 +172,7 @@ def _solve_stack(
     weights: Sequence[jax.Array], h: jax.Array | None, factor: Factor | None, configs: Sequence[SpQRConfig]
 ) -> list[Solved]:
     """Solves matrices whose configurations differ in bits and thresholds only."""
-    config = dataclasses.replace(
-        configs[0], rules=(), bits=8, outlier_threshold=1.0 if configs[0].outliers else math.inf
-    )
+    config = configs[0]
     layouts = tuple(weight_layout(w, config) for w in weights)
     spec = column_spec(config, layouts[0].group_size, config.outliers)
     padded = layouts[0].padded_in
@@ -188,7 +186,7 @@ def _solve_stack(
     valid = jnp.arange(columns) < weights[0].shape[1]
     solved = solve_columns(w_stack, None if u is None else pad_factor(u, columns), valid, choices, spec)
     shift = None if factor is None else factor.shift
-    pieces = _cut(solved, tuple(weights), h, perm, shift, layouts, config)
+    pieces = _cut(solved, tuple(weights), h, perm, shift, layouts, spec.grid, config.outliers)
     if not all(np.all(np.isfinite(np.asarray(piece.tile_stats))) for piece in pieces):
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
@@ -283,7 +281,7 @@ class _Piece(NamedTuple):
     output_error: jax.Array  # f32 scalar
 
 
-@partial(jax.jit, static_argnames=("layouts", "config"))
+@partial(jax.jit, static_argnames=("layouts", "grid", "has_outliers"))
 def _cut(
     solved: SolvedColumns,
     weights: tuple[jax.Array, ...],
@@ -291,7 +289,8 @@ def _cut(
     perm: jax.Array | None,
     shift: jax.Array | None,
     layouts: tuple[ArrayLayout, ...],
-    config: SpQRConfig,
+    grid: GridSpec,
+    has_outliers: bool,
 ) -> list[_Piece]:
     """Cuts the stacked result into the matrices it is made of."""
     inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
@@ -299,25 +298,25 @@ def _cut(
     values = solved.values[:inner]
     dense = (values if perm is None else values[jnp.argsort(perm)]).T
     stats = jnp.swapaxes(solved.stats[:groups], 0, 1)  # [rows or tiles, groups, ...]
-    second_level = config.quantized_stats
+    second_level = grid.quantized_stats
     if second_level:
-        scale_codes = pack_codes(solved.scale_codes[:groups], config.stats_bits)
-        zero_codes = pack_codes(solved.zero_codes[:groups], config.stats_bits)
+        scale_codes = pack_codes(solved.scale_codes[:groups], grid.stats_bits)
+        zero_codes = pack_codes(solved.zero_codes[:groups], grid.stats_bits)
     pieces, first = [], 0
     for w, layout in zip(weights, layouts, strict=True):
         last, end = first + layout.shape[0], first + layout.padded_out
 
         def words(packed: jax.Array, first: int = first, end: int = end) -> jax.Array:
-            return packed[:, packed_words(first, config.stats_bits) : packed_words(end, config.stats_bits)]
+            return packed[:, packed_words(first, grid.stats_bits) : packed_words(end, grid.stats_bits)]
 
-        rows, tile = slice(first, last), config.stats_group_size
+        rows, tile = slice(first, last), grid.stats_group_size
         piece = _Piece(
             codes=codes[rows],
             scale_codes=words(scale_codes) if second_level else None,
             zero_codes=words(zero_codes) if second_level else None,
             tile_stats=stats[first // tile : end // tile] if second_level else stats[rows],
-            residual=solved.residual[:inner, rows].T if config.outliers else None,
-            outliers=solved.outliers[:inner, rows].T if config.outliers else None,
+            residual=solved.residual[:inner, rows].T if has_outliers else None,
+            outliers=solved.outliers[:inner, rows].T if has_outliers else None,
             dense=dense[rows],
             output_error=_relative_error(w.astype(jnp.float32), dense[rows], h, solved.loss[rows], shift),
         )

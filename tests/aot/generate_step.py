@@ -32,13 +32,14 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
     import targets
-    from arrays import random_array
+    from support.arrays import random_array
 
-    from spqr_jax import DecoderConfig, Sampling
     from spqr_jax.array import SpQRArray
     from spqr_jax.generate import _decode, _Progress, _Rest, empty_cache
     from spqr_jax.linear import default_implementation, prepare
+    from spqr_jax.models.config import DecoderConfig
     from spqr_jax.models.decoder import random_decoder
+    from spqr_jax.sampling import Sampling
 
     device = targets.device(options.target)
     config = DecoderConfig(
@@ -69,9 +70,11 @@ def main() -> None:
     assert not any(isinstance(w, SpQRArray) for w in packed)
     cache = empty_cache(config, options.batch, 256, jnp.bfloat16)
     progress = _Progress(jnp.zeros((options.batch, 1), jnp.int32), jnp.int32(0), jnp.ones(options.batch, bool))
-    rest = _Rest(jnp.zeros(options.batch, jnp.int32), jax.random.key(0), jnp.array([2], jnp.int32))
-    function = lambda *a: _decode.__wrapped__(*a, sampling=Sampling())  # noqa: E731
-    compiled = lower_for(device, function, (params, cache, progress, rest, jnp.int32(8)), donate_argnums=(1,)).compile()
+    draw = Sampling().draw(config.vocab_size)
+    rest = _Rest(jnp.zeros(options.batch, jnp.int32), jax.random.key(0), jnp.array([2], jnp.int32), draw)
+    compiled = lower_for(
+        device, _decode.__wrapped__, (params, cache, progress, rest, jnp.int32(8)), donate_argnums=(1,)
+    ).compile()
     text = compiled.as_text()
     calls = re.findall(r'custom_call_target="([^"]+)"', text)
     print(

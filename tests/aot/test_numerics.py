@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx import emulator
+from support.ptx import emulator
 
 from aot.cases import Case, compiled
 from pallas_kernels.spqr_matmul import fragments, rows, triton

@@ -1,0 +1,143 @@
+"""The scripts that make the tables of the documentation, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ROOT
+from support.harness_tasks import CHOICES
+from support.model_files import byte_tokenizer, write_hf
+
+SCRIPTS = ROOT / "scripts"
+
+
+def test_quality_measures_each_row_once(tiny_model, tmp_path):
+    write_hf(tmp_path / "model", tiny_model)
+    rng = np.random.default_rng(0)
+    for name in ("calib", "text"):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 256, 2000))
+    command = [sys.executable, SCRIPTS / "quality.py", "model", "--out", "found", "--calib", "calib.npy"]
+    command += ["--nsamples", "4", "--seqlen", "32", "--data", "a text", "text.npy", "64", "5"]
+    command += ["--row", "--method rtn --bits 4"]
+
+    def run():
+        return subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=True
+        )
+
+    run()
+    table = (tmp_path / "found" / "table.md").read_text()
+    files = list((tmp_path / "found").glob("*.json"))
+    rows = {values["row"]: values for values in (json.loads(path.read_text()) for path in files)}
+    assert set(rows) == {"dense", "--method rtn --bits 4"}
+    dense, quantized = rows["dense"], rows["--method rtn --bits 4"]
+    assert len(dense["texts"]["a text"]["window_losses"]) == 5
+    assert quantized["texts"]["a text"]["perplexity"] != dense["texts"]["a text"]["perplexity"]
+    assert quantized["ideal_bits"] == pytest.approx(6.0)  # 4 and two 16-bit floats for 16 weights
+    assert quantized["cpu_seconds"] > 0.5
+    assert quantized["peak_gib"] > 0.05
+    assert f"{quantized['texts']['a text']['perplexity']:.2f}" in table
+    times = [path.stat().st_mtime_ns for path in files]
+    run()  # what is done is kept
+    assert times == [path.stat().st_mtime_ns for path in files]
+    assert (tmp_path / "found" / "table.md").read_text() == table
+
+
+def run_script(name, folder, *arguments):
+    environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, SCRIPTS / name, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    write_hf(folder / "model", tiny_model)
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(2)
+    tokenizer.save_pretrained(folder / "model")
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
+    return folder
+
+
+@pytest.mark.slow
+def test_compare_methods_gives_all_the_same_bits(folder):
+    text = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32, "--data", "ids.npy", "--windows", 4)
+    arguments = ("model", *text, "--eval-seqlen", 64, "--methods", "rtn,adaround", "--group-size", 32, "--out", "found")
+    result = run_script("compare_methods.py", folder, *arguments)
+    assert result.returncode == 0, result.stderr
+    rows = {v["row"]: v for v in (json.loads(path.read_text()) for path in (folder / "found").glob("*.json"))}
+    assert set(rows) == {"rtn", "adaround", "spqr"}
+    assert rows["rtn"]["stored_bits"] == rows["adaround"]["stored_bits"]
+    assert rows["spqr"]["stored_bits"] <= rows["rtn"]["stored_bits"] + 0.02
+    for values in rows.values():
+        assert values["peak_gib"] > 0.05
+        assert values["kl_mean"] > 0
+        assert f"| {values['perplexity']:.2f} |" in (folder / "found" / "table.md").read_text()
+    assert run_script("compare_methods.py", folder, "model", "--methods", "magic").returncode == 1
+
+
+@pytest.mark.slow
+def test_paper_tables_run_dry_on_the_demo_model_and_go_on_where_they_were(tmp_path):
+    environment = os.environ | {"ACCELERATOR": "cpu", "VENV": str(Path(sys.prefix)), "COLUMNS": "200"}
+    command = [SCRIPTS / "perplexity.sh", "--dry-run", "--out", tmp_path / "paper"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    table = (tmp_path / "paper" / "table.md").read_text()
+    assert table.count("\n| ") == 7  # a head and six rows
+    assert "| dense, 16 bits | 16.000 |" in table
+    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "$ spqr" not in again.stdout  # nothing was left to do
+    assert (tmp_path / "paper" / "table.md").read_text() == table
+
+
+def test_paper_tables_ask_what_to_do(tmp_path):
+    assert "nothing to do" in run_script("paper_tables.py", tmp_path).stderr
+    assert "no model llama" in run_script("paper_tables.py", tmp_path, "llama").stderr
+
+
+@pytest.mark.slow
+def test_ablations_answer_tasks(folder):
+    pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed (extra `eval`)")
+    (folder / "tasks").mkdir()
+    rows = [{"question": "ab " * n, "choices": ["c", " d"], "answer": n % 2} for n in range(1, 7)]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks" / "choices.yaml").write_text(CHOICES.format(folder=folder))
+    text = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32, "--data", "ids.npy", "--windows", 4)
+    asked = ("--tasks", "tiny_choices", "--include-path", "tasks", "--rows", "^RTN 4")
+    result = run_script("ablations.py", folder, "model", *text, "--eval-seqlen", 64, *asked, "--out", "ablated")
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(path.read_text()) for path in (folder / "ablated" / "rows").iterdir()]
+    assert len(found) == 3
+    for values in found:
+        value, _ = values["tasks"]["tiny_choices"]
+        assert 0 <= value <= 1
+    table = (folder / "ablated" / "table.md").read_text()
+    assert "tiny_choices" in table
+    assert len((folder / "ablated" / "table.csv").read_text().splitlines()) == 4
+    assert (folder / "ablated" / "perplexity_by_bits.png").is_file()
+
+
+def test_the_tables_of_the_kernels_page_are_made_from_what_was_counted():
+    command = [sys.executable, SCRIPTS.parent / "benchmarks" / "kernel_tables.py", "--check"]
+    assert subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_accelerator_check_runs_where_there_is_none(tmp_path):
+    command = [
+        sys.executable,
+        SCRIPTS.parent / "benchmarks" / "accelerator_check.py",
+        "--out",
+        tmp_path / "report.json",
+    ]
+    command += ["--shapes", "64x96", "--batch", "1", "--turns", "1"]
+    subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, stdout=subprocess.DEVNULL)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [c["right"] for c in report["checks"]] == [True] * 5
+    assert set(report["times"][0]["seconds"]) == {"dense bfloat16", "dense float16", "xla"}

@@ -1,0 +1,146 @@
+"""MLPs of experts: routing, both ways to run them, and their Hessians."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.problems import TINY
+
+from spqr_jax import SpQRArray, SpQRConfig, forward, quantize
+from spqr_jax.blocks import TreeSource
+from spqr_jax.calibrate import Activations, stage_groups
+from spqr_jax.models import experts
+from spqr_jax.models.config import BlockKind
+from spqr_jax.models.products import plain_linear
+from spqr_jax.models.weights import random_decoder
+from spqr_jax.solver import accumulate_hessian, empty_hessian
+from spqr_jax.tune import TuneConfig, tune
+
+SPARSE = dataclasses.replace(TINY, num_experts=5, experts_per_token=2, expert_size=32)
+KIND = BlockKind(sparse=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_decoder(SPARSE, seed=4)
+
+
+def by_zeros(block, x):
+    """Every expert over all tokens, what was not sent to it as zeros."""
+    return experts.leave(SPARSE, block, *experts.enter(SPARSE, block, x, plain_linear), plain_linear)
+
+
+def by_hand(block, x):
+    x = np.asarray(x, np.float64)
+    out = np.zeros_like(x)
+    for place in np.ndindex(x.shape[:-1]):
+        scores = np.asarray(block.router, np.float64) @ x[place]
+        shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+        chosen = np.argsort(-shares)[:2]
+        for expert in chosen:
+            gate, up, down = (
+                np.asarray(block[f"experts.{expert}.{name}_proj"], np.float64) for name in ("gate", "up", "down")
+            )
+            inner = gate @ x[place]
+            inner = inner / (1 + np.exp(-inner)) * (up @ x[place])
+            out[place] += shares[expert] / shares[chosen].sum() * (down @ inner)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 100)])
+def test_both_ways_give_the_formula(model, shape):
+    block, x = model.layers[0], jax.random.normal(jax.random.key(1), (*shape, 64))
+    want = by_hand(block, x)
+    np.testing.assert_allclose(experts.apply(SPARSE, block, x), want, atol=1e-5)
+    np.testing.assert_allclose(by_zeros(block, x), want, atol=1e-5)
+
+
+def test_shares_may_be_left_as_they_are(model):
+    config, x = dataclasses.replace(SPARSE, normalize_experts=False), jnp.ones((1, 3, 64))
+    sent = experts.route(config, model.layers[0].router, x)
+    assert np.all(np.sum(np.asarray(sent.shares), axis=-1) < 0.999)
+
+
+def test_the_gradient_is_that_of_the_other_way(model):
+    block, x = model.layers[0], jax.random.normal(jax.random.key(2), (1, 40, 64))
+    probe = jax.random.normal(jax.random.key(3), x.shape)
+    got = jax.grad(lambda x: jnp.vdot(probe, experts.apply(SPARSE, block, x)))(x)
+    np.testing.assert_allclose(got, jax.grad(lambda x: jnp.vdot(probe, by_zeros(block, x)))(x), atol=1e-5)
+    assert float(jnp.abs(got).max()) > 0.1
+
+
+def test_an_expert_that_is_not_needed_multiplies_nothing(model):
+    """One token is sent to two of five experts; the others' weights may hold anything."""
+    block, x = model.layers[0], jax.random.normal(jax.random.key(1), (1, 1, 64))
+    sent = set(np.ravel(experts.route(SPARSE, block.router, x).chosen).tolist())
+    poison = {n: jnp.full_like(w, jnp.nan) for n, w in block.items() if n[:8] == "experts." and int(n[8]) not in sent}
+    assert len(poison) == 9
+    np.testing.assert_array_equal(experts.apply(SPARSE, block.replace(poison), x), experts.apply(SPARSE, block, x))
+
+
+def test_each_expert_has_the_hessian_of_its_own_tokens(model, tiny_batches):
+    activations = Activations(SPARSE, model.outer, tiny_batches)
+    for stage in range(2):
+        activations.advance(stage, model.layers[0])
+    groups, hessians = stage_groups(SPARSE, KIND, 2), activations.hessians(2, model.layers[0])
+    assert [names for names, _ in groups][3] == ("experts.3.gate_proj", "experts.3.up_proj")
+    from spqr_jax.models.decoder import norm
+
+    total, seen = empty_hessian(64), 0
+    for state, _ in activations.chunks():
+        x = norm(SPARSE, model.layers[0], "mlp_norm", state.residual)
+        own = np.any(np.asarray(experts.route(SPARSE, model.layers[0].router, x).chosen) == 3, axis=-1)
+        total = accumulate_hessian(total, jnp.asarray(np.asarray(x)[own]))
+        seen += own.sum()
+    assert float(hessians[3].tokens) == seen > 0
+    np.testing.assert_allclose(hessians[3].matrix(), total.matrix(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_that_no_text_reaches_is_rounded_with_a_warning(model, tiny_batches):
+    """Its router row points away from every token."""
+    many = [np.concatenate(tiny_batches)] * 4
+    block = model.layers[0]
+    away = block.router.at[1].set(-100.0 * jnp.abs(block.router[1]))
+    outer = dataclasses.replace(model.outer, embed_tokens=jnp.abs(model.outer.embed_tokens) + 0.1)
+    first = block.replace({"router": away, "attention_norm": jnp.ones(64), "o_proj": 0.0 * block.o_proj})
+    shunned = dataclasses.replace(model, outer=outer, layers=(first, model.layers[1]))
+    with pytest.warns(UserWarning, match=r"layers.0: .*hardly reaches.* 1 \(0\)"):
+        quantized = quantize(shunned, many, SpQRConfig(bits=4, outlier_threshold=0.5))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        weight, array = block[f"experts.1.{name}"], quantized.layers[0][f"experts.1.{name}"]
+        assert isinstance(array, SpQRArray)
+        step = jnp.max(jnp.abs(array.statistics()[0]))
+        assert float(jnp.max(jnp.abs(array.to_dense() - weight))) <= float(step)
+
+
+def test_a_router_stays_dense_and_a_budget_is_kept(model, tiny_batches):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        quantized = quantize(model, tiny_batches, SpQRConfig(target_bits=5.0))
+    kinds = {name: isinstance(w, SpQRArray) for name, w in quantized.layers[0].items()}
+    assert not kinds["router"]
+    assert kinds["experts.4.down_proj"]
+    assert sum(kinds.values()) == 4 + 5 * 3
+    arrays = [w for block in quantized.layers for w in block.values() if isinstance(w, SpQRArray)]
+    assert 8 * sum(a.nbytes for a in arrays) / sum(a.size for a in arrays) == pytest.approx(5.0, abs=0.25)
+    same = {a.bits for name in (f"experts.{i}.down_proj" for i in range(5)) for a in [quantized.layers[0][name]]}
+    assert len(same) == 1
+
+
+@pytest.mark.slow
+def test_experts_are_tuned(model, tiny_batches):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        quantized = quantize(model, tiny_batches, SpQRConfig(bits=2))
+
+    def divergence(other):
+        p, q = (jax.nn.log_softmax(forward(m, jnp.asarray(tiny_batches[0]))) for m in (model, other))
+        return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+    tuned = tune(quantized, TreeSource(model), tiny_batches, TuneConfig("logits", epochs=3))
+    assert divergence(tuned) < divergence(quantized)

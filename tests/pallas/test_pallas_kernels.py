@@ -1,0 +1,389 @@
+"""The Pallas kernels against the formula: in interpreters, in every layout and format, and what they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.arrays import random_array
+
+from pallas_kernels import spqr_matmul
+from pallas_kernels.spqr_matmul import api, outliers, prepared, xla
+from spqr_jax import SpQRError, linear, prepare
+from spqr_jax.generate import Generator
+from spqr_jax.linear import default_implementation, linear_all, pack_for_pallas, take_rows
+
+LAYOUTS = {"mosaic_gpu": "fragments", "triton": "rows", "tpu": "lanes"}
+# float16; float32 less the 12 bits that a code's offset takes; bfloat16
+MAX_ERROR = {"mosaic_gpu": 1.5e-3, "triton": 2.0**-12, "tpu": 4e-3}
+NO_MOSAIC = spqr_matmul.why_no_mosaic(spqr_matmul.target())
+
+SLOW = pytest.mark.slow
+MORE_FORMATS = ["2 bits", "groups of 64, 2 bits", "groups of 32, 4 bits"]
+
+kernels = pytest.mark.parametrize(
+    "kernel",
+    [pytest.param("mosaic_gpu", marks=pytest.mark.skipif(bool(NO_MOSAIC), reason=NO_MOSAIC)), "triton", "tpu"],
+)
+layouts = pytest.mark.parametrize("layout", spqr_matmul.LAYOUTS)
+
+
+def error(got, want) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def reference(array, x) -> np.ndarray:
+    """The product by the formula, in float64."""
+    return np.asarray(x, np.float64) @ np.asarray(array.to_dense(), np.float64).T
+
+
+def activations(shape, dtype=np.float32, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def run(kernel, array, x, careful=False):
+    """A kernel in its interpreter; with care, it looks for races and reads what was never written as NaN."""
+    packed = pack_for_pallas(array, LAYOUTS[kernel])
+    context, interpret = contextlib.nullcontext(), True
+    if kernel == "mosaic_gpu":
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        context = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=careful))
+    if kernel == "tpu" and careful:
+        from jax.experimental.pallas import tpu as pltpu
+
+        interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    with context:
+        result = spqr_matmul.matmul(x, packed, kernel, interpret=interpret)
+        return np.asarray(result, np.float32)
+
+
+FORMATS = {
+    "3 bits": {},
+    "2 bits": {"bits": 2},
+    "4 bits": {"bits": 4},
+    "groups of 32": {"group_size": 32},
+    "groups of 64, 2 bits": {"group_size": 64, "bits": 2},
+    "groups of 32, 4 bits": {"group_size": 32, "bits": 4},
+    "tiles of 32": {"tile": 32},
+    "statistics of 4 bits": {"stats_bits": 4},
+    "no outliers": {"outliers": 0.0},
+    "many outliers": {"outliers": 0.2},
+    "identity order": {"permuted": False},
+}
+
+
+@kernels
+@pytest.mark.parametrize(
+    "form",  # what is not here, packing takes care of
+    ["3 bits", "4 bits", "groups of 32", *(pytest.param(form, marks=SLOW) for form in MORE_FORMATS)],
+)
+def test_formats(kernel, form):
+    array = random_array((96, 320), **FORMATS[form])
+    x = activations((2, 320))
+    assert error(run(kernel, array, x), reference(array, x)) < MAX_ERROR[kernel]
+
+
+@kernels
+@pytest.mark.parametrize("batch", [1, 2, 8, 16, 17])
+def test_batches(kernel, batch):
+    if kernel == "triton" and batch > 2:
+        pytest.skip("for one and two rows")
+    array = random_array((80, 1100))
+    x = activations((batch, 1100))
+    assert error(run(kernel, array, x, careful=batch in (1, 16)), reference(array, x)) < MAX_ERROR[kernel]
+
+
+@kernels
+@pytest.mark.parametrize("shape", [(576, 1536), (7, 16), (130, 33)])
+def test_shapes(kernel, shape):
+    array = random_array(shape, outliers=0.01)
+    x = activations((1, shape[1]))
+    assert error(run(kernel, array, x), reference(array, x)) < MAX_ERROR[kernel]
+
+
+@SLOW
+@kernels
+@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (2048, 2048)])
+@pytest.mark.parametrize("form", ["3 bits", "4 bits", "groups of 32"])
+def test_real_shapes(kernel, shape, form):
+    """A whole small model's, and one as large as an interpreter can take."""
+    array = random_array(shape, outliers=0.01, **FORMATS[form])
+    x = activations((1, shape[1]))
+    assert error(run(kernel, array, x, careful=True), reference(array, x)) < MAX_ERROR[kernel]
+
+
+@kernels
+def test_activation_types_and_leading_axes(kernel):
+    array = random_array((64, 256))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        x = activations((1, 2, 256), dtype)
+        got = run(kernel, array, x)
+        assert got.shape == (1, 2, 64)
+        assert error(got, reference(array, x)) < 8e-3  # the result is rounded to the type of x
+
+
+@kernels
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_activations_of_any_size(kernel, size):
+    """float16 would overflow, or lose everything: rows are scaled."""
+    array = random_array((64, 256))
+    x = activations((2, 256)) * jnp.asarray([[size], [1.0]], jnp.float32)
+    got, want = run(kernel, array, x), reference(array, x)
+    for row in range(2):
+        assert error(got[row], want[row]) < MAX_ERROR[kernel]
+    assert not np.any(run(kernel, array, jnp.zeros((1, 256))))
+
+
+@kernels
+def test_what_is_not_finite_shows(kernel):
+    array = random_array((64, 256))
+    x = activations((2, 256)).at[0, 3].set(jnp.nan)
+    got = run(kernel, array, x)
+    assert np.all(np.isnan(got[0]))
+    assert np.all(np.isfinite(got[1]))
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+@layouts
+@pytest.mark.parametrize("form", FORMATS)
+def test_layouts_hold_the_matrix_exactly(layout, form):
+    """Dequantized from the layout: the formula's float32, to the last bit but for the order of two products."""
+    array = random_array((600, 320), **FORMATS[form])
+    packed = pack_for_pallas(array, layout)
+    dense = np.asarray(
+        jnp.concatenate([xla.dequantize(packed, jnp.int32(0), 512), xla.dequantize(packed, jnp.int32(512), 88)])
+    )
+    plain = dataclasses.replace(array, outlier_values=jnp.zeros_like(array.outlier_values), perm=None).to_dense()
+    np.testing.assert_allclose(dense, np.asarray(plain), rtol=1e-6, atol=1e-8)
+
+
+@layouts
+@pytest.mark.parametrize("batch", [1, 100])
+def test_xla_from_every_layout(layout, batch):
+    array = random_array((1100, 320), outliers=0.05)
+    packed = pack_for_pallas(array, layout)
+    x = activations((batch, 320))
+    with jax.default_matmul_precision("highest"):
+        got = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, "xla"))(x, packed)
+    assert error(got, reference(array, x)) < 1e-6
+    half = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, "xla"))(x.astype(jnp.bfloat16), packed)
+    assert half.dtype == jnp.bfloat16
+    assert error(half.astype(jnp.float32), reference(array, x.astype(jnp.bfloat16))) < 4e-3
+
+
+@layouts
+def test_rows_of_every_layout(layout):
+    array = random_array((130, 96), outliers=0.1)
+    packed = pack_for_pallas(array, layout)
+    index = jnp.asarray([[0, 129], [64, 500], [-3, 127]])
+    want = np.asarray(array.to_dense())[np.clip(np.asarray(index), 0, 129)]
+    np.testing.assert_allclose(np.asarray(take_rows(packed, index)), want, rtol=1e-5, atol=1e-7)
+
+
+@layouts
+def test_memory_of_a_layout(layout):
+    """At 1% outliers a large matrix takes at most 4.1 bits a weight; the permutation is another 16/out."""
+    array = random_array((1024, 4096), outliers=0.01)
+    packed = pack_for_pallas(array, layout)
+    order = 0 if packed.order is None else packed.order.nbytes
+    assert 8 * (packed.nbytes - order) / (1024 * 4096) <= 4.1
+
+
+@layouts
+def test_packing_makes_no_dense_copy(layout):
+    """What packing keeps on the side is less than the matrix in 8 bits."""
+    shape = (4096, 8192)
+    specs = {
+        "codes": jax.ShapeDtypeStruct((shape[0], shape[1] // 16 * 3), jnp.uint16),
+        "scales": jax.ShapeDtypeStruct((shape[0], shape[1] // 16), jnp.uint8),
+        "zeros": jax.ShapeDtypeStruct((shape[0], shape[1] // 16), jnp.uint8),
+        "tiles": jax.ShapeDtypeStruct((shape[0] // 16, shape[1] // 16, 4), jnp.float16),
+    }
+    module = {"fragments": prepared.fragments, "rows": prepared.rows, "lanes": prepared.lanes}[layout]
+    extra = {"block": 1024} if layout == "lanes" else {}
+    compiled = module.pack.lower(**specs, bits=3, group_size=16, **extra).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < shape[0] * shape[1]
+
+
+# ---- outliers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fullest", [0, 1, 130, 4096])
+def test_outliers_of_rows_that_differ(fullest):
+    """A row may have none, a few or all of its weights as outliers, and costs accordingly."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 5, 200)
+    counts[7] = fullest
+    inner = 4096
+    columns = np.concatenate([np.sort(rng.choice(inner, n, replace=False)) for n in counts]).astype(np.uint16)
+    values = rng.standard_normal(counts.sum()).astype(np.float16)
+    row_ptr = np.concatenate([[0], np.cumsum(counts)])
+    sparse = outliers.pack(row_ptr, columns, values)
+    assert sparse.columns.size <= counts.sum() + 3 * np.count_nonzero(counts)
+    assert sparse.widest <= outliers.FAN
+    dense = np.zeros((200, inner), np.float32)
+    dense[np.repeat(np.arange(200), counts), columns] = values
+    x = activations((3, inner))
+    np.testing.assert_allclose(np.asarray(outliers.multiply(sparse, x)), np.asarray(x) @ dense.T, atol=1e-3, rtol=1e-4)
+    tile = outliers.add_to_tile(sparse, jnp.zeros((outliers.TILE_ROWS, inner)), jnp.int32(0))
+    np.testing.assert_array_equal(np.asarray(tile)[:200], dense)
+    assert not np.any(np.asarray(tile)[200:])
+    np.testing.assert_array_equal(np.asarray(outliers.row(sparse, jnp.int32(7), inner)), dense[7])
+
+
+# ---- what is taken and what is refused ------------------------------------------------------------------------------
+
+
+def test_one_permutation_for_matrices_that_share_an_order():
+    arrays = [random_array((64, 256), seed=s) for s in (0, 1, 2)]
+    arrays[1] = dataclasses.replace(arrays[1], perm=arrays[0].perm)
+    packed = [pack_for_pallas(a, "rows") for a in arrays]
+    assert packed[0].order_key == packed[1].order_key != packed[2].order_key
+    x = activations((1, 256))
+
+    def permutations(matrices) -> int:
+        jaxpr = jax.make_jaxpr(lambda x, ws: linear_all(ws, x))(x, matrices).jaxpr
+        made = [e for e in jaxpr.eqns if e.primitive.name == "gather"]
+        return sum(e.invars[0].aval.shape == e.outvars[0].aval.shape == (1, 256) for e in made)
+
+    assert permutations(packed[:1]) == 1
+    assert permutations(packed[:2]) == 1
+    assert permutations(packed) == 2
+
+
+def test_implementations_pass_on_or_say_why():
+    array = random_array((64, 256))
+    packed = pack_for_pallas(array, "lanes")
+    x = activations((1, 256))
+    with pytest.raises(NotImplementedError, match="prepared as 'lanes', 'rows' is needed"):
+        spqr_matmul.matmul(x, packed, "triton")
+    with pytest.raises(NotImplementedError, match=r"triton: .*; tpu: needs a TPU, this is cpu"):
+        spqr_matmul.matmul(x, packed, ["triton", "tpu"])
+    with pytest.raises(NotImplementedError, match="65 rows of activations"):
+        spqr_matmul.matmul(activations((65, 256)), packed, "tpu", interpret=True)
+    with jax.default_matmul_precision("highest"):
+        assert error(spqr_matmul.matmul(x, packed), reference(array, x)) < 1e-6  # xla, the last of the list
+    with pytest.raises(ValueError, match="implementation must be of mosaic_gpu, triton, tpu, xla, got 'cuda'"):
+        spqr_matmul.matmul(x, packed, "cuda")
+    with pytest.raises(ValueError, match="activations must be float32"):
+        spqr_matmul.matmul(x.astype(jnp.int32), packed)
+    with pytest.raises(ValueError, match=r"activations \(1, 200\) do not fit"):
+        spqr_matmul.matmul(x[:, :200], packed)
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        ({"bits": 8}, "codes of 8 bits"),
+        ({"group_size": 24}, "groups of 24"),
+        ({"stats_bits": None}, "without a second level"),
+        ({"stats_bits": 6}, "codes of 6 bits"),
+        ({"tile": 8}, "second-level groups of 8 rows"),
+    ],
+)
+def test_other_formats_become_dense_and_say_why(form, why):
+    array = random_array((64, 96), **form)
+    with pytest.raises(SpQRError, match=why):
+        pack_for_pallas(array, "rows")
+    with pytest.warns(UserWarning, match=why):
+        dense = prepare({"w": array}, implementation="tpu")["w"]
+    np.testing.assert_array_equal(np.asarray(dense), np.asarray(array.to_dense()))
+
+
+def test_parts_that_do_not_fit():
+    array = random_array((64, 96))
+    parts = {
+        "shape": array.shape,
+        "bits": 3,
+        "group_size": 16,
+        "codes": array.codes,
+        "scale_codes": np.zeros((64, 6), np.uint8),
+        "zero_codes": np.zeros((64, 6), np.uint8),
+        "tile_stats": array.tile_stats,
+        "row_ptr": array.outlier_row_ptr,
+        "cols": array.outlier_cols,
+        "values": array.outlier_values,
+        "perm": array.perm,
+    }
+    spqr_matmul.prepare("rows", **parts)
+    damages = {
+        "codes of shape": {"codes": array.codes[:, :9]},
+        "scale_codes of shape": {"scale_codes": np.zeros((64, 5), np.uint8)},
+        "tile_stats of shape": {"tile_stats": array.tile_stats[:3]},
+        "does not rise": {"row_ptr": np.asarray(array.outlier_row_ptr)[::-1]},
+        "outside 0..95": {"cols": np.asarray(array.outlier_cols) + np.uint16(96)},
+        "not a permutation": {"perm": np.zeros(96, np.uint16)},
+        "layout must be one of": {},
+    }
+    for message, damage in damages.items():
+        with pytest.raises(ValueError, match=message):
+            spqr_matmul.prepare("columns" if not damage else "rows", **parts | damage)
+
+
+def test_choice_by_platform(monkeypatch):
+    import importlib
+
+    module = importlib.import_module("spqr_jax.linear")
+    for target, mosaic, triton, wanted in [
+        (spqr_matmul.Target("gpu", "H100", (9, 0), 132), "", "", "mosaic_gpu"),
+        (spqr_matmul.Target("gpu", "H100", (9, 0), 132), "too old", "", "triton"),
+        (spqr_matmul.Target("gpu", "H100", (9, 0), 132), "too old", "gone", "xla"),
+        (spqr_matmul.Target("gpu", "V100", (7, 0), 80), "", "", "xla"),
+        (spqr_matmul.Target("tpu", "TPU v5 lite", (0, 0), 1), "", "", "tpu"),
+    ]:
+        monkeypatch.setattr(module.spqr_matmul, "target", lambda target=target: target)
+        monkeypatch.setattr(module.spqr_matmul, "why_no_mosaic", lambda _, mosaic=mosaic: mosaic)
+        monkeypatch.setattr(module.spqr_matmul, "why_no_triton", lambda triton=triton: triton)
+        assert default_implementation() == wanted
+
+
+def test_prepared_trees_multiply():
+    array = random_array((64, 96))
+    for implementation in ("mosaic_gpu", "triton", "tpu"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            w = prepare({"w": array}, implementation=implementation)["w"]
+        assert isinstance(w, spqr_matmul.Prepared)
+        x = activations((3, 96))
+        with jax.default_matmul_precision("highest"):
+            assert error(linear(w, x), reference(array, x)) < 1e-6
+    with pytest.raises(SpQRError, match="implementation must be cpu, mosaic_gpu, triton, tpu or xla"):
+        prepare({"w": array}, implementation="cuda")
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["mosaic_gpu", pytest.param("triton", marks=pytest.mark.slow), pytest.param("tpu", marks=pytest.mark.slow)],
+)
+def test_generation_from_packed_weights(kernel, tiny_model):
+    """A whole model, embedding and head too, says the same from packed weights as from dense ones."""
+
+    def packed_like(w, seed):
+        return random_array(w.shape, outliers=0.05, seed=seed) if w is not None and w.ndim == 2 else w
+
+    layers = tuple(jax.tree.map(lambda w, i=i: packed_like(w, i), layer) for i, layer in enumerate(tiny_model.layers))
+    outer = jax.tree.map(lambda w: packed_like(w, 9), tiny_model.outer)
+    small = dataclasses.replace(tiny_model, layers=layers, outer=outer)
+    prompts = [[5, 6, 7], [8]]
+    with jax.default_matmul_precision("highest"):
+        want = Generator(prepare(small, implementation="xla"))(prompts, max_new_tokens=6, stop_tokens=())
+        packed = prepare(small, implementation=kernel)
+        weights = jax.tree.leaves(packed, is_leaf=lambda w: isinstance(w, spqr_matmul.Prepared))
+        assert sum(isinstance(w, spqr_matmul.Prepared) for w in weights) == 7 * len(layers) + 2
+        assert Generator(packed)(prompts, max_new_tokens=6, stop_tokens=()).tokens == want.tokens
+
+
+def test_a_jax_without_triton_is_told(monkeypatch):
+    packed = pack_for_pallas(random_array((64, 96)), "rows")
+    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match="no longer has Pallas's Triton backend: use the mosaic_gpu kernel"):
+        spqr_matmul.matmul(activations((1, 96)), packed, "triton", interpret=True)

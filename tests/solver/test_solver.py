@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.problems import correlated_problem
+from support.reference_spqr import spqr as reference_spqr
+
+from spqr_jax import DataError, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize_weight
+from spqr_jax.packing import unpack_codes
+from spqr_jax.solver.hessian import factorize, quadratic_form
+from spqr_jax.solver.solve import quantize_weights
+
+INF = math.inf
+
+
+def hessian_of(x):
+    return accumulate_hessian(empty_hessian(x.shape[1]), x)
+
+
+def output_error(w, array, x):
+    """‖(W-Ŵ)X‖/‖WX‖ in float64."""
+    w, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
+    return np.linalg.norm((w - np.asarray(array.to_dense(), np.float64)) @ x.T) / np.linalg.norm(w @ x.T)
+
+
+def codes_of(array):
+    return np.asarray(unpack_codes(array.codes, array.bits))[:, : array.shape[1]]
+
+
+# ---- the paper's algorithm --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["activation", "identity"])
+@pytest.mark.parametrize("shape", [(16, 64), (32, 144), (48, 272)])
+def test_matches_spqr_written_from_the_paper(shape, order):
+    w, x = correlated_problem(*shape, seed=sum(shape))
+    hessian = hessian_of(x)
+    config = SpQRConfig(fit="minmax", damping=0.1, order=order)
+    array = quantize_weight(w, hessian, config)
+    codes, dense, residual, perm = reference_spqr(
+        w, hessian.matrix(), bits=3, group=16, stats_bits=3, tile=16, tau=0.2, damping=0.1, order=order
+    )
+    # float32 against float64: a weight midway between two codes may fall to either
+    # side, and its row differs from there on; so rows are compared, nearly all must agree
+    same = np.mean(np.all(codes_of(array) == codes, axis=1))
+    assert same >= 0.9
+    undo = np.argsort(perm)
+    agree = np.all(codes_of(array) == codes, axis=1)
+    np.testing.assert_allclose(
+        np.asarray(array.to_dense())[agree], (dense + residual)[:, undo][agree], rtol=2e-3, atol=2e-4
+    )
+    np.testing.assert_allclose(array.nnz, np.count_nonzero(residual), atol=2 + 0.02 * np.count_nonzero(residual))
+
+
+def test_spqr_beats_gptq_beats_round_to_nearest():
+    w, x = correlated_problem(128, 256)
+    errors = {
+        name: output_error(w, quantize_weight(w, hessian_of(x), config), x)
+        for name, config in {
+            "spqr": SpQRConfig(damping=0.01),
+            "gptq": SpQRConfig.gptq(3, 16),
+            "rtn": SpQRConfig.rtn(3, 16),
+        }.items()
+    }
+    assert errors["spqr"] < 0.8 * errors["gptq"]
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_compensation_trades_weight_error_for_output_error():
+    w, x = correlated_problem(64, 128)
+    gptq, rtn = (quantize_weight(w, hessian_of(x), c) for c in (SpQRConfig.gptq(3, 16), SpQRConfig.rtn(3, 16)))
+    assert output_error(w, gptq, x) < output_error(w, rtn, x)
+    assert np.linalg.norm(w - gptq.to_dense()) > np.linalg.norm(w - rtn.to_dense())
+
+
+def test_search_beats_minmax_at_fewer_bits():
+    w, x = correlated_problem(128, 256, seed=5)
+    search, minmax = (quantize_weight(w, hessian_of(x), SpQRConfig(fit=fit)) for fit in ("search", "minmax"))
+    assert output_error(w, search, x) < output_error(w, minmax, x)
+    assert search.ideal_bits < minmax.ideal_bits
+
+
+def test_scaling_the_hessian_changes_no_code():
+    w, x = correlated_problem(32, 96)
+    h = hessian_of(x).matrix()
+    first, second = quantize_weight(w, h, SpQRConfig()), quantize_weight(w, 1024.0 * h, SpQRConfig())
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_round_to_nearest_with_one_group_a_row():
+    w, _ = correlated_problem(8, 40)
+    array = quantize_weight(w, None, SpQRConfig.rtn(4, None))
+    low, high = np.min(w, axis=1, keepdims=True), np.max(w, axis=1, keepdims=True)
+    step = (high - low) / 15
+    assert np.all(np.abs(array.to_dense() - w) <= 0.51 * step)
+    assert array.ideal_bits == 4 + 32 / 40
+
+
+def test_rows_share_nothing_but_their_tile():
+    """Permuting whole tiles of rows permutes the result."""
+    w, x = correlated_problem(48, 64)
+    swap = np.r_[16:32, 0:16, 32:48]
+    config = SpQRConfig(outlier_threshold=INF)
+    first = quantize_weight(w, hessian_of(x), config).to_dense()
+    second = quantize_weight(w[swap], hessian_of(x), config).to_dense()
+    np.testing.assert_array_equal(np.asarray(first)[swap], second)
+
+
+def test_stacking_matrices_changes_nothing():
+    w, x = correlated_problem(50, 96)
+    together = quantize_weights([w[:20], w[20:]], hessian_of(x), [SpQRConfig()] * 2)
+    for part, solved in zip((w[:20], w[20:]), together, strict=True):
+        alone = quantize_weight(part, hessian_of(x), SpQRConfig())
+        np.testing.assert_allclose(solved.array.to_dense(), alone.to_dense(), atol=1e-6)
+        # one formula in two programs: XLA may fuse its multiply and add in one and not in the other
+        np.testing.assert_allclose(solved.dense, solved.array.to_dense(), rtol=0, atol=2.0**-24)
+
+
+# ---- outliers ---------------------------------------------------------------------------
+
+
+def test_a_huge_weight_becomes_an_outlier_and_comes_back():
+    w, x = correlated_problem(32, 64)
+    w = w.at[7, 11].set(3.0)
+    array = quantize_weight(w, hessian_of(x), SpQRConfig())
+    rows, cols, _ = array.to_coo()
+    assert (7, 11) in set(zip(rows.tolist(), cols.tolist(), strict=True))
+    assert float(array.to_dense()[7, 11]) == pytest.approx(3.0, abs=0.15)  # moved by others' compensation
+    assert quantize_weight(w, hessian_of(x), SpQRConfig(outlier_threshold=INF)).nnz == 0
+
+
+def test_lower_thresholds_keep_more_apart():
+    w, x = correlated_problem(64, 128)
+    counts = [quantize_weight(w, hessian_of(x), SpQRConfig(outlier_threshold=t)).nnz for t in (2.0, 0.5, 0.1)]
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_every_weight_an_outlier_is_lossless_to_float16():
+    w, x = correlated_problem(16, 32)
+    array = quantize_weight(w, hessian_of(x), SpQRConfig(outlier_threshold=1e-12)).validate()
+    assert array.nnz > 0.95 * array.size
+    np.testing.assert_allclose(array.to_dense(), w, atol=2e-4)
+
+
+# ---- awkward inputs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 250), (3, 5), (33, 100), (100, 8)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SpQRConfig(),
+        SpQRConfig(bits=4, group_size=8, stats_group_size=8),
+        SpQRConfig(bits=2, group_size=32, stats_bits=4, stats_group_size=24, order="identity"),
+        SpQRConfig.gptq(8, 128),
+        SpQRConfig.gptq(4, None),
+        SpQRConfig.rtn(3, 16),
+    ],
+    ids=["spqr", "small groups", "odd tiles", "8-bit", "per row", "rtn"],
+)
+def test_any_size_works(shape, config):
+    w, x = correlated_problem(*shape, seed=1, tokens=64)
+    array = quantize_weight(w, hessian_of(x), config).validate()
+    assert array.shape == shape
+    dense = array.to_dense()
+    assert dense.shape == shape
+    bound = {2: 0.8, 3: 0.5, 4: 0.25, 8: 0.02}[config.bits]
+    assert output_error(w, array, x) < bound
+
+
+def test_dead_inputs_keep_their_weights():
+    w, x = correlated_problem(32, 64)
+    x = x.at[:, jnp.array([3, 40, 41])].set(0.0)
+    for order in ("activation", "identity"):
+        array = quantize_weight(w, hessian_of(x), SpQRConfig(order=order))
+        assert np.all(np.isfinite(array.to_dense()))
+        dead = np.asarray(array.to_dense() - w)[:, [3, 40, 41]]
+        assert np.linalg.norm(dead) < 0.5 * np.linalg.norm(np.asarray(w)[:, [3, 40, 41]])
+
+
+def test_zero_matrix_and_zero_columns_come_back_exactly():
+    w, x = correlated_problem(32, 64)
+    for config in (SpQRConfig(), SpQRConfig.gptq(3, 16), SpQRConfig.rtn(3, 16)):
+        np.testing.assert_array_equal(quantize_weight(0 * w, hessian_of(x), config).to_dense(), 0 * w)
+    block = w.at[:, 16:32].set(0.0)
+    array = quantize_weight(block, None, SpQRConfig.rtn(3, 16, stats_bits=3))
+    np.testing.assert_array_equal(array.to_dense()[:, 16:32], 0 * w[:, 16:32])
+
+
+def test_a_singular_hessian_is_damped_until_it_factors():
+    w, x = correlated_problem(16, 64, tokens=8)  # fewer tokens than inputs
+    h = hessian_of(x).matrix()
+    used = factorize(h, 0.0).damping
+    assert used > 0
+    solved = quantize_weights([w], h, [SpQRConfig(damping=0.0)])[0]
+    assert solved.stats.damping > 0
+    assert np.all(np.isfinite(solved.dense))
+
+
+def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
+    _, x = correlated_problem(1, 48)
+    h = np.asarray(hessian_of(x).matrix(), np.float64)
+    _, u, used, _ = factorize(jnp.asarray(h, jnp.float32), 0.1)
+    damped = h + 0.1 * np.mean(np.diag(h)) * np.eye(48)
+    assert used == 0.1
+    np.testing.assert_allclose(np.asarray(u).T @ np.asarray(u), np.linalg.inv(damped), rtol=1e-3, atol=1e-5)
+    assert np.all(np.tril(np.asarray(u), -1) == 0)
+
+
+@pytest.mark.parametrize("width", [100, 1100, 2500])
+def test_wide_inputs_are_summed_in_panels(width):
+    rng = np.random.default_rng(width)
+    x, w = (rng.standard_normal((rows, width)).astype(np.float32) for rows in (40, 7))
+    h = hessian_of(jnp.asarray(x)).matrix()
+    np.testing.assert_allclose(h, 2 / 40 * x.T.astype(np.float64) @ x, atol=1e-5)
+    np.testing.assert_array_equal(h, h.T)
+    np.testing.assert_allclose(quadratic_form(jnp.asarray(w), h), np.sum((w @ h) * w), rtol=1e-5)
+
+
+def test_hessian_is_streamed():
+    _, x = correlated_problem(1, 24)
+    whole = hessian_of(x)
+    parts = empty_hessian(24)
+    for part in np.array_split(np.asarray(x), 5):
+        parts = accumulate_hessian(parts, jnp.asarray(part).reshape(1, *part.shape))
+    np.testing.assert_allclose(parts.matrix(), whole.matrix(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole.matrix(), 2 / len(x) * np.asarray(x).T @ np.asarray(x), rtol=1e-5, atol=1e-5)
+
+
+def bad_calls():
+    w, x = correlated_problem(16, 32)
+    h = hessian_of(x).matrix()
+    nan = h.at[0, 0].set(jnp.nan)
+    yield "NaN in calibration", (w, nan, SpQRConfig()), DataError, "not finite"
+    yield "NaN in weights", (w.at[0, 0].set(jnp.nan), h, SpQRConfig()), SpQRError, "not finite"
+    yield "no Hessian", (w, None, SpQRConfig()), SpQRError, "needs a Hessian"
+    yield "wrong Hessian", (w, h[:8, :8], SpQRConfig()), SpQRError, r"\(8, 8\), expected \(32, 32\)"
+    yield "a vector", (w[0], h, SpQRConfig()), SpQRError, "expected matrices"
+    yield "too large for float16", (w * 1e8, h, SpQRConfig()), SpQRError, "float16"
+    yield "negative definite", (w, -h, SpQRConfig()), SpQRError, "not positive definite"
+
+
+@pytest.mark.parametrize(("args", "error", "says"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()])
+def test_bad_input_says_what_is_wrong(args, error, says):
+    with pytest.raises(error, match=says):
+        quantize_weight(*args)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 1},
+        {"group_size": 12},
+        {"stats_bits": 12},
+        {"stats_group_size": 4},
+        {"outlier_threshold": 0.0},
+        {"damping": -1.0},
+        {"order": "random"},
+        {"fit": "best"},
+        {"compensate": False},
+    ],
+)
+def test_impossible_configurations_are_refused(changes):
+    with pytest.raises(SpQRError):
+        SpQRConfig(**changes)
+
+
+def test_configuration_survives_json():
+    for config in (SpQRConfig(), SpQRConfig.gptq(), SpQRConfig.rtn(4, None), SpQRConfig.reference()):
+        assert SpQRConfig.from_json(config.to_json()) == config
+    with pytest.raises(SpQRError, match="unknown entries"):
+        SpQRConfig.from_json({"bitz": 3})
+
+
+def test_reference_mode_repeats_the_originals_constant_groups():
+    w, x = correlated_problem(32, 64)
+    w = w.at[:, :16].set(0.0)
+    config = SpQRConfig.reference(order="identity", outlier_threshold=INF, stats_bits=16)
+    flawed = quantize_weight(w, hessian_of(x), config).to_dense()
+    assert np.all(np.abs(flawed[:, 0]) > 0.1)
