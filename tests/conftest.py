@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
-from support import ROOT
+from support import ROOT, compat, order
 from support.problems import TINY
 
 from spqr_jax import Decoder, DecoderConfig
@@ -28,7 +28,13 @@ settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    compiling.choose_optimization(quick=config.option.markexpr != "slow")
+    compiling.choose_optimization(quick="not slow" in config.option.markexpr)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    compat.mark(items)
+    order.slowest_first(items)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""The command as a user runs it: a subprocess, on a tiny model made here."""
+"""The command on a tiny model made here: once as a user runs it, in a process, else in the test's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from support.command import QUICK, spqr
+from support.command import QUICK, spqr, spqr_process
 from support.family_files import write_gguf
 from support.model_files import byte_tokenizer, write_hf
 
@@ -31,7 +31,7 @@ def folder(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized(folder):
-    result = spqr(
+    result = spqr_process(
         "quantize", "model", "--out", "small", "--bits", 3, "--calib", "ids.npy", *QUICK, "--json", "q.json", cwd=folder
     )
     assert result.returncode == 0, result.stderr
@@ -84,8 +84,8 @@ def test_inspect_reads_everything_back(folder, quantized):
 
 def test_perplexity_is_the_very_same_in_another_process(folder, quantized):
     runs = []
-    for name in ("a.json", "b.json"):
-        result = spqr(
+    for run, name in ((spqr_process, "a.json"), (spqr_process, "b.json")):
+        result = run(
             "perplexity", "small", "--data", "ids.npy", "--seqlen", 64, "--windows", 3, "--json", name, cwd=folder
         )
         assert result.returncode == 0, result.stderr
@@ -194,26 +194,14 @@ def test_bad_input_exits_with_two_and_one_clear_message(folder, arguments, says)
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_quantize_leaves_nothing(folder, how):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "spqr_jax",
-            "quantize",
-            "model",
-            "--out",
-            "stopped",
-            "--bits",
-            "3",
-            "--calib",
-            "ids.npy",
-            *QUICK,
-        ],
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
+    command = [sys.executable, "-m", "spqr_jax", "quantize", "model", "--out", "stopped", "--bits", "3"]
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and their children
+    try:
+        process = subprocess.Popen(
+            [*command, "--calib", "ids.npy", *QUICK], cwd=folder, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
     deadline = time.monotonic() + 120
     while not list(folder.glob(".stopped.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -245,7 +233,7 @@ for _ in range(2):
 
 
 def test_help_lists_the_commands(folder):
-    result = spqr("--help", cwd=folder)
+    result = spqr_process("--help", cwd=folder)
     assert result.returncode == 0
     for command in ("quantize", "perplexity", "generate", "inspect"):
         assert command in result.stdout
