@@ -69,6 +69,7 @@ def quantize_and_measure(folder, shared_data, *options):
     return json.loads((folder / "q.json").read_text()), json.loads((folder / "p.json").read_text()), peak
 
 
+@pytest.mark.landing
 def test_spqr_beats_the_original_at_no_more_bits(demo, shared_data, tmp_path):
     stated = ["--bits", "3", "--group-size", "16", "--stats-bits", "3", "--stats-group-size", "16"]
     stated += ["--outlier-threshold", "0.2", "--damping", "1.0", "--order", "activation"]
