@@ -75,7 +75,13 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{shlex.join(command)}\n{done.stderr or done.stdout}")
 
 
-def build(target: Path, sources: list[Path] | None = None, flags: list[str] | None = None, shared: bool = True) -> None:
+def build(
+    target: Path,
+    sources: list[Path] | None = None,
+    flags: list[str] | None = None,
+    shared: bool = True,
+    kept: Path | None = None,
+) -> None:
     """Compiles `sources` to `target`, which is replaced only if all went well.
 
     Args:
@@ -83,32 +89,46 @@ def build(target: Path, sources: list[Path] | None = None, flags: list[str] | No
       sources: by default all of the library's.
       flags: further ones, after the usual.
       shared: whether to make a shared library.
+      kept: a folder whose objects, made from the same files by the same commands, are taken, and where these
+        stay for the next build. Those that depend on jaxlib's headers are always compiled.
 
     Raises:
       BuildError: with the compiler's words.
     """
     program = compiler()
     sources = sources or sorted(SOURCES.glob("*.cc"))
-    compile_flags = [*FLAGS, *(flags or []), f"-I{SOURCES}", "-isystem", headers()]
+    command = [*program, *FLAGS, *(flags or []), f"-I{SOURCES}"]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+
+        def compile_source(source: Path) -> Path:
+            if kept is None or b"xla/ffi" in source.read_bytes():
+                fresh = Path(folder) / f"{source.stem}.o"
+                _run([*command, "-isystem", headers(), "-c", str(source), "-o", str(fresh)])
+                return fresh
+            keeping = kept / f"{source.stem}-{_digest([*command, str(source)])[:16]}.o"
+            if not keeping.exists():
+                fresh = keeping.with_suffix(f".{os.getpid()}")  # complete before it gets its name
+                _run([*command, "-c", str(source), "-o", str(fresh)])
+                os.replace(fresh, keeping)
+            return keeping
+
+        if kept is not None:
+            kept.mkdir(exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            commands = [
-                [*program, *compile_flags, "-c", str(source), "-o", str(object_)]
-                for source, object_ in zip(sources, objects, strict=True)
-            ]
-            list(pool.map(_run, commands))
+            objects = list(pool.map(compile_source, sources))
         made = Path(folder) / target.name
         link = ["-shared"] if shared else []
         _run([*program, *(flags or []), *link, "-pthread", *map(str, objects), "-o", str(made)])
         os.replace(made, target)
+    for old in set(kept.glob("*.o")) - set(objects) if kept is not None else ():
+        old.unlink(missing_ok=True)
 
 
-def _digest() -> str:
-    """Of what a library is made from: a library with the same one need not be made again."""
+def _digest(command: list[str]) -> str:
+    """Of what a library is made from, and how: a library (an object) with the same one need not be made again."""
     sources = sorted(SOURCES.glob("*.cc")) + sorted(SOURCES.glob("*.h"))
     content = b"".join(path.read_bytes() for path in sources) + Path(__file__).read_bytes()
-    return hashlib.sha256(content + " ".join(compiler()).encode()).hexdigest()
+    return hashlib.sha256(content + " ".join(command).encode()).hexdigest()
 
 
 def build_library(folder: Path) -> Path:
@@ -117,14 +137,14 @@ def build_library(folder: Path) -> Path:
     Raises:
       BuildError: as `build`.
     """
-    name, digest = library_name(ffi_version(headers())), _digest().encode()
+    name, digest = library_name(ffi_version(headers())), _digest(compiler()).encode()
     target, made_before = folder / name, Path(__file__).parent / name
     for path in (target, made_before):
         if path.is_file() and digest in path.read_bytes():  # ffi.cc puts it there
             if path != target:
                 shutil.copy(path, target)
             return target
-    build(target, flags=[f'-DSPQR_DIGEST="{digest.decode()}"'])
+    build(target, flags=[f'-DSPQR_DIGEST="{digest.decode()}"'], kept=Path(__file__).parent / ".build-objects")
     return target
 
 
