@@ -123,14 +123,15 @@ class SpQRArray:
 
     # ---- what it holds ----------------------------------------------------------------
 
-    def statistics(self) -> tuple[jax.Array, jax.Array]:
-        """First-level scale and zero point, float32 [out, groups] each."""
-        stats = self.tile_stats.astype(jnp.float32)
+    def statistics(self) -> tuple[Any, Any]:
+        """First-level scale and zero point, float32 [out, groups] each; of the leaves' array library."""
+        xp = np if isinstance(self.tile_stats, np.ndarray) else jnp
+        stats = self.tile_stats.astype(np.float32)
         if not self.quantized_stats:
             return stats[..., 0], stats[..., 1]
-        scale_codes = unpack_codes(self.scale_codes, self.scale_bits).T.astype(jnp.float32)
-        zero_codes = unpack_codes(self.zero_codes, self.zero_bits).T.astype(jnp.float32)
-        ss, sz, zs, zz = jnp.moveaxis(jnp.repeat(stats, self.stats_group_size, axis=0), -1, 0)
+        scale_codes = unpack_codes(self.scale_codes, self.scale_bits).T.astype(np.float32)
+        zero_codes = unpack_codes(self.zero_codes, self.zero_bits).T.astype(np.float32)
+        ss, sz, zs, zz = xp.moveaxis(xp.repeat(stats, self.stats_group_size, axis=0), -1, 0)
         out = self.shape[0]
         return (ss * (scale_codes - sz))[:out], (zs * (zero_codes - zz))[:out]
 

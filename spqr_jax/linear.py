@@ -187,9 +187,9 @@ def pack_for_pallas(array: SpQRArray, layout: spqr_matmul.Layout) -> spqr_matmul
             bits=array.bits,
             group_size=array.group_size,
             codes=array.codes,
-            scale_codes=unpack_codes(jnp.asarray(array.scale_codes), array.scale_bits).T,
-            zero_codes=unpack_codes(jnp.asarray(array.zero_codes), array.zero_bits).T,
-            tile_stats=jnp.repeat(jnp.asarray(array.tile_stats), array.stats_group_size // cpu_kernels.TILE, axis=0),
+            scale_codes=unpack_codes(np.asarray(array.scale_codes), array.scale_bits).T,
+            zero_codes=unpack_codes(np.asarray(array.zero_codes), array.zero_bits).T,
+            tile_stats=np.repeat(np.asarray(array.tile_stats), array.stats_group_size // cpu_kernels.TILE, axis=0),
             row_ptr=array.outlier_row_ptr,
             cols=array.outlier_cols,
             values=array.outlier_values,
@@ -208,13 +208,14 @@ def pack_for_cpu(array: SpQRArray, int8_activations: bool = False) -> cpu_kernel
       SpQRError: they are not, or the array breaks one of its invariants.
     """
     form: dict[str, Any] = dict.fromkeys(("scale_codes", "zero_codes", "tile_stats", "scale", "zero"))
-    tile, stats = array.stats_group_size, np.asarray(array.tile_stats)
+    array = jax.tree.map(np.asarray, array)  # packing is the host's work
+    tile, stats = array.stats_group_size, array.tile_stats
     if not array.quantized_stats:
         form |= {"scale": stats[..., 0], "zero": stats[..., 1]}
     elif max(array.scale_bits, array.zero_bits) <= 4 and tile % cpu_kernels.TILE == 0:
         form |= {
-            "scale_codes": unpack_codes(np.asarray(array.scale_codes), array.scale_bits).T,
-            "zero_codes": unpack_codes(np.asarray(array.zero_codes), array.zero_bits).T,
+            "scale_codes": unpack_codes(array.scale_codes, array.scale_bits).T,
+            "zero_codes": unpack_codes(array.zero_codes, array.zero_bits).T,
             "tile_stats": np.repeat(stats, tile // cpu_kernels.TILE, axis=0),
         }
     else:

@@ -86,18 +86,19 @@ def pack(row_ptr: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Outlie
     chunk_starts, merges = starts, []
     while np.diff(starts).max(initial=0) > FAN:
         merge, starts = _merge(starts)
-        merges.append(jnp.asarray(merge, jnp.int32))
+        merges.append(merge.astype(np.int32))
     edges = chunk_starts[np.minimum(np.arange(0, len(counts) + TILE_ROWS, TILE_ROWS), len(counts))]
-    return Outliers(
-        columns=jnp.asarray(packed_columns.reshape(total, CHUNK).T),
-        values=jnp.asarray(packed_values.reshape(total, CHUNK).T),
+    packed = Outliers(
+        columns=packed_columns.reshape(total, CHUNK).T,
+        values=packed_values.reshape(total, CHUNK).T,
         merges=tuple(merges),
-        starts=jnp.asarray(starts, jnp.int32),
-        chunk_starts=jnp.asarray(chunk_starts, jnp.int32) if merges else None,
+        starts=starts.astype(np.int32),
+        chunk_starts=chunk_starts.astype(np.int32) if merges else None,
         widest=int(np.diff(starts).max(initial=0)),
         row_chunks=int(chunks.max(initial=0)),
         tile_chunks=int(np.diff(edges).max(initial=0)),
     )
+    return jax.device_put(packed)
 
 
 def _merge(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

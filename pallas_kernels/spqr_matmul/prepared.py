@@ -8,7 +8,6 @@ import math
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.spqr_matmul import fragments, lanes, outliers, rows
@@ -155,10 +154,10 @@ def prepare(
     groups = -(-inner // group_size)
     _check(out, inner, bits, groups, codes, scale_codes, zero_codes, tile_stats, row_ptr, cols, values, perm)
     parts = {
-        "codes": jnp.asarray(codes)[:, : groups * group_size // TILE * bits],
-        "scales": jnp.asarray(scale_codes)[:out, :groups],
-        "zeros": jnp.asarray(zero_codes)[:out, :groups],
-        "tiles": jnp.asarray(tile_stats)[: -(-out // TILE), :groups],
+        "codes": codes[:, : groups * group_size // TILE * bits],
+        "scales": scale_codes[:out, :groups],
+        "zeros": zero_codes[:out, :groups],
+        "tiles": tile_stats[: -(-out // TILE), :groups],
     }
     static = {"bits": bits, "group_size": group_size}
     if layout == "fragments":
@@ -172,7 +171,7 @@ def prepare(
     return Prepared(
         arrays=tuple(arrays),
         sparse=outliers.pack(np.asarray(row_ptr), np.asarray(cols), np.asarray(values)),
-        order=None if order is None else jnp.asarray(order),
+        order=None if order is None else jax.device_put(order),
         shape=(int(out), int(inner)),
         bits=bits,
         group_size=group_size,

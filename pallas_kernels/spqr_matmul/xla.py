@@ -6,6 +6,8 @@ copy of the whole never exists.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +21,11 @@ from pallas_kernels.spqr_matmul.prepared import Prepared
 
 def multiply(prepared: Prepared, x: jax.Array) -> jax.Array:
     """x W' for x [batch, in] in the packed order; float32 [batch, out]."""
+    return _multiply(dataclasses.replace(prepared, order=None, order_key=""), x)  # what no program depends on
+
+
+@functools.partial(jax.jit, inline=True)  # outside of other programs, one instead of dozens
+def _multiply(prepared: Prepared, x: jax.Array) -> jax.Array:
     out = prepared.shape[0]
     whole = out // TILE_ROWS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import ROOT
-from support.arrays import random_array
+from support.arrays import dense, random_array, random_quantized
 from support.problems import correlated_problem
 
 import cpu_kernels
@@ -53,36 +54,54 @@ def error(got, want) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
 
 
+def activations(*shape) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+def products(packed, x, counts) -> dict[tuple[int, str], jax.Array]:
+    """By the first rows of x, for each of these counts of them and for all kernels: in one program."""
+    cases = list(itertools.product(counts, cpu_kernels.kernel_names()))
+
+    @jax.jit
+    def multiply(packed, x):
+        return [cpu_kernels.matmul(x[:rows], packed, kernels=name) for rows, name in cases]
+
+    return dict(zip(cases, multiply(packed, x), strict=True))
+
+
 @pytest.mark.parametrize("shape", [(48, 96), (37, 200), (1, 8)], ids=str)
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
 def test_every_kernel_multiplies_by_the_dense_matrix(form, shape):
     array = random_array(shape, **form)
-    packed = pack_for_cpu(array)
-    dense = np.asarray(array.to_dense(), np.float64)
-    assert error(cpu_kernels.to_dense(packed), dense) < 1e-6
-    x = np.random.default_rng(1).standard_normal((40, shape[1])).astype(np.float32)
-    for rows in (1, 2, 3, 5, 8, 13, 16, 17, 40):
-        for kernels in cpu_kernels.kernel_names():
-            got = cpu_kernels.matmul(jnp.asarray(x[:rows]), packed, kernels=kernels)
-            assert error(got, x[:rows] @ dense.T) < 5e-6, (rows, kernels)
+    packed, w = pack_for_cpu(array), dense(array)
+    assert error(cpu_kernels.to_dense(packed), w) < 1e-6
+    x = activations(40, shape[1])
+    for (rows, kernels), y in products(packed, x, (1, 2, 3, 5, 8, 13, 16, 17, 40)).items():
+        assert error(y, x[:rows] @ w.T) < 5e-6, (rows, kernels)
+
+
+def test_the_formula_in_numpy_is_that_of_the_arrays():
+    """Which other tests here compare with, in every format."""
+    arrays = [random_array((37, 200), **form) for form in FORMATS.values()]
+    by_array = jax.jit(lambda arrays: [array.to_dense() for array in arrays])(arrays)
+    for name, array, w in zip(FORMATS, arrays, by_array, strict=True):
+        assert error(w, dense(array)) < 1e-6, name
 
 
 @pytest.mark.parametrize("outliers", [0.01, 0.3])
 def test_more_rows_and_columns_than_a_panel_has(outliers):
     """Panels take outliers up where the last one left off; of some rows only, so that lanes are at different places."""
     array = random_array((70, 1400), outliers=outliers)
-    packed, dense = pack_for_cpu(array), np.asarray(array.to_dense(), np.float64)
-    x = np.random.default_rng(1).standard_normal((203, 1400)).astype(np.float32)
-    for rows in (7, 16, 97, 203):
-        for kernels in cpu_kernels.kernel_names():
-            got = cpu_kernels.matmul(jnp.asarray(x[:rows]), packed, kernels=kernels)
-            assert error(got, x[:rows] @ dense.T) < 5e-6, (rows, kernels)
+    packed, w = pack_for_cpu(array), dense(array)
+    x = activations(203, 1400)
+    for (rows, kernels), y in products(packed, x, (7, 16, 97, 203)).items():
+        assert error(y, x[:rows] @ w.T) < 5e-6, (rows, kernels)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_a_bit(threads):
     packed = pack_for_cpu(random_array((600, 640)))
-    x = jax.random.normal(jax.random.key(0), (33, 640))
+    x = activations(33, 640)
     for rows in (1, 12, 33):
         np.testing.assert_array_equal(
             cpu_kernels.matmul(x[:rows], packed, threads=threads), cpu_kernels.matmul(x[:rows], packed)
@@ -93,34 +112,32 @@ def test_threads_do_not_change_a_bit(threads):
 def test_int8_activations_round_as_said(form):
     """The error is that of rounding x to 8 bits by 32 columns, worked out in NumPy."""
     array = random_array((64, 256), **form)
-    dense = np.asarray(array.to_dense(), np.float64)
-    x = np.random.default_rng(1).standard_normal((16, 256)).astype(np.float32)
+    w = dense(array)
+    x = activations(16, 256)
     perm = np.arange(256) if array.perm is None else np.asarray(array.perm)
     blocks = x[:, perm].reshape(16, -1, 32)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
     by_codes = np.zeros_like(x)
     by_codes[:, perm] = (np.rint(blocks / scale) * scale).reshape(16, -1)
     rows, cols, values = array.to_coo()
-    outliers = np.zeros_like(dense)
+    outliers = np.zeros_like(w)
     outliers[rows, cols] = values
-    want = by_codes @ (dense - outliers).T + x @ outliers.T  # outliers meet x itself
-    assert 1e-3 < error(want, x @ dense.T) < 2e-2
+    want = by_codes @ (w - outliers).T + x @ outliers.T  # outliers meet x itself
+    assert 1e-3 < error(want, x @ w.T) < 2e-2
     packed = pack_for_cpu(array, int8_activations=True)
-    for kernels in cpu_kernels.kernel_names():
-        for count in (1, 2, 16):
-            got = cpu_kernels.matmul(jnp.asarray(x[:count]), packed, kernels=kernels)
-            assert error(got, want[:count]) < 1e-4, kernels  # a value at half a step may round either way
+    for (count, kernels), y in products(packed, x, (1, 2, 16)).items():
+        assert error(y, want[:count]) < 1e-4, kernels  # a value at half a step may round either way
 
 
 def test_shapes_and_types_of_activations():
     array = random_array((40, 64))
-    packed, dense = pack_for_cpu(array), np.asarray(array.to_dense())
-    x = jax.random.normal(jax.random.key(0), (2, 3, 64))
+    packed, w = pack_for_cpu(array), dense(array)
+    x = activations(2, 3, 64)
     assert linear(packed, x).shape == (2, 3, 40)
-    np.testing.assert_allclose(linear(packed, x[0, 0]), dense @ np.asarray(x[0, 0]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(linear(packed, x[0, 0]), w @ x[0, 0], rtol=1e-4, atol=1e-4)
     half = linear(packed, x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
-    assert error(half.astype(jnp.float32), np.asarray(x) @ dense.T) < 1e-2
+    assert error(half, x @ w.T) < 1e-2
     assert linear(packed, jnp.zeros((0, 64))).shape == (0, 40)
     with pytest.raises(SpQRError, match="do not fit"):
         linear(packed, jnp.zeros((2, 63)))
@@ -128,18 +145,18 @@ def test_shapes_and_types_of_activations():
 
 def test_rows_are_gathered_and_clipped():
     array = random_array((40, 64))
-    packed, dense = pack_for_cpu(array), np.asarray(array.to_dense())
-    index = jnp.array([[0, 39], [17, 100]], jnp.int32)
-    expected = dense[np.clip(np.asarray(index), 0, 39)]
+    packed = pack_for_cpu(array)
+    index = np.array([[0, 39], [17, 100]], np.int32)
+    expected = dense(array)[np.clip(index, 0, 39)]
     np.testing.assert_allclose(take_rows(packed, index), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(lambda i: take_rows(packed, i))(index), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_transformations():
     array = random_array((40, 64))
-    packed, dense = pack_for_cpu(array), np.asarray(array.to_dense())
-    x = jax.random.normal(jax.random.key(0), (5, 3, 64))
-    want = np.asarray(x) @ dense.T
+    packed, w = pack_for_cpu(array), dense(array)
+    x = activations(5, 3, 64)
+    want = x @ w.T
     np.testing.assert_allclose(jax.jit(linear)(packed, x), want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(jax.vmap(lambda x: linear(packed, x))(x), want, rtol=1e-4, atol=1e-4)
     over_middle = jax.vmap(lambda x: linear(packed, x), in_axes=1, out_axes=1)(x)
@@ -149,13 +166,13 @@ def test_transformations():
     one_x = jax.vmap(linear, in_axes=(0, None))(several, x[0])
     np.testing.assert_allclose(one_x, np.broadcast_to(want[0], one_x.shape), rtol=1e-4, atol=1e-4)
     rows = jax.vmap(take_rows, in_axes=(0, None))(several, jnp.array([3], jnp.int32))
-    np.testing.assert_allclose(rows, np.broadcast_to(dense[3], rows.shape), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rows, np.broadcast_to(w[3], rows.shape), rtol=1e-5, atol=1e-6)
 
     def loss(x):
         return jnp.sum(jnp.sin(linear(packed, x)))
 
-    np.testing.assert_allclose(jax.grad(loss)(x), np.cos(want) @ dense, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(jax.vmap(jax.grad(loss))(x), np.cos(want) @ dense, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(jax.grad(loss)(x), np.cos(want) @ w, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss))(x), np.cos(want) @ w, rtol=1e-3, atol=1e-3)
 
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
@@ -169,12 +186,12 @@ def test_calls_at_the_same_time_do_not_wait_for_each_other():
     """Many independent products in one program, which XLA may run from its own pool's threads."""
     arrays = [random_array((512, 512), seed=seed) for seed in range(8)]
     packed = [pack_for_cpu(array) for array in arrays]
-    x = jax.random.normal(jax.random.key(0), (2, 512))
+    x = activations(2, 512)
+    wants = [x @ dense(array).T for array in arrays]
     together = jax.jit(lambda x: [linear(w, x) for w in packed for _ in range(4)])
     for _ in range(5):
         for index, y in enumerate(together(x)):
-            want = np.asarray(x, np.float64) @ np.asarray(arrays[index // 4].to_dense(), np.float64).T
-            assert error(y, want) < 5e-6
+            assert error(y, wants[index // 4]) < 5e-6
 
 
 @pytest.mark.parametrize("rows", [1, 6, 20])
@@ -185,16 +202,16 @@ def test_several_matrices_at_once(rows):
     arrays = [random_array(shape, **form) for shape, form in zip(shapes, forms, strict=True)]
     arrays[1] = dataclasses.replace(arrays[1], perm=arrays[0].perm)
     ws = [pack_for_cpu(array) for array in arrays]
-    x = jax.random.normal(jax.random.key(0), (rows, 96))
-    for y, w in zip(jax.jit(cpu_kernels.matmul_all)(x, ws), ws, strict=True):
-        np.testing.assert_array_equal(y, cpu_kernels.matmul(x, w))
+    x = activations(rows, 96)
+    singly = jax.jit(lambda x, ws: [cpu_kernels.matmul(x, w) for w in ws])(x, ws)
+    for y, want in zip(jax.jit(cpu_kernels.matmul_all)(x, ws), singly, strict=True):
+        np.testing.assert_array_equal(y, want)
 
-    def loss(x):
-        return sum(jnp.sum(y**2) for y in cpu_kernels.matmul_all(x, ws))
+    @jax.jit
+    def gradient(x, ws):
+        return jax.grad(lambda x: sum(jnp.sum(y**2) for y in cpu_kernels.matmul_all(x, ws)))(x)
 
-    dense = [jnp.asarray(array.to_dense()) for array in arrays]
-    want = jax.grad(lambda x: sum(jnp.sum(jnp.dot(x, w.T, precision="highest") ** 2) for w in dense))(x)
-    assert error(jax.grad(loss)(x), np.asarray(want)) < 1e-5
+    assert error(gradient(x, ws), sum(2 * x @ w.T @ w for w in map(dense, arrays))) < 1e-5
     with pytest.raises(ValueError, match="all round"):
         cpu_kernels.matmul_all(x, [ws[0], dataclasses.replace(ws[0], int8_activations=True)])
     with pytest.raises(SpQRError, match="do not fit"):
@@ -206,11 +223,11 @@ def test_several_matrices_at_once(rows):
 def test_what_is_not_finite_stays_so(bad, kernels):
     """And what is tiny or huge comes out right."""
     array = random_array((40, 96))
-    packed, dense = pack_for_cpu(array), np.asarray(array.to_dense(), np.float64)
-    x = np.random.default_rng(0).standard_normal((1, 96)).astype(np.float32)
+    packed, w = pack_for_cpu(array), dense(array)
+    x = activations(1, 96)
     for scale in (1e-20, 1.0, 1e30):
         got = cpu_kernels.matmul(jnp.asarray(x * np.float32(scale)), packed, kernels=kernels)
-        assert error(np.asarray(got, np.float64) / np.float64(np.float32(scale)), x @ dense.T) < 5e-6
+        assert error(np.asarray(got, np.float64) / np.float64(np.float32(scale)), x @ w.T) < 5e-6
     assert not np.any(np.asarray(cpu_kernels.matmul(jnp.zeros((1, 96)), packed, kernels=kernels)))
     x[0, 5] = bad
     assert np.all(np.isnan(cpu_kernels.matmul(jnp.asarray(x), packed, kernels=kernels)))
@@ -220,8 +237,8 @@ def test_what_is_not_finite_stays_so(bad, kernels):
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_model, tiny_batches):
-    return spqr_jax.quantize(tiny_model, tiny_batches, SpQRConfig(bits=3, outlier_threshold=0.3))
+def quantized(tiny_model):
+    return random_quantized(tiny_model, outliers=0.05)
 
 
 def test_a_model_computes_the_same(quantized, tiny_batches):
@@ -355,6 +372,6 @@ def test_fuzzed_under_sanitizers(tmp_path):
 
 def test_a_solved_weight():
     """What the solver makes, not only what a test makes up."""
-    w, x = correlated_problem(96, 80)
-    array = quantize_weight(w, spqr_jax.accumulate_hessian(spqr_jax.empty_hessian(80), x), SpQRConfig())
-    assert error(linear(prepare(array), x), np.asarray(x) @ np.asarray(array.to_dense()).T) < 5e-6
+    w, x = correlated_problem(40, 72)
+    array = quantize_weight(w, spqr_jax.accumulate_hessian(spqr_jax.empty_hessian(72), x), SpQRConfig())
+    assert error(linear(prepare(array), x), np.asarray(x) @ dense(array).T) < 5e-6
