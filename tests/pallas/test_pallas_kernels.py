@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.arrays import dense, random_array, random_quantized
+from support.arrays import dense, dense_model, random_array, random_quantized
 
 from pallas_kernels import spqr_matmul
 from pallas_kernels.spqr_matmul import api, outliers, prepared, xla
-from spqr_jax import SpQRArray, SpQRError, linear, prepare
+from spqr_jax import SpQRError, linear, prepare
 from spqr_jax.generate import Generator
 from spqr_jax.linear import default_implementation, linear_all, pack_for_pallas, take_rows
 
@@ -390,14 +390,9 @@ def test_generation_from_packed_weights(kernel, tiny_model):
     config = dataclasses.replace(tiny_model.config, num_layers=1)
     one_block = dataclasses.replace(tiny_model, config=config, layers=tiny_model.layers[:1])
     small = random_quantized(one_block, outer=True, outliers=0.05)
-    by_formula = jax.tree.map(
-        lambda w: jnp.asarray(dense(w, np.float32)) if isinstance(w, SpQRArray) else w,
-        small,
-        is_leaf=lambda w: isinstance(w, SpQRArray),
-    )
     prompts = [[5, 6, 7], [8]]
     with jax.default_matmul_precision("highest"):
-        want = Generator(by_formula)(prompts, max_new_tokens=6, stop_tokens=())
+        want = Generator(dense_model(small))(prompts, max_new_tokens=6, stop_tokens=())
         packed = prepare(small, implementation=kernel)
         weights = jax.tree.leaves(packed, is_leaf=lambda w: isinstance(w, spqr_matmul.Prepared))
         assert sum(isinstance(w, spqr_matmul.Prepared) for w in weights) == 7 * len(small.layers) + 2

@@ -116,3 +116,12 @@ def random_quantized(model: Decoder, outer: bool = False, **form) -> Decoder:
 
     layers = tuple(replaced(block) for block in model.layers)
     return dataclasses.replace(model, layers=layers, outer=replaced(model.outer) if outer else model.outer)
+
+
+def dense_model(model: Decoder) -> Decoder:
+    """The model with each quantized matrix as `dense` has it, in float32."""
+
+    def by_formula(w):
+        return jax.device_put(dense(w, np.float32)) if isinstance(w, SpQRArray) else w
+
+    return jax.tree.map(by_formula, model, is_leaf=lambda w: isinstance(w, SpQRArray))
