@@ -359,6 +359,7 @@ def test_damaged_bytes_are_refused(change):
 
 
 @pytest.mark.slow
+@pytest.mark.landing
 def test_fuzzed_under_sanitizers(tmp_path):
     """Address and undefined-behaviour sanitizers over random and damaged matrices in buffers of the exact size."""
     sources = [path for path in build.SOURCES.glob("*.cc") if path.name != "ffi.cc"]
