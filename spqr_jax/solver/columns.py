@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from spqr_jax.layout import round_up
@@ -29,6 +30,7 @@ from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_
 from spqr_jax.solver.outliers import leave_one_out_gain
 
 _PANEL = 128  # columns brought up to date by one matrix product, at least one group
+_ROWS = 128  # rows come in multiples of about so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +56,20 @@ class ColumnSpec:
         return 16 if self.group_size % 16 == 0 else 8
 
     def panel(self, columns: int) -> int:
-        """Columns a panel: whole groups, about `_PANEL`, with little padding at the end."""
+        """Columns a panel: whole groups, about `_PANEL`, with little padding at the end of several."""
         group = self.group_size
         if columns <= _PANEL or group > _PANEL:
-            return min(group * -(-columns // group), max(group, _PANEL // group * group))
+            return max(group, _PANEL // group * group)
         sizes = range(round_up(_PANEL // 2, group), _PANEL * 3 // 2 + 1, group)
         return min(sizes, key=lambda size: (round_up(columns, size), abs(size - _PANEL)))
+
+    def padded(self, columns: int, rows: int) -> tuple[int, int]:
+        """Columns and rows with their padding: whole panels and tiles, of few sizes, so that few programs are compiled.
+
+        Small matrices take next to no time to solve and seconds to compile for.
+        """
+        tile = self.grid.stats_group_size if self.grid.quantized_stats else 1
+        return round_up(columns, self.panel(columns)), round_up(rows, round_up(_ROWS, tile))
 
 
 class RowChoices(NamedTuple):
@@ -181,7 +191,7 @@ def _solve_group(
 
 
 def solve_columns(
-    w: jax.Array, u: jax.Array | None, valid: jax.Array, choices: RowChoices, spec: ColumnSpec
+    w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
     """Quantizes Wᵀ [in, rows] column by column.
 
