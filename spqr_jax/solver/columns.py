@@ -16,6 +16,7 @@ its turn has come, so codes and residuals are worked out at the end, all at once
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -210,8 +211,10 @@ def solve_columns(
 def _program(platform: str) -> Callable[..., SolvedColumns]:
     # On a CPU, LLVM's loop passes spoil the vector loops over the rows that XLA makes: without
     # them, and with full vectors, the loop takes half the time (benchmarks/quantize_time.py).
-    cpu = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
-    return jax.jit(_solve_columns, static_argnums=4, compiler_options=cpu if platform == "cpu" else None)
+    options = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
+    asked_for = os.environ.get("XLA_FLAGS", "")
+    options = {name: value for name, value in options.items() if name not in asked_for}
+    return jax.jit(_solve_columns, static_argnums=4, compiler_options=options or None)
 
 
 def _solve_columns(

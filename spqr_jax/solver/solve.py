@@ -187,7 +187,9 @@ def _solve_stack(
     valid = np.arange(padded[0]) < weights[0].shape[1]
     solved = solve_columns(w_stack, None if u is None else pad_factor(u, padded[0]), valid, choices, spec)
     shift = None if factor is None else factor.shift
-    pieces = _cut(solved, tuple(weights), h, place, shift, layouts, spec.grid, config.outliers)
+    pieces = _cut(
+        solved, tuple(weights), h, place, shift, layouts, config.outliers, config.stats_bits, config.stats_group_size
+    )
     if not all(np.all(np.isfinite(np.asarray(piece.tile_stats))) for piece in pieces):
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
@@ -283,7 +285,7 @@ class _Piece(NamedTuple):
     output_error: jax.Array  # f32 scalar
 
 
-@partial(jax.jit, static_argnames=("layouts", "grid", "has_outliers"))
+@partial(jax.jit, static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
 def _cut(
     solved: SolvedColumns,
     weights: tuple[jax.Array, ...],
@@ -291,8 +293,9 @@ def _cut(
     place: np.ndarray | None,
     shift: jax.Array | None,
     layouts: tuple[ArrayLayout, ...],
-    grid: GridSpec,
     has_outliers: bool,
+    stats_bits: int,
+    tile: int,
 ) -> list[_Piece]:
     """Cuts the stacked result into the matrices it is made of."""
     inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
@@ -300,18 +303,18 @@ def _cut(
     values = solved.values[:inner]
     dense = (values if place is None else values[place]).T
     stats = jnp.swapaxes(solved.stats[:groups], 0, 1)  # [rows or tiles, groups, ...]
-    second_level = grid.quantized_stats
+    second_level = stats_bits < 16
     if second_level:
-        scale_codes = pack_codes(solved.scale_codes[:groups], grid.stats_bits)
-        zero_codes = pack_codes(solved.zero_codes[:groups], grid.stats_bits)
+        scale_codes = pack_codes(solved.scale_codes[:groups], stats_bits)
+        zero_codes = pack_codes(solved.zero_codes[:groups], stats_bits)
     pieces, first = [], 0
     for w, layout in zip(weights, layouts, strict=True):
         last, end = first + layout.shape[0], first + layout.padded_out
 
         def words(packed: jax.Array, first: int = first, end: int = end) -> jax.Array:
-            return packed[:, packed_words(first, grid.stats_bits) : packed_words(end, grid.stats_bits)]
+            return packed[:, packed_words(first, stats_bits) : packed_words(end, stats_bits)]
 
-        rows, tile = slice(first, last), grid.stats_group_size
+        rows = slice(first, last)
         piece = _Piece(
             codes=codes[rows],
             scale_codes=words(scale_codes) if second_level else None,

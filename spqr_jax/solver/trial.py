@@ -66,7 +66,7 @@ def try_choices(
     maxq = np.concatenate([np.full(count, 2.0**bits - 1) for count, (bits, _) in flat] + [np.ones(padding)])
     stacked, scales = _stack(tuple(weights), tuple(rows), factor.perm, factor.u, times, padded)
     valid = np.arange(padded[0]) < weights[0].shape[1]
-    rows_of = RowChoices(jnp.asarray(thresholds, jnp.float32), jnp.asarray(maxq, jnp.float32))
+    rows_of = RowChoices(*(jax.device_put(a.astype(np.float32)) for a in (thresholds, maxq)))
     solved = solve_columns(stacked, pad_factor(factor.u, padded[0]), valid, rows_of, spec)
     loss, outliers = (np.asarray(a, np.float64) for a in _by_row(solved, stacked, factor.shift, factor.perm, valid))
     trials, first = [], 0
