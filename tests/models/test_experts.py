@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import warnings
 from functools import partial
 
@@ -19,7 +20,7 @@ from spqr_jax.models import experts
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.products import plain_linear
 from spqr_jax.models.weights import random_decoder
-from spqr_jax.solver import accumulate_hessian, empty_hessian
+from spqr_jax.solver import accumulate_hessian, empty_hessian, quantize_weights
 from spqr_jax.tune import TuneConfig, tune
 
 SPARSE = dataclasses.replace(TINY, num_experts=5, experts_per_token=2, expert_size=32)
@@ -142,6 +143,39 @@ def test_a_router_stays_dense_and_a_budget_is_kept(model, tiny_batches):
     assert 8 * sum(a.nbytes for a in arrays) / sum(a.size for a in arrays) == pytest.approx(5.0, abs=0.25)
     same = {a.bits for name in (f"experts.{i}.down_proj" for i in range(5)) for a in [quantized.layers[0][name]]}
     assert len(same) == 1
+
+
+compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event) if event.endswith("/backend_compile_duration") else None
+)
+
+
+@pytest.fixture
+def compiled_by_solving(monkeypatch):
+    """Grows by a number for each call of the solver: the programs that it compiled."""
+    counts = []
+
+    def counted(*args):
+        before = len(compiled)
+        solved = quantize_weights(*args)
+        counts.append(len(compiled) - before)
+        return solved
+
+    monkeypatch.setattr(importlib.import_module("spqr_jax.quantize"), "quantize_weights", counted)
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration text hardly reaches")
+def test_more_experts_take_no_more_programs_to_solve(tiny_batches, compiled_by_solving):
+    """Each expert has weights, tokens and outliers of its own; what solves the first solves them all."""
+    for number in (4, 8):
+        config = dataclasses.replace(SPARSE, num_experts=number, expert_size=40)  # a size that no other test has
+        quantize(random_decoder(config, seed=number), tiny_batches, SpQRConfig())
+    four, eight = compiled_by_solving[:20], compiled_by_solving[20:]
+    assert len(eight) == 2 * (2 + 2 * 8)  # two blocks: what attention reads, and what each expert's matrices read
+    assert four[2] > 0  # gate and up of the first expert
+    assert (sum(four[3:6]), sum(four[7:]), sum(eight)) == (0, 0, 0)
 
 
 @pytest.mark.slow
