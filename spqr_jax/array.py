@@ -138,21 +138,26 @@ class SpQRArray:
     def to_dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """The matrix that the codes, statistics and outliers stand for, [out, in]."""
         if isinstance(self.codes, jax.core.Tracer):
-            return _dense(self, dtype)
+            return _dense(self, self.rows, None if self.perm is None else jnp.argsort(self.perm), dtype)
         # Outlier counts differ from matrix to matrix: pad them to few distinct
         # lengths, so that matrices of one shape share one compilation.
         length = self.outlier_cols.shape[0]
-        step = max(1024, 1 << max(length.bit_length() - 2, 0))
-        extra = (0, round_up(length, step) - length)
-        return _dense_jit(
-            dataclasses.replace(
-                self,
-                outlier_cols=np.pad(np.asarray(self.outlier_cols), extra),
-                outlier_values=np.pad(np.asarray(self.outlier_values), extra),
-                nnz=0,
-            ),
-            dtype,
+        padded = round_up(length, max(1024, 1 << max(length.bit_length() - 2, 0)))
+        array = dataclasses.replace(
+            self,
+            outlier_cols=np.pad(np.asarray(self.outlier_cols), (0, padded - length)),
+            outlier_values=np.pad(np.asarray(self.outlier_values), (0, padded - length)),
+            outlier_row_ptr=None,
+            perm=None,
+            nnz=0,
         )
+        rows = self._host_rows()
+        place = None if self.perm is None else np.argsort(np.asarray(self.perm))
+        return _dense_jit(array, np.pad(rows, (0, padded - len(rows))), place, dtype)
+
+    def _host_rows(self) -> np.ndarray:
+        """Row of each outlier, int32 [nnz]."""
+        return np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(np.asarray(self.outlier_row_ptr)))
 
     def to_coo(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Outliers as (row, column, value) of the matrix, sorted by row, then column.
@@ -162,7 +167,7 @@ class SpQRArray:
         Returns:
           int32 [nnz], int32 [nnz], float16 [nnz].
         """
-        rows = np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(np.asarray(self.outlier_row_ptr)))
+        rows = self._host_rows()
         cols = np.asarray(self.outlier_cols)[: self.nnz].astype(np.int32)
         if self.perm is not None:
             cols = np.asarray(self.perm).astype(np.int32)[cols]
@@ -202,22 +207,23 @@ jax.tree_util.register_dataclass(
 )
 
 
-def _dense(array: SpQRArray, dtype: Any) -> jax.Array:
+def _dense(array: SpQRArray, rows: Any, place: Any, dtype: Any) -> jax.Array:
+    """The matrix of an array whose outliers lie in `rows`; `place` [in], which column of the codes each input has."""
     scale, zero = array.statistics()
     groups = scale.shape[1]
     codes = unpack_codes(array.codes, array.bits).astype(jnp.float32)
     codes = codes[:, : groups * array.group_size].reshape(array.shape[0], groups, array.group_size)
     dense = scale[..., None] * (codes - zero[..., None])
     dense = dense.reshape(array.shape[0], -1)[:, : array.shape[1]]
-    dense = dense.at[array.rows, array.outlier_cols.astype(jnp.int32)].add(
+    dense = dense.at[rows, array.outlier_cols.astype(jnp.int32)].add(
         array.outlier_values.astype(jnp.float32), mode="promise_in_bounds"
     )
-    if array.perm is not None:
-        dense = jnp.take(dense, jnp.argsort(array.perm), axis=1)
+    if place is not None:
+        dense = jnp.take(dense, place, axis=1)
     return dense.astype(dtype)
 
 
-_dense_jit = jax.jit(_dense, static_argnums=1)
+_dense_jit = jax.jit(_dense, static_argnums=3)
 
 
 # ---- building one -----------------------------------------------------------------------
@@ -259,10 +265,11 @@ def pack_array(
         scale_codes=scale_codes,
         zero_codes=zero_codes,
         tile_stats=tile_stats,
-        outlier_cols=jnp.asarray((cols if nnz else np.zeros(1)).astype(column_dtype(inner))),
-        outlier_values=jnp.asarray(values, jnp.float16),
-        outlier_row_ptr=jnp.asarray(np.searchsorted(rows, np.arange(layout.shape[0] + 1)), jnp.int32),
-        perm=None if perm is None else jnp.asarray(np.asarray(perm).astype(column_dtype(inner))),
+        # Put there, not made by jnp.asarray, which compiles a program for each number of outliers.
+        outlier_cols=jax.device_put((cols if nnz else np.zeros(1)).astype(column_dtype(inner))),
+        outlier_values=jax.device_put(values.astype(np.float16)),
+        outlier_row_ptr=jax.device_put(np.searchsorted(rows, np.arange(layout.shape[0] + 1)).astype(np.int32)),
+        perm=None if perm is None else jax.device_put(np.asarray(perm).astype(column_dtype(inner))),
         shape=layout.shape,
         bits=bits,
         group_size=layout.group_size,

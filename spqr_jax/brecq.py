@@ -83,6 +83,18 @@ class _Rounding(NamedTuple):
         return self.with_codes({name: grid.codes(weights[name]) for name, grid in self.grids.items()})
 
 
+_rounding_of = jax.jit(lambda block, arrays: _Rounding.of(block, arrays))
+_first_choices = jax.jit(_Rounding.choices)
+_nearest_block = jax.jit(_Rounding.nearest)
+_start_optimizer = jax.jit(optax.adam(LEARNING_RATE).init)
+
+
+@jax.jit
+def _decided_codes(rounding: _Rounding, choices: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Codes of weights that go up where h(v) is at least one half."""
+    return rounding.codes({name: soft_choice(choice) >= 0.5 for name, choice in choices.items()})
+
+
 class BlockReconstruction:
     """Quantizes a model's blocks in order.
 
@@ -110,11 +122,11 @@ class BlockReconstruction:
         ]
         configs = {name: self._config.for_path(prefix + name) for name in matrix_names(model, block.kind)}
         starts = {name: _nearest(block[name], own) for name, own in configs.items() if own is not None}
-        rounding = _Rounding.of(block, starts)
-        up = {name: choice >= 0.5 for name, choice in self._learned(model, rounding, data).items()}
+        rounding = _rounding_of(block, starts)
+        decided = _decided_codes(rounding, self._learned(model, rounding, data))
         hessians = self._hessians(activations, block)
         quantized, dense = block, block
-        for name, codes in rounding.codes(up).items():
+        for name, codes in decided.items():
             solved = solved_as(block[name], hessians[name], with_codes(starts[name], codes))
             quantized = quantized.replace({name: solved.array})
             dense = dense.replace({name: solved.dense.astype(block[name].dtype)})
@@ -124,18 +136,21 @@ class BlockReconstruction:
         return quantized
 
     def _learned(self, model: DecoderConfig, rounding: _Rounding, data: list[_Chunk]) -> dict[str, jax.Array]:
-        """h(v) of each weight after the last step."""
-        choices = rounding.choices()
+        """v of each weight after the last step."""
+        choices = _first_choices(rounding)
         if not choices:
             return {}
         steps, rng = self._config.solver_steps, np.random.default_rng(_SEED)
-        error = np.mean([float(_error(model, rounding.nearest(), *chunk)) for chunk in data])
+        nearest = _nearest_block(rounding)
+        error = np.mean([float(_error(model, nearest, *chunk)) for chunk in data])
         unit = jnp.float32((error if error > 0 else 1.0) / sum(choice.size for choice in choices.values()))
-        state = optax.adam(LEARNING_RATE).init(choices)
+        state = _start_optimizer(choices)
         order = np.concatenate([rng.permutation(len(data)) for _ in range(-(-steps // len(data)))])[:steps]
         for step, chunk in enumerate(order):
-            choices, state = _step(model, steps, rounding, choices, state, data[chunk], unit, jnp.float32(step))
-        return {name: soft_choice(choice) for name, choice in choices.items()}
+            choices, state = _step(
+                model, rounding, choices, state, data[chunk], unit, np.float32(step), np.float32(steps)
+            )
+        return choices
 
     def _hessians(self, activations: Activations, block: Block) -> dict[str, jax.Array]:
         """H of each matrix's input in the dense block, for the report."""
@@ -164,16 +179,16 @@ def _error(
     return jnp.mean(jnp.sum(importance.astype(got.dtype) * jnp.square(got - wanted), axis=-1))
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _step(
     model: DecoderConfig,
-    steps: int,
     rounding: _Rounding,
     choices: dict[str, jax.Array],
     state: optax.OptState,
     chunk: _Chunk,
     unit: jax.Array,
     step: jax.Array,
+    steps: jax.Array,
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
     """One gradient step of all choices of a block."""
 

@@ -54,15 +54,15 @@ def pack_codes(codes: Any, bits: int) -> Any:
     num_words = packed_words(codes.shape[-1], bits)
     mask = (1 << bits) - 1
     runs = (xp.asarray(codes).astype(xp.uint32) & mask).reshape(*codes.shape[:-1], -1, CODES_PER_RUN)
-    words = []
-    for k in range(bits):
-        word = xp.zeros(runs.shape[:-1], xp.uint32)
-        for j in range(CODES_PER_RUN):
-            shift = j * bits - 16 * k  # where code j starts, seen from word k
-            if -bits < shift < 16:
-                word = word | (runs[..., j] << shift if shift >= 0 else runs[..., j] >> -shift)
-        words.append((word & 0xFFFF).astype(xp.uint16))
-    return xp.stack(words, axis=-1).reshape(*codes.shape[:-1], num_words)
+    begin = CODES_PER_RUN * np.arange(bits)  # of each word in the stream of bits
+    words = xp.zeros((*runs.shape[:-1], bits), xp.uint32)
+    for ahead in range(-(-16 // bits) + 1):  # so many codes may lie in one word
+        code = begin // bits + ahead
+        shift = code * bits - begin + 16  # to where the code lies in the upper half of 32 bits
+        inside = (code < CODES_PER_RUN) & (shift < 32)
+        shift = np.where(inside, shift, 0).astype(np.uint32)
+        words = words | (runs[..., np.minimum(code, CODES_PER_RUN - 1)] << shift >> 16)
+    return words.astype(xp.uint16).reshape(*codes.shape[:-1], num_words)
 
 
 def unpack_codes(words: Any, bits: int) -> Any:
@@ -82,12 +82,9 @@ def unpack_codes(words: Any, bits: int) -> Any:
         raise SpQRError(f"{words.shape[-1]} words do not hold whole runs of {bits}-bit codes")
     runs = xp.asarray(words).astype(xp.uint32).reshape(*words.shape[:-1], -1, bits)
     mask = (1 << bits) - 1
-    codes = []
-    for j in range(CODES_PER_RUN):
-        k, shift = divmod(j * bits, 16)
-        code = runs[..., k] >> shift
-        if shift + bits > 16:
-            code = code | (runs[..., k + 1] << (16 - shift))
-        codes.append((code & mask).astype(xp.uint8 if bits <= 8 else xp.uint16))
-    out = xp.stack(codes, axis=-1)
-    return out.reshape(*words.shape[:-1], words.shape[-1] // bits * CODES_PER_RUN)
+    word, shift = np.divmod(bits * np.arange(CODES_PER_RUN), 16)
+    pairs = runs | runs[..., np.minimum(np.arange(bits) + 1, bits - 1)] << 16  # a code may reach into the next word
+    codes = pairs[..., word] >> shift.astype(np.uint32) & mask
+    return codes.astype(xp.uint8 if bits <= 8 else xp.uint16).reshape(
+        *words.shape[:-1], words.shape[-1] // bits * CODES_PER_RUN
+    )

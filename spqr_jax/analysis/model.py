@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,9 +18,11 @@ from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
 from spqr_jax.config import SpQRConfig
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES
+from spqr_jax.solver.hessian import quadratic_form
 from spqr_jax.solver.solve import factor_hessian
 
 _MAP_CELLS = 192  # cells of a map's longer side
+_quadratic_form = jax.jit(quadratic_form)
 COLUMN_BINS = 32
 """Parts that a matrix's columns are cut into for `WeightAnalysis.by_column`."""
 
@@ -150,7 +153,7 @@ def _analyze_block(
                 factors[key] = factor
                 w = block[name].astype(jnp.float32)
                 costs = sensitivity_map(w, factor, own)
-                dense = float(0.5 * jnp.sum((w @ matrix) * w))
+                dense = 0.5 * float(_quadratic_form(w, matrix))
                 axis, rotary = _heads_of(model, name)
                 ordered = costs if factor.perm is None else costs[:, np.asarray(factor.perm)]
                 yield WeightAnalysis(

@@ -33,19 +33,25 @@ def sensitivity_map(w: jax.Array, factor: Factor, config: SpQRConfig) -> np.ndar
       float32 [out, in], columns in the order of `w`.
     """
     perm = None if factor.perm is None else np.asarray(factor.perm)
-    ordered = w if perm is None else w[:, perm]
+    ordered = np.asarray(w, np.float32) if perm is None else np.asarray(w, np.float32)[:, perm]
     plain = dataclasses.replace(
         config, compensate=False, sequential=False, outlier_threshold=float("inf"), order="identity",
         target_bits=None, rules=(), solver="columns", steps=None,
     )  # fmt: skip
-    miss = np.asarray(ordered, np.float32) - np.asarray(quantize_weights([ordered], None, [plain])[0].dense)
-    inverse_diagonal = np.asarray(jnp.sum(jnp.square(factor.u), axis=0))
+    miss = ordered - np.asarray(quantize_weights([jax.device_put(ordered)], None, [plain])[0].dense)
+    inverse_diagonal = np.asarray(_inverse_diagonal(factor.u))
     costs = np.square(miss) / (2 * inverse_diagonal)
     if perm is None:
         return costs
     found = np.empty_like(costs)
     found[:, perm] = costs
     return found
+
+
+@jax.jit
+def _inverse_diagonal(u: jax.Array) -> jax.Array:
+    """[H⁻¹]_jj of each input, from its factor."""
+    return jnp.sum(jnp.square(u), axis=0)
 
 
 def line_pooled(values: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -64,6 +64,7 @@ Rotary = tuple[jax.Array, jax.Array]
 """Cosines and sines, f32 [batch, tokens, rotated dimensions / 2] each."""
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def positions(config: DecoderConfig, tokens: int, padding: jax.Array, start: jax.Array) -> Positions:
     """Where `tokens` tokens from index `start` on stand; padding does not count."""
     index = jnp.maximum(start + jnp.arange(tokens) - padding[:, None], 0)

@@ -16,12 +16,14 @@ its turn has come, so codes and residuals are worked out at the end, all at once
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from spqr_jax.layout import round_up
@@ -29,6 +31,7 @@ from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_
 from spqr_jax.solver.outliers import leave_one_out_gain
 
 _PANEL = 128  # columns brought up to date by one matrix product, at least one group
+_ROWS = 128  # rows come in multiples of about so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +57,20 @@ class ColumnSpec:
         return 16 if self.group_size % 16 == 0 else 8
 
     def panel(self, columns: int) -> int:
-        """Columns a panel: whole groups, about `_PANEL`, with little padding at the end."""
+        """Columns a panel: whole groups, about `_PANEL`, with little padding at the end of several."""
         group = self.group_size
         if columns <= _PANEL or group > _PANEL:
-            return min(group * -(-columns // group), max(group, _PANEL // group * group))
+            return max(group, _PANEL // group * group)
         sizes = range(round_up(_PANEL // 2, group), _PANEL * 3 // 2 + 1, group)
         return min(sizes, key=lambda size: (round_up(columns, size), abs(size - _PANEL)))
+
+    def padded(self, columns: int, rows: int) -> tuple[int, int]:
+        """Columns and rows with their padding: whole panels and tiles, of few sizes, so that few programs are compiled.
+
+        Small matrices take next to no time to solve and seconds to compile for.
+        """
+        tile = self.grid.stats_group_size if self.grid.quantized_stats else 1
+        return round_up(columns, self.panel(columns)), round_up(rows, round_up(_ROWS, tile))
 
 
 class RowChoices(NamedTuple):
@@ -181,7 +192,7 @@ def _solve_group(
 
 
 def solve_columns(
-    w: jax.Array, u: jax.Array | None, valid: jax.Array, choices: RowChoices, spec: ColumnSpec
+    w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
     """Quantizes Wᵀ [in, rows] column by column.
 
@@ -200,8 +211,10 @@ def solve_columns(
 def _program(platform: str) -> Callable[..., SolvedColumns]:
     # On a CPU, LLVM's loop passes spoil the vector loops over the rows that XLA makes: without
     # them, and with full vectors, the loop takes half the time (benchmarks/quantize_time.py).
-    cpu = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
-    return jax.jit(_solve_columns, static_argnums=4, compiler_options=cpu if platform == "cpu" else None)
+    options = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
+    asked_for = os.environ.get("XLA_FLAGS", "")
+    options = {name: value for name, value in options.items() if name not in asked_for}
+    return jax.jit(_solve_columns, static_argnums=4, compiler_options=options or None)
 
 
 def _solve_columns(

@@ -21,7 +21,7 @@ import numpy as np
 from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
-from spqr_jax.layout import ArrayLayout, array_layout, round_up
+from spqr_jax.layout import ArrayLayout, array_layout
 from spqr_jax.packing import pack_codes, packed_words
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, solve_columns
 from spqr_jax.solver.grid import GridSpec
@@ -175,18 +175,21 @@ def _solve_stack(
     config = configs[0]
     layouts = tuple(weight_layout(w, config) for w in weights)
     spec = column_spec(config, layouts[0].group_size, config.outliers)
-    padded = layouts[0].padded_in
-    columns = round_up(padded, spec.panel(padded))
-    perm, u = (None, None) if factor is None else (factor.perm, factor.u)
+    padded = spec.padded(layouts[0].padded_in, sum(layout.padded_out for layout in layouts))
+    u = None if factor is None else factor.u
+    perm = None if factor is None or factor.perm is None else np.asarray(factor.perm)
+    place = None if perm is None else np.argsort(perm)
     taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
-    w_stack, choices, finite = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, columns)
+    w_stack, choices, finite = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, padded)
     for w, fine in zip(weights, np.asarray(finite), strict=True):
         if not fine:
             raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
-    valid = jnp.arange(columns) < weights[0].shape[1]
-    solved = solve_columns(w_stack, None if u is None else pad_factor(u, columns), valid, choices, spec)
+    valid = np.arange(padded[0]) < weights[0].shape[1]
+    solved = solve_columns(w_stack, None if u is None else pad_factor(u, padded[0]), valid, choices, spec)
     shift = None if factor is None else factor.shift
-    pieces = _cut(solved, tuple(weights), h, perm, shift, layouts, spec.grid, config.outliers)
+    pieces = _cut(
+        solved, tuple(weights), h, place, shift, layouts, config.outliers, config.stats_bits, config.stats_group_size
+    )
     if not all(np.all(np.isfinite(np.asarray(piece.tile_stats))) for piece in pieces):
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
@@ -235,18 +238,18 @@ def pad_factor(u: jax.Array, columns: int) -> jax.Array:
 @partial(jax.jit, static_argnums=(5, 6))
 def _stack(
     weights: tuple[jax.Array, ...],
-    perm: jax.Array | None,
+    perm: np.ndarray | None,
     u: jax.Array | None,
-    taus: jax.Array,
-    maxqs: jax.Array,
+    taus: np.ndarray,
+    maxqs: np.ndarray,
     layouts: tuple[ArrayLayout, ...],
-    columns: int,
+    padded: tuple[int, int],
 ) -> tuple[jax.Array, RowChoices, jax.Array]:
-    """Wᵀ of all matrices side by side [columns, Σ padded_out], the choices for each row, which matrices are finite.
+    """Wᵀ of all matrices side by side, `padded` [columns, rows], the rows' choices, and which matrices are finite.
 
     `taus` and `maxqs` are [matrices].
 
-    Rows that pad a tile repeat the last row, so that they change no tile's range.
+    Rows that pad a tile repeat the last row, so that they change no tile's range; those behind all tiles are zero.
     """
     stacked, thresholds = [], []
     for index, (w, layout) in enumerate(zip(weights, layouts, strict=True)):
@@ -256,16 +259,17 @@ def _stack(
         threshold = jnp.float32(jnp.inf)
         if u is not None:
             threshold = outlier_threshold(w_t, jnp.diagonal(u), taus[index])
-        w_t = jnp.pad(w_t, ((0, 0), (0, layout.padded_out - layout.shape[0])), mode="edge")
-        stacked.append(jnp.pad(w_t, ((0, columns - layout.shape[1]), (0, 0))))
-        thresholds.append(threshold)
+        stacked.append(jnp.pad(w_t, ((0, 0), (0, layout.padded_out - layout.shape[0])), mode="edge"))
+        thresholds.append(jnp.full(layout.padded_out, threshold))
+    w_t = jnp.concatenate(stacked, axis=1)
+    extra = (0, padded[1] - w_t.shape[1])
     counts = np.array([layout.padded_out for layout in layouts])
     choices = RowChoices(
-        jnp.repeat(jnp.stack(thresholds), counts, total_repeat_length=counts.sum()),
-        jnp.repeat(maxqs, counts, total_repeat_length=counts.sum()),
+        jnp.pad(jnp.concatenate(thresholds), extra, constant_values=jnp.inf),
+        jnp.pad(jnp.repeat(maxqs, counts, total_repeat_length=counts.sum()), extra, constant_values=1.0),
     )
     finite = jnp.stack([jnp.all(jnp.isfinite(w)) for w in weights])
-    return jnp.concatenate(stacked, axis=1), choices, finite
+    return jnp.pad(w_t, ((0, padded[0] - w_t.shape[0]), extra)), choices, finite
 
 
 class _Piece(NamedTuple):
@@ -281,35 +285,36 @@ class _Piece(NamedTuple):
     output_error: jax.Array  # f32 scalar
 
 
-@partial(jax.jit, static_argnames=("layouts", "grid", "has_outliers"))
+@partial(jax.jit, static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
 def _cut(
     solved: SolvedColumns,
     weights: tuple[jax.Array, ...],
     h: jax.Array | None,
-    perm: jax.Array | None,
+    place: np.ndarray | None,
     shift: jax.Array | None,
     layouts: tuple[ArrayLayout, ...],
-    grid: GridSpec,
     has_outliers: bool,
+    stats_bits: int,
+    tile: int,
 ) -> list[_Piece]:
     """Cuts the stacked result into the matrices it is made of."""
     inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
     codes = solved.codes[:padded_in].T
     values = solved.values[:inner]
-    dense = (values if perm is None else values[jnp.argsort(perm)]).T
+    dense = (values if place is None else values[place]).T
     stats = jnp.swapaxes(solved.stats[:groups], 0, 1)  # [rows or tiles, groups, ...]
-    second_level = grid.quantized_stats
+    second_level = stats_bits < 16
     if second_level:
-        scale_codes = pack_codes(solved.scale_codes[:groups], grid.stats_bits)
-        zero_codes = pack_codes(solved.zero_codes[:groups], grid.stats_bits)
+        scale_codes = pack_codes(solved.scale_codes[:groups], stats_bits)
+        zero_codes = pack_codes(solved.zero_codes[:groups], stats_bits)
     pieces, first = [], 0
     for w, layout in zip(weights, layouts, strict=True):
         last, end = first + layout.shape[0], first + layout.padded_out
 
         def words(packed: jax.Array, first: int = first, end: int = end) -> jax.Array:
-            return packed[:, packed_words(first, grid.stats_bits) : packed_words(end, grid.stats_bits)]
+            return packed[:, packed_words(first, stats_bits) : packed_words(end, stats_bits)]
 
-        rows, tile = slice(first, last), grid.stats_group_size
+        rows = slice(first, last)
         piece = _Piece(
             codes=codes[rows],
             scale_codes=words(scale_codes) if second_level else None,
@@ -344,7 +349,7 @@ def _relative_error(
     return jnp.sqrt(jnp.maximum(error, 0.0) / jnp.where(total > 0, total, 1.0))
 
 
-def _result(matrix: _Piece, layout: ArrayLayout, config: SpQRConfig, perm: jax.Array | None, damping: float) -> Solved:
+def _result(matrix: _Piece, layout: ArrayLayout, config: SpQRConfig, perm: np.ndarray | None, damping: float) -> Solved:
     no_outliers = np.zeros(layout.shape, bool)
     array = pack_array(
         layout,
@@ -354,7 +359,7 @@ def _result(matrix: _Piece, layout: ArrayLayout, config: SpQRConfig, perm: jax.A
         tile_stats=matrix.tile_stats,
         residual=no_outliers if matrix.residual is None else np.asarray(matrix.residual),
         outliers=no_outliers if matrix.outliers is None else np.asarray(matrix.outliers),
-        perm=None if perm is None else np.asarray(perm),
+        perm=perm,
         bits=config.bits,
         stats_group_size=config.stats_group_size,
         stats_bits=config.stats_bits,

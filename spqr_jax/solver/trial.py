@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.config import SpQRConfig
-from spqr_jax.layout import round_up
 from spqr_jax.solver.columns import RowChoices, SolvedColumns, solve_columns
 from spqr_jax.solver.hessian import Hessian
 from spqr_jax.solver.outliers import outlier_threshold
@@ -56,31 +55,29 @@ def try_choices(
     layouts = [weight_layout(w, config) for w in weights]
     tile = config.stats_group_size if config.quantized_stats else 16
     spec = column_spec(config, layouts[0].group_size, outliers=True)
-    columns = round_up(layouts[0].padded_in, spec.panel(layouts[0].padded_in))
-    u = pad_factor(factor.u, columns)
     times = len(choices[0])
     rows = [_some_rows(w.shape[0], tile, times) for w in weights]
-    subsets = tuple(w[chosen] for w, chosen in zip(weights, rows, strict=True))
     flat = [(len(chosen), each) for chosen, own in zip(rows, choices, strict=True) for each in own]
-    # As many rows as the matrices have, so that trying and solving are one program.
-    padding = max(sum(layout.padded_out for layout in layouts) - sum(count for count, _ in flat), 0)
+    # As many rows as the matrices have, if that is more, so that trying and solving are one program.
+    tried = sum(count for count, _ in flat)
+    padded = spec.padded(layouts[0].padded_in, max(tried, sum(layout.padded_out for layout in layouts)))
+    padding = padded[1] - tried
     thresholds = np.concatenate([np.full(count, t) for count, (_, t) in flat] + [np.full(padding, np.inf)])
     maxq = np.concatenate([np.full(count, 2.0**bits - 1) for count, (bits, _) in flat] + [np.ones(padding)])
-    stacked = _stack(subsets, factor.perm, times, columns, padding)
-    valid = jnp.arange(columns) < weights[0].shape[1]
-    rows_of = RowChoices(jnp.asarray(thresholds, jnp.float32), jnp.asarray(maxq, jnp.float32))
-    solved = solve_columns(stacked, u, valid, rows_of, spec)
+    stacked, scales = _stack(tuple(weights), tuple(rows), factor.perm, factor.u, times, padded)
+    valid = np.arange(padded[0]) < weights[0].shape[1]
+    rows_of = RowChoices(*(jax.device_put(a.astype(np.float32)) for a in (thresholds, maxq)))
+    solved = solve_columns(stacked, pad_factor(factor.u, padded[0]), valid, rows_of, spec)
     loss, outliers = (np.asarray(a, np.float64) for a in _by_row(solved, stacked, factor.shift, factor.perm, valid))
     trials, first = [], 0
-    for w, chosen, row_weight in zip(weights, rows, row_weights, strict=True):
+    for w, chosen, row_weight, scale in zip(weights, rows, row_weights, scales, strict=True):
         part = slice(first, first + times * len(chosen))
         first = part.stop
         # As a share of the chosen rows' weight: rows differ in weight more than in loss.
         row_weight = np.asarray(row_weight, np.float64)
         own = loss[part].reshape(times, -1) @ row_weight[chosen] * row_weight.sum() / row_weight[chosen].sum()
         share = outliers[part].reshape(times, -1).mean(axis=1) / w.shape[1]
-        scale = float(outlier_threshold(_permuted(w, factor.perm), jnp.diagonal(factor.u), jnp.float32(1)))
-        trials.append(Trial(own, share, scale))
+        trials.append(Trial(own, share, float(scale)))
     return trials
 
 
@@ -91,22 +88,31 @@ def _some_rows(out: int, tile: int, times: int) -> np.ndarray:
     return np.minimum((picked[:, None] * tile + np.arange(tile)).reshape(-1), out - 1)
 
 
-def _permuted(w: jax.Array, perm: jax.Array | None) -> jax.Array:
-    w_t = w.astype(jnp.float32).T
-    return w_t if perm is None else w_t[perm]
-
-
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _stack(weights: tuple[jax.Array, ...], perm: jax.Array | None, times: int, columns: int, padding: int) -> jax.Array:
-    """Wᵀ of all matrices, each repeated for its choices: [columns, rows]."""
-    w_t = [jnp.tile(_permuted(w, perm), (1, times)) for w in weights]
-    together = jnp.concatenate(w_t, axis=1)
-    return jnp.pad(together, ((0, columns - together.shape[0]), (0, padding)))
+@partial(jax.jit, static_argnums=(4, 5))
+def _stack(
+    weights: tuple[jax.Array, ...],
+    rows: tuple[np.ndarray, ...],
+    perm: jax.Array | None,
+    u: jax.Array,
+    times: int,
+    padded: tuple[int, int],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Wᵀ of some rows of all matrices, repeated for their choices, `padded` [columns, rows]; T / τ of each matrix."""
+    stacked, scales = [], []
+    for w, chosen in zip(weights, rows, strict=True):
+        w_t = w.astype(jnp.float32).T
+        if perm is not None:
+            w_t = w_t[perm]
+        scales.append(outlier_threshold(w_t, jnp.diagonal(u), jnp.float32(1)))
+        stacked.append(jnp.tile(w_t[:, chosen], (1, times)))
+    together = jnp.concatenate(stacked, axis=1)
+    extra = [(0, size - present) for size, present in zip(padded, together.shape, strict=True)]
+    return jnp.pad(together, extra), scales
 
 
 @jax.jit
 def _by_row(
-    solved: SolvedColumns, w: jax.Array, shift: jax.Array, perm: jax.Array | None, valid: jax.Array
+    solved: SolvedColumns, w: jax.Array, shift: jax.Array, perm: jax.Array | None, valid: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     """Loss with the undamped H, and number of outliers, of each row."""
     shift = shift if perm is None else shift[perm]

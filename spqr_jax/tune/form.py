@@ -198,7 +198,7 @@ def finished(form: BlockForm, block: Block) -> Block:
             values = {kind: np.asarray(each, np.float16) for kind, each in _values_of(form.fixed[name], theta).items()}
             outliers = values["outliers"][: leaf.outlier_cols.shape[0]]
             changes[name] = dataclasses.replace(
-                leaf, tile_stats=jnp.asarray(values["stats"]), outlier_values=jnp.asarray(outliers)
+                leaf, tile_stats=jax.device_put(values["stats"]), outlier_values=jax.device_put(outliers)
             )
         else:
             changes[name] = _gain(form, name, theta).astype(leaf.dtype)

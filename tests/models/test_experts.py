@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.problems import TINY
+from support.problems import TINY, divergence
 
-from spqr_jax import SpQRArray, SpQRConfig, forward, quantize
+from spqr_jax import SpQRArray, SpQRConfig, quantize
 from spqr_jax.blocks import TreeSource
 from spqr_jax.calibrate import Activations, stage_groups
 from spqr_jax.models import experts
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.products import plain_linear
 from spqr_jax.models.weights import random_decoder
-from spqr_jax.solver import accumulate_hessian, empty_hessian
+from spqr_jax.solver import accumulate_hessian, empty_hessian, quantize_weights
 from spqr_jax.tune import TuneConfig, tune
 
 SPARSE = dataclasses.replace(TINY, num_experts=5, experts_per_token=2, expert_size=32)
@@ -30,9 +32,18 @@ def model():
     return random_decoder(SPARSE, seed=4)
 
 
+@jax.jit
 def by_zeros(block, x):
     """Every expert over all tokens, what was not sent to it as zeros."""
     return experts.leave(SPARSE, block, *experts.enter(SPARSE, block, x, plain_linear), plain_linear)
+
+
+apply = jax.jit(experts.apply, static_argnums=0)
+route = jax.jit(experts.route, static_argnums=0)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def by_hand(block, x):
@@ -54,33 +65,33 @@ def by_hand(block, x):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 100)])
 def test_both_ways_give_the_formula(model, shape):
-    block, x = model.layers[0], jax.random.normal(jax.random.key(1), (*shape, 64))
+    block, x = model.layers[0], normal(1, *shape, 64)
     want = by_hand(block, x)
-    np.testing.assert_allclose(experts.apply(SPARSE, block, x), want, atol=1e-5)
+    np.testing.assert_allclose(apply(SPARSE, block, x), want, atol=1e-5)
     np.testing.assert_allclose(by_zeros(block, x), want, atol=1e-5)
 
 
 def test_shares_may_be_left_as_they_are(model):
-    config, x = dataclasses.replace(SPARSE, normalize_experts=False), jnp.ones((1, 3, 64))
-    sent = experts.route(config, model.layers[0].router, x)
+    config, x = dataclasses.replace(SPARSE, normalize_experts=False), np.ones((1, 3, 64), np.float32)
+    sent = route(config, model.layers[0].router, x)
     assert np.all(np.sum(np.asarray(sent.shares), axis=-1) < 0.999)
 
 
 def test_the_gradient_is_that_of_the_other_way(model):
-    block, x = model.layers[0], jax.random.normal(jax.random.key(2), (1, 40, 64))
-    probe = jax.random.normal(jax.random.key(3), x.shape)
-    got = jax.grad(lambda x: jnp.vdot(probe, experts.apply(SPARSE, block, x)))(x)
-    np.testing.assert_allclose(got, jax.grad(lambda x: jnp.vdot(probe, by_zeros(block, x)))(x), atol=1e-5)
-    assert float(jnp.abs(got).max()) > 0.1
+    block, x, probe = model.layers[0], normal(2, 1, 40, 64), normal(3, 1, 40, 64)
+    ways = (partial(experts.apply, SPARSE, block), partial(by_zeros, block))
+    got, want = (jax.jit(jax.grad(lambda x, way=way: jnp.vdot(probe, way(x))))(x) for way in ways)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(got).max() > 0.1
 
 
 def test_an_expert_that_is_not_needed_multiplies_nothing(model):
     """One token is sent to two of five experts; the others' weights may hold anything."""
-    block, x = model.layers[0], jax.random.normal(jax.random.key(1), (1, 1, 64))
-    sent = set(np.ravel(experts.route(SPARSE, block.router, x).chosen).tolist())
-    poison = {n: jnp.full_like(w, jnp.nan) for n, w in block.items() if n[:8] == "experts." and int(n[8]) not in sent}
+    block, x = model.layers[0], normal(1, 1, 1, 64)
+    sent = set(np.ravel(route(SPARSE, block.router, x).chosen).tolist())
+    poison = {n: np.full_like(w, np.nan) for n, w in block.items() if n[:8] == "experts." and int(n[8]) not in sent}
     assert len(poison) == 9
-    np.testing.assert_array_equal(experts.apply(SPARSE, block.replace(poison), x), experts.apply(SPARSE, block, x))
+    np.testing.assert_array_equal(apply(SPARSE, block.replace(poison), x), apply(SPARSE, block, x))
 
 
 def test_each_expert_has_the_hessian_of_its_own_tokens(model, tiny_batches):
@@ -93,8 +104,8 @@ def test_each_expert_has_the_hessian_of_its_own_tokens(model, tiny_batches):
 
     total, seen = empty_hessian(64), 0
     for state, _ in activations.chunks():
-        x = norm(SPARSE, model.layers[0], "mlp_norm", state.residual)
-        own = np.any(np.asarray(experts.route(SPARSE, model.layers[0].router, x).chosen) == 3, axis=-1)
+        x = jax.jit(norm, static_argnums=(0, 2))(SPARSE, model.layers[0], "mlp_norm", state.residual)
+        own = np.any(np.asarray(route(SPARSE, model.layers[0].router, x).chosen) == 3, axis=-1)
         total = accumulate_hessian(total, jnp.asarray(np.asarray(x)[own]))
         seen += own.sum()
     assert float(hessians[3].tokens) == seen > 0
@@ -105,17 +116,19 @@ def test_an_expert_that_no_text_reaches_is_rounded_with_a_warning(model, tiny_ba
     """Its router row points away from every token."""
     many = [np.concatenate(tiny_batches)] * 4
     block = model.layers[0]
-    away = block.router.at[1].set(-100.0 * jnp.abs(block.router[1]))
-    outer = dataclasses.replace(model.outer, embed_tokens=jnp.abs(model.outer.embed_tokens) + 0.1)
-    first = block.replace({"router": away, "attention_norm": jnp.ones(64), "o_proj": 0.0 * block.o_proj})
+    away = np.array(block.router)
+    away[1] = -100.0 * np.abs(away[1])
+    outer = dataclasses.replace(model.outer, embed_tokens=np.abs(model.outer.embed_tokens) + np.float32(0.1))
+    gain, nothing = np.ones(64, np.float32), np.zeros(block.o_proj.shape, np.float32)
+    first = block.replace({"router": away, "attention_norm": gain, "o_proj": nothing})
     shunned = dataclasses.replace(model, outer=outer, layers=(first, model.layers[1]))
     with pytest.warns(UserWarning, match=r"layers.0: .*hardly reaches.* 1 \(0\)"):
         quantized = quantize(shunned, many, SpQRConfig(bits=4, outlier_threshold=0.5))
     for name in ("gate_proj", "up_proj", "down_proj"):
         weight, array = block[f"experts.1.{name}"], quantized.layers[0][f"experts.1.{name}"]
         assert isinstance(array, SpQRArray)
-        step = jnp.max(jnp.abs(array.statistics()[0]))
-        assert float(jnp.max(jnp.abs(array.to_dense() - weight))) <= float(step)
+        step = np.max(np.abs(jax.jit(SpQRArray.statistics)(array)[0]))
+        assert np.max(np.abs(np.asarray(array.to_dense()) - np.asarray(weight))) <= step
 
 
 def test_a_router_stays_dense_and_a_budget_is_kept(model, tiny_batches):
@@ -132,15 +145,45 @@ def test_a_router_stays_dense_and_a_budget_is_kept(model, tiny_batches):
     assert len(same) == 1
 
 
+compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event) if event.endswith("/backend_compile_duration") else None
+)
+
+
+@pytest.fixture
+def compiled_by_solving(monkeypatch):
+    """Grows by a number for each call of the solver: the programs that it compiled."""
+    counts = []
+
+    def counted(*args):
+        before = len(compiled)
+        solved = quantize_weights(*args)
+        counts.append(len(compiled) - before)
+        return solved
+
+    monkeypatch.setattr(importlib.import_module("spqr_jax.quantize"), "quantize_weights", counted)
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration text hardly reaches")
+def test_more_experts_take_no_more_programs_to_solve(tiny_batches, compiled_by_solving):
+    """Each expert has weights, tokens and outliers of its own; what solves the first solves them all."""
+    for number in (4, 8):
+        config = dataclasses.replace(SPARSE, num_experts=number, expert_size=40)  # a size that no other test has
+        quantize(random_decoder(config, seed=number), tiny_batches, SpQRConfig())
+    four, eight = compiled_by_solving[:20], compiled_by_solving[20:]
+    assert len(eight) == 2 * (2 + 2 * 8)  # two blocks: what attention reads, and what each expert's matrices read
+    assert four[2] > 0  # gate and up of the first expert
+    assert (sum(four[3:6]), sum(four[7:]), sum(eight)) == (0, 0, 0)
+
+
 @pytest.mark.slow
 def test_experts_are_tuned(model, tiny_batches):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         quantized = quantize(model, tiny_batches, SpQRConfig(bits=2))
 
-    def divergence(other):
-        p, q = (jax.nn.log_softmax(forward(m, jnp.asarray(tiny_batches[0]))) for m in (model, other))
-        return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
-
     tuned = tune(quantized, TreeSource(model), tiny_batches, TuneConfig("logits", epochs=3))
-    assert divergence(tuned) < divergence(quantized)
+    tokens = tiny_batches[0]
+    assert divergence(model, tuned, tokens) < divergence(model, quantized, tokens)

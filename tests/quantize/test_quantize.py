@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.problems import divergence, random_tokens, run_forward
 
 import spqr_jax
 from spqr_jax import (
@@ -17,7 +18,6 @@ from spqr_jax import (
     SpQRError,
     accumulate_hessian,
     empty_hessian,
-    forward,
     quantize,
     quantize_weight,
 )
@@ -30,18 +30,12 @@ from spqr_jax.quantize import quantize_blocks
 GPTQ8 = SpQRConfig.gptq(8, 16)
 
 
-def divergence(model, other, tokens):
-    """Mean KL divergence of the next-token distributions."""
-    p, q = (jax.nn.log_softmax(forward(m, tokens)) for m in (model, other))
-    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
-
-
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
 def tokens(tiny_config):
-    return jax.random.randint(jax.random.key(7), (4, 32), 0, tiny_config.vocab_size)
+    return random_tokens((4, 32), 7, tiny_config.vocab_size)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -113,7 +107,7 @@ def test_the_stream_ends_where_the_model_does(tiny_model, tiny_batches):
             activations.advance(stage, block)
     hessian = activations.head_hessian(tiny_model.outer)
     assert hessian.gram.shape == (64, 64)
-    logits = forward(tiny_model, jnp.asarray(tiny_batches[0]))
+    logits = run_forward(tiny_model, tiny_batches[0])
     residual = activations._states[0].residual
     from spqr_jax.models.decoder import logits as head
 
@@ -172,9 +166,9 @@ def test_a_tied_head_serves_quantized_on_both_sides(tiny_model, tiny_batches, to
     assert divergence(tied, quantized, tokens) < 0.1
     spqr_jax.save(tmp_path / "m", quantized)
     loaded = spqr_jax.load(tmp_path / "m")
-    np.testing.assert_array_equal(forward(loaded, tokens), forward(quantized, tokens))
-    prepared = spqr_jax.prepare(quantized)
-    np.testing.assert_allclose(forward(prepared, tokens), forward(quantized, tokens), atol=1e-5)
+    scores = run_forward(quantized, tokens)
+    np.testing.assert_array_equal(run_forward(loaded, tokens), scores)
+    np.testing.assert_allclose(run_forward(spqr_jax.prepare(quantized), tokens), scores, atol=1e-5)
 
 
 def test_round_to_nearest_needs_no_text(tiny_model):
@@ -241,12 +235,15 @@ def test_params_of_another_kind_ask_for_forward():
 # ---- models of one's own ----------------------------------------------------------------
 
 
+def normal(seed, *shape):
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
 def own_model():
-    keys = jax.random.split(jax.random.key(0), 3)
     return {
-        "first": jax.random.normal(keys[0], (48, 32)) * 0.2,
-        "gate": jax.random.normal(keys[1], (48, 32)) * 0.2,
-        "last": [jax.random.normal(keys[2], (8, 48)) * 0.2],
+        "first": normal(0, 48, 32) * 0.2,
+        "gate": normal(1, 48, 32) * 0.2,
+        "last": [normal(2, 8, 48) * 0.2],
         "bias": jnp.ones(8),
     }
 
@@ -257,11 +254,11 @@ def own_forward(params, batch, linear):
 
 
 def test_any_forward_function(tiny_batches):
-    params, batches = own_model(), [jax.random.normal(jax.random.key(i), (16, 32)) for i in range(4)]
+    params, batches = own_model(), [normal(10 + i, 16, 32) for i in range(4)]
     quantized = quantize(params, iter(batches), SpQRConfig(), forward=own_forward)
     assert isinstance(quantized["last"][0], SpQRArray)
     assert quantized["bias"] is params["bias"]
-    x = jax.random.normal(jax.random.key(9), (64, 32))
+    x = normal(9, 64, 32)
 
     def run(p):
         return own_forward(p, x, lambda path, w, x: spqr_jax.linear(w, x))

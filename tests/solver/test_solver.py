@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.problems import correlated_problem
@@ -28,14 +27,14 @@ def output_error(w, array, x):
 
 
 def codes_of(array):
-    return np.asarray(unpack_codes(array.codes, array.bits))[:, : array.shape[1]]
+    return unpack_codes(np.asarray(array.codes), array.bits)[:, : array.shape[1]]
 
 
 # ---- the paper's algorithm --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["activation", "identity"])
-@pytest.mark.parametrize("shape", [(16, 64), (32, 144), (48, 272)])
+@pytest.mark.parametrize("shape", [(16, 64), (32, 112), (48, 272)])
 def test_matches_spqr_written_from_the_paper(shape, order):
     w, x = correlated_problem(*shape, seed=sum(shape))
     hessian = hessian_of(x)
@@ -57,7 +56,7 @@ def test_matches_spqr_written_from_the_paper(shape, order):
 
 
 def test_spqr_beats_gptq_beats_round_to_nearest():
-    w, x = correlated_problem(128, 256)
+    w, x = correlated_problem(128, 128)
     errors = {
         name: output_error(w, quantize_weight(w, hessian_of(x), config), x)
         for name, config in {
@@ -74,11 +73,12 @@ def test_compensation_trades_weight_error_for_output_error():
     w, x = correlated_problem(64, 128)
     gptq, rtn = (quantize_weight(w, hessian_of(x), c) for c in (SpQRConfig.gptq(3, 16), SpQRConfig.rtn(3, 16)))
     assert output_error(w, gptq, x) < output_error(w, rtn, x)
-    assert np.linalg.norm(w - gptq.to_dense()) > np.linalg.norm(w - rtn.to_dense())
+    by_weight = [np.linalg.norm(np.asarray(w) - np.asarray(array.to_dense())) for array in (gptq, rtn)]
+    assert by_weight[0] > by_weight[1]
 
 
 def test_search_beats_minmax_at_fewer_bits():
-    w, x = correlated_problem(128, 256, seed=5)
+    w, x = correlated_problem(128, 128, seed=5)
     search, minmax = (quantize_weight(w, hessian_of(x), SpQRConfig(fit=fit)) for fit in ("search", "minmax"))
     assert output_error(w, search, x) < output_error(w, minmax, x)
     assert search.ideal_bits < minmax.ideal_bits
@@ -86,18 +86,18 @@ def test_search_beats_minmax_at_fewer_bits():
 
 def test_scaling_the_hessian_changes_no_code():
     w, x = correlated_problem(32, 96)
-    h = hessian_of(x).matrix()
-    first, second = quantize_weight(w, h, SpQRConfig()), quantize_weight(w, 1024.0 * h, SpQRConfig())
+    h = np.asarray(hessian_of(x).matrix())
+    first, second = quantize_weight(w, h, SpQRConfig()), quantize_weight(w, 1024 * h, SpQRConfig())
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_round_to_nearest_with_one_group_a_row():
-    w, _ = correlated_problem(8, 40)
+    w = np.asarray(correlated_problem(8, 40)[0])
     array = quantize_weight(w, None, SpQRConfig.rtn(4, None))
     low, high = np.min(w, axis=1, keepdims=True), np.max(w, axis=1, keepdims=True)
     step = (high - low) / 15
-    assert np.all(np.abs(array.to_dense() - w) <= 0.51 * step)
+    assert np.all(np.abs(np.asarray(array.to_dense()) - w) <= 0.51 * step)
     assert array.ideal_bits == 4 + 32 / 40
 
 
@@ -107,12 +107,13 @@ def test_rows_share_nothing_but_their_tile():
     swap = np.r_[16:32, 0:16, 32:48]
     config = SpQRConfig(outlier_threshold=INF)
     first = quantize_weight(w, hessian_of(x), config).to_dense()
-    second = quantize_weight(w[swap], hessian_of(x), config).to_dense()
+    second = quantize_weight(np.asarray(w)[swap], hessian_of(x), config).to_dense()
     np.testing.assert_array_equal(np.asarray(first)[swap], second)
 
 
 def test_stacking_matrices_changes_nothing():
     w, x = correlated_problem(50, 96)
+    w = np.asarray(w)
     together = quantize_weights([w[:20], w[20:]], hessian_of(x), [SpQRConfig()] * 2)
     for part, solved in zip((w[:20], w[20:]), together, strict=True):
         alone = quantize_weight(part, hessian_of(x), SpQRConfig())
@@ -126,11 +127,12 @@ def test_stacking_matrices_changes_nothing():
 
 def test_a_huge_weight_becomes_an_outlier_and_comes_back():
     w, x = correlated_problem(32, 64)
-    w = w.at[7, 11].set(3.0)
+    w = np.array(w)
+    w[7, 11] = 3.0
     array = quantize_weight(w, hessian_of(x), SpQRConfig())
     rows, cols, _ = array.to_coo()
     assert (7, 11) in set(zip(rows.tolist(), cols.tolist(), strict=True))
-    assert float(array.to_dense()[7, 11]) == pytest.approx(3.0, abs=0.15)  # moved by others' compensation
+    assert float(np.asarray(array.to_dense())[7, 11]) == pytest.approx(3.0, abs=0.15)  # moved by others' compensation
     assert quantize_weight(w, hessian_of(x), SpQRConfig(outlier_threshold=INF)).nnz == 0
 
 
@@ -175,21 +177,24 @@ def test_any_size_works(shape, config):
 
 def test_dead_inputs_keep_their_weights():
     w, x = correlated_problem(32, 64)
-    x = x.at[:, jnp.array([3, 40, 41])].set(0.0)
+    w, x = np.asarray(w), np.array(x)
+    x[:, [3, 40, 41]] = 0.0
     for order in ("activation", "identity"):
         array = quantize_weight(w, hessian_of(x), SpQRConfig(order=order))
         assert np.all(np.isfinite(array.to_dense()))
-        dead = np.asarray(array.to_dense() - w)[:, [3, 40, 41]]
-        assert np.linalg.norm(dead) < 0.5 * np.linalg.norm(np.asarray(w)[:, [3, 40, 41]])
+        dead = (np.asarray(array.to_dense()) - w)[:, [3, 40, 41]]
+        assert np.linalg.norm(dead) < 0.5 * np.linalg.norm(w[:, [3, 40, 41]])
 
 
 def test_zero_matrix_and_zero_columns_come_back_exactly():
     w, x = correlated_problem(32, 64)
+    block = np.array(w)
+    block[:, 16:32] = 0.0
+    w = np.asarray(w)
     for config in (SpQRConfig(), SpQRConfig.gptq(3, 16), SpQRConfig.rtn(3, 16)):
         np.testing.assert_array_equal(quantize_weight(0 * w, hessian_of(x), config).to_dense(), 0 * w)
-    block = w.at[:, 16:32].set(0.0)
     array = quantize_weight(block, None, SpQRConfig.rtn(3, 16, stats_bits=3))
-    np.testing.assert_array_equal(array.to_dense()[:, 16:32], 0 * w[:, 16:32])
+    np.testing.assert_array_equal(np.asarray(array.to_dense())[:, 16:32], 0 * w[:, 16:32])
 
 
 def test_a_singular_hessian_is_damped_until_it_factors():
@@ -205,7 +210,7 @@ def test_a_singular_hessian_is_damped_until_it_factors():
 def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
     _, x = correlated_problem(1, 48)
     h = np.asarray(hessian_of(x).matrix(), np.float64)
-    _, u, used, _ = factorize(jnp.asarray(h, jnp.float32), 0.1)
+    _, u, used, _ = factorize(h.astype(np.float32), 0.1)
     damped = h + 0.1 * np.mean(np.diag(h)) * np.eye(48)
     assert used == 0.1
     np.testing.assert_allclose(np.asarray(u).T @ np.asarray(u), np.linalg.inv(damped), rtol=1e-3, atol=1e-5)
@@ -216,10 +221,10 @@ def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
 def test_wide_inputs_are_summed_in_panels(width):
     rng = np.random.default_rng(width)
     x, w = (rng.standard_normal((rows, width)).astype(np.float32) for rows in (40, 7))
-    h = hessian_of(jnp.asarray(x)).matrix()
+    h = hessian_of(x).matrix()
     np.testing.assert_allclose(h, 2 / 40 * x.T.astype(np.float64) @ x, atol=1e-5)
     np.testing.assert_array_equal(h, h.T)
-    np.testing.assert_allclose(quadratic_form(jnp.asarray(w), h), np.sum((w @ h) * w), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(quadratic_form)(w, h), np.sum((w @ np.asarray(h)) * w), rtol=1e-5)
 
 
 def test_hessian_is_streamed():
@@ -227,17 +232,18 @@ def test_hessian_is_streamed():
     whole = hessian_of(x)
     parts = empty_hessian(24)
     for part in np.array_split(np.asarray(x), 5):
-        parts = accumulate_hessian(parts, jnp.asarray(part).reshape(1, *part.shape))
+        parts = accumulate_hessian(parts, part.reshape(1, *part.shape))
     np.testing.assert_allclose(parts.matrix(), whole.matrix(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole.matrix(), 2 / len(x) * np.asarray(x).T @ np.asarray(x), rtol=1e-5, atol=1e-5)
 
 
 def bad_calls():
-    w, x = correlated_problem(16, 32)
-    h = hessian_of(x).matrix()
-    nan = h.at[0, 0].set(jnp.nan)
+    w, x = (np.asarray(a) for a in correlated_problem(16, 32))
+    h = 2 / len(x) * x.T @ x
+    nan, bad = h.copy(), w.copy()
+    nan[0, 0] = bad[0, 0] = np.nan
     yield "NaN in calibration", (w, nan, SpQRConfig()), DataError, "not finite"
-    yield "NaN in weights", (w.at[0, 0].set(jnp.nan), h, SpQRConfig()), SpQRError, "not finite"
+    yield "NaN in weights", (bad, h, SpQRConfig()), SpQRError, "not finite"
     yield "no Hessian", (w, None, SpQRConfig()), SpQRError, "needs a Hessian"
     yield "wrong Hessian", (w, h[:8, :8], SpQRConfig()), SpQRError, r"\(8, 8\), expected \(32, 32\)"
     yield "a vector", (w[0], h, SpQRConfig()), SpQRError, "expected matrices"
@@ -279,7 +285,8 @@ def test_configuration_survives_json():
 
 def test_reference_mode_repeats_the_originals_constant_groups():
     w, x = correlated_problem(32, 64)
-    w = w.at[:, :16].set(0.0)
+    w = np.array(w)
+    w[:, :16] = 0.0
     config = SpQRConfig.reference(order="identity", outlier_threshold=INF, stats_bits=16)
-    flawed = quantize_weight(w, hessian_of(x), config).to_dense()
+    flawed = np.asarray(quantize_weight(w, hessian_of(x), config).to_dense())
     assert np.all(np.abs(flawed[:, 0]) > 0.1)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax import DecoderConfig
+from spqr_jax import Decoder, DecoderConfig, SpQRArray, forward
 
 TINY = DecoderConfig(
     vocab_size=256,
@@ -30,4 +29,27 @@ def correlated_problem(out: int, inner: int, seed: int = 0, tokens: int | None =
     mixing = np.eye(inner) + rng.standard_normal((inner, inner)) / np.sqrt(inner)
     x = rng.standard_normal((tokens or 4 * inner, inner)) @ mixing * np.exp(0.5 * rng.standard_normal(inner))
     w = 0.05 * rng.standard_t(4, (out, inner))
-    return jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
+    return jax.device_put(w.astype(np.float32)), jax.device_put(x.astype(np.float32))
+
+
+run_forward = jax.jit(forward)
+
+
+def with_dense_weights(model: Decoder) -> Decoder:
+    """The model with what its quantized weights stand for: all models of one size are then one program."""
+    return jax.tree.map(
+        lambda leaf: leaf.to_dense() if isinstance(leaf, SpQRArray) else leaf,
+        model,
+        is_leaf=lambda leaf: isinstance(leaf, SpQRArray),
+    )
+
+
+def divergence(model: Decoder, other: Decoder, tokens: np.ndarray) -> float:
+    """Mean KL divergence of the next-token distributions of a model and of another, quantized or not, in nats."""
+    scores = (np.asarray(run_forward(with_dense_weights(m), tokens), np.float64) for m in (model, other))
+    p, q = (s - np.logaddexp.reduce(s, axis=-1, keepdims=True) for s in scores)
+    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
+
+
+def random_tokens(shape: tuple[int, ...], seed: int, vocabulary: int = TINY.vocab_size) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, shape).astype(np.int32)

@@ -21,7 +21,7 @@ from jax import lax
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
-from spqr_jax.solver.baselines.grid import WeightGrid, adam_step, by_weight, row_losses, weight_grid, with_codes
+from spqr_jax.solver.baselines.grid import WeightGrid, adam_step, by_weight, row_losses, with_codes
 
 _LEARNING_RATES = {"shift": 2e-2, "stretch": 2e-3, "zero": 2e-2}
 """In steps of the grid, in shares of a scale, in steps of the grid."""
@@ -46,9 +46,9 @@ class _Best(NamedTuple):
 
 def solve_adaquant(w: jax.Array, h: jax.Array, rounded: SpQRArray, config: SpQRConfig) -> SpQRArray:
     """Learns codes and statistics of W [out, in]."""
-    scale, zero = rounded.statistics()
-    maxq = jnp.float32(weight_grid(rounded).maxq)
-    best = _learn(w, h, jnp.where(scale == 0, 1.0, scale), zero, maxq, config.solver_steps, rounded.group_size)
+    scale, zero = _statistics(rounded)
+    maxq = jnp.float32(2**rounded.bits - 1)
+    best = _learn(w, h, scale, zero, maxq, jnp.float32(config.solver_steps), rounded.group_size)
     return with_codes(rounded, best.codes, best.scale, best.zero)
 
 
@@ -56,14 +56,25 @@ def _straight_through(x: jax.Array, rounded: Callable[[jax.Array], jax.Array]) -
     return x + lax.stop_gradient(rounded(x) - x)
 
 
+def _falling(rate: float, steps: jax.Array) -> Callable[[Any], jax.Array]:
+    """A learning rate that falls to 0 along a cosine; the number of steps is data."""
+    return lambda step: 0.5 * rate * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / steps, 1.0)))
+
+
 def _half(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float16).astype(x.dtype)
 
 
-@partial(jax.jit, static_argnums=(5, 6))
+@jax.jit
+def _statistics(array: SpQRArray) -> tuple[jax.Array, jax.Array]:
+    return array.statistics()
+
+
+@partial(jax.jit, static_argnums=6)
 def _learn(
-    w: jax.Array, h: jax.Array, scale: jax.Array, zero: jax.Array, maxq: jax.Array, steps: int, group_size: int
+    w: jax.Array, h: jax.Array, scale: jax.Array, zero: jax.Array, maxq: jax.Array, steps: jax.Array, group_size: int
 ) -> _Best:
+    scale = jnp.where(scale == 0, 1.0, scale)
     inner = w.shape[1]
     wide = partial(by_weight, group_size=group_size, inner=inner)
     first_step = wide(scale)
@@ -95,7 +106,7 @@ def _learn(
     learned, unit = _Learned(jnp.zeros_like(w), jnp.zeros_like(scale), zero), jnp.float32(1)
     total, start = losses(learned)
     unit = jnp.where(total > 0, total, 1.0) / w.size
-    rates = {name: optax.adam(optax.cosine_decay_schedule(rate, steps)) for name, rate in _LEARNING_RATES.items()}
+    rates = {name: optax.adam(_falling(rate, steps)) for name, rate in _LEARNING_RATES.items()}
     optimizer = optax.multi_transform(rates, _Learned("shift", "stretch", "zero"))
-    learned, _, best = lax.fori_loop(0, steps, body, (learned, optimizer.init(learned), start))
+    learned, _, best = lax.fori_loop(0, steps.astype(jnp.int32), body, (learned, optimizer.init(learned), start))
     return better(best, losses(learned)[1])

@@ -16,8 +16,6 @@ that gained nothing stays as it was rounded to nearest.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -44,7 +42,7 @@ def choice_of(fraction: jax.Array) -> jax.Array:
     return -jnp.log((ZETA - GAMMA) / (fraction - GAMMA) - 1.0)
 
 
-def undecided(v: jax.Array, step: jax.Array, steps: int) -> jax.Array:
+def undecided(v: jax.Array, step: jax.Array, steps: jax.Array) -> jax.Array:
     """Σ (1 - |2h(v) - 1|^β) with this step's β; 0 while warming up."""
     begun = _WARM_UP * steps
     progress = jnp.clip((step - begun) / jnp.maximum(steps - begun, 1.0), 0.0, 1.0)
@@ -56,11 +54,12 @@ def undecided(v: jax.Array, step: jax.Array, steps: int) -> jax.Array:
 def solve_adaround(w: jax.Array, h: jax.Array, rounded: SpQRArray, config: SpQRConfig) -> SpQRArray:
     """Learns for each weight of W [out, in] whether to round it up."""
     grid = weight_grid(rounded)
-    return with_codes(rounded, _learn(w, h, grid._replace(maxq=jnp.float32(grid.maxq)), config.solver_steps))
+    steps = jnp.float32(config.solver_steps)
+    return with_codes(rounded, _learn(w, h, grid._replace(maxq=jnp.float32(grid.maxq)), steps))
 
 
-@partial(jax.jit, static_argnums=3)
-def _learn(w: jax.Array, h: jax.Array, grid: WeightGrid, steps: int) -> jax.Array:
+@jax.jit
+def _learn(w: jax.Array, h: jax.Array, grid: WeightGrid, steps: jax.Array) -> jax.Array:
     place = w / grid.scale + grid.zero
     below = jnp.floor(place)
     nearest = grid.codes(w)
@@ -79,7 +78,7 @@ def _learn(w: jax.Array, h: jax.Array, grid: WeightGrid, steps: int) -> jax.Arra
         return adam_step(optimizer, jax.grad(loss)(v, step.astype(v.dtype)), state, v)
 
     v = choice_of(jnp.clip(place - below, 0.0, 1.0))
-    v, _ = lax.fori_loop(0, steps, body, (v, optimizer.init(v)))
+    v, _ = lax.fori_loop(0, steps.astype(jnp.int32), body, (v, optimizer.init(v)))
     up = (soft_choice(v) >= 0.5).astype(w.dtype)
     learned = jnp.clip(below + up, 0.0, grid.maxq)
     gained = row_losses(w - grid.values(learned), h) < nearest_losses

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from spqr_jax.array import SpQRArray
@@ -41,12 +42,13 @@ class _Split(NamedTuple):
 
 def solve_bit_split(w: jax.Array, h: jax.Array, rounded: SpQRArray, config: SpQRConfig) -> SpQRArray:
     """Quantizes W [out, in] bit by bit; of `rounded` only the layout is used."""
-    split = _descend(w, damped(h, config.damping), config.bits, rounded.group_size, config.solver_steps)
+    split = _descend(w, damped(h, config.damping), config.bits, rounded.group_size, jnp.int32(config.solver_steps))
     top = 2.0 ** (config.bits - 1) - 1.0
     codes = top + _stitched(split.bits)
-    return with_codes(rounded, codes, split.alpha, jnp.full_like(split.alpha, top))
+    return with_codes(rounded, codes, split.alpha, np.full(split.alpha.shape, top, np.float32))
 
 
+@jax.jit
 def _stitched(bits: jax.Array) -> jax.Array:
     """Σ_m 2^m t_m."""
     return jnp.tensordot(2.0 ** jnp.arange(bits.shape[0], dtype=bits.dtype), bits, axes=1)
@@ -56,8 +58,8 @@ def _half(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float16).astype(x.dtype)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _descend(w: jax.Array, h: jax.Array, bits: int, group_size: int, sweeps: int) -> _Split:
+@partial(jax.jit, static_argnums=(2, 3))
+def _descend(w: jax.Array, h: jax.Array, bits: int, group_size: int, sweeps: jax.Array) -> _Split:
     inner = w.shape[1]
     wide = partial(by_weight, group_size=group_size, inner=inner)
     split = _rounded(w, bits, group_size)

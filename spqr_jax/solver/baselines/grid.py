@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spqr_jax.array import SpQRArray
@@ -40,9 +41,15 @@ def weight_grid(array: SpQRArray) -> WeightGrid:
     A group whose scale is 0 holds one value, 0; there a scale of 1 and codes that stay at
     the zero point mean the same.
     """
-    scale, zero = array.statistics()
-    scale, zero = (by_weight(part, array.group_size, array.shape[1]) for part in (scale, zero))
-    return WeightGrid(jnp.where(scale == 0, 1.0, scale), zero, float(2**array.bits - 1))
+    scale, zero = _by_weight(array)
+    return WeightGrid(scale, zero, float(2**array.bits - 1))
+
+
+@jax.jit
+def _by_weight(array: SpQRArray) -> tuple[jax.Array, jax.Array]:
+    """Scale, never 0, and zero point of each weight."""
+    scale, zero = (by_weight(part, array.group_size, array.shape[1]) for part in array.statistics())
+    return jnp.where(scale == 0, 1.0, scale), zero
 
 
 def by_weight(statistic: jax.Array, group_size: int, inner: int) -> jax.Array:
@@ -56,19 +63,25 @@ def _packed(codes: jax.Array, padded_in: int, bits: int) -> jax.Array:
     return pack_codes(padded.astype(jnp.uint8), bits)
 
 
+@jax.jit
+def _stacked_halves(scale: jax.Array, zero: jax.Array | np.ndarray) -> jax.Array:
+    return jnp.stack([scale, zero], axis=-1).astype(jnp.float16)
+
+
 def with_codes(
-    array: SpQRArray, codes: jax.Array, scale: jax.Array | None = None, zero: jax.Array | None = None
+    array: SpQRArray, codes: jax.Array, scale: jax.Array | None = None, zero: jax.Array | np.ndarray | None = None
 ) -> SpQRArray:
     """The array with other codes [out, in], and statistics [out, groups] where its own are 16-bit floats."""
     stats_group = array.stats_group_size if array.quantized_stats else None
     layout = array_layout(array.shape, array.group_size, stats_group)
     changes = {"codes": _packed(codes, layout.padded_in, array.bits)}
     if scale is not None and zero is not None:
-        changes["tile_stats"] = jnp.stack([scale, zero], axis=-1).astype(jnp.float16)
+        changes["tile_stats"] = _stacked_halves(scale, zero)
     return dataclasses.replace(array, **changes)
 
 
-def damped(h: jax.Array, damping: float) -> jax.Array:
+@jax.jit
+def damped(h: jax.Array, damping: jax.Array | float) -> jax.Array:
     """H with a share of its mean diagonal added, and 1 for inputs that calibration never excites."""
     diagonal = jnp.diagonal(h)
     return h + jnp.diag(damping * jnp.mean(diagonal) + (diagonal == 0).astype(h.dtype))
