@@ -82,9 +82,12 @@ def unpack_codes(words: Any, bits: int) -> Any:
         raise SpQRError(f"{words.shape[-1]} words do not hold whole runs of {bits}-bit codes")
     runs = xp.asarray(words).astype(xp.uint32).reshape(*words.shape[:-1], -1, bits)
     mask = (1 << bits) - 1
-    word, shift = np.divmod(bits * np.arange(CODES_PER_RUN), 16)
-    pairs = runs | runs[..., np.minimum(np.arange(bits) + 1, bits - 1)] << 16  # a code may reach into the next word
-    codes = pairs[..., word] >> shift.astype(np.uint32) & mask
-    return codes.astype(xp.uint8 if bits <= 8 else xp.uint16).reshape(
-        *words.shape[:-1], words.shape[-1] // bits * CODES_PER_RUN
-    )
+    codes = []
+    for j in range(CODES_PER_RUN):
+        k, shift = divmod(j * bits, 16)
+        code = runs[..., k] >> shift
+        if shift + bits > 16:
+            code = code | (runs[..., k + 1] << (16 - shift))
+        codes.append((code & mask).astype(xp.uint8 if bits <= 8 else xp.uint16))
+    out = xp.stack(codes, axis=-1)
+    return out.reshape(*words.shape[:-1], words.shape[-1] // bits * CODES_PER_RUN)

@@ -31,7 +31,7 @@ from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_
 from spqr_jax.solver.outliers import leave_one_out_gain
 
 _PANEL = 128  # columns brought up to date by one matrix product, at least one group
-_ROWS = 128  # rows come in multiples of about so many
+_FEW_ROWS = 256  # up to which rows come in multiples of about half as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,13 @@ class ColumnSpec:
         return min(sizes, key=lambda size: (round_up(columns, size), abs(size - _PANEL)))
 
     def padded(self, columns: int, rows: int) -> tuple[int, int]:
-        """Columns and rows with their padding: whole panels and tiles, of few sizes, so that few programs are compiled.
+        """Columns and rows with their padding, whole panels and tiles.
 
-        Small matrices take next to no time to solve and seconds to compile for.
+        Few rows take next to no time to solve and seconds to compile for: they are padded to few different numbers.
         """
         tile = self.grid.stats_group_size if self.grid.quantized_stats else 1
-        return round_up(columns, self.panel(columns)), round_up(rows, round_up(_ROWS, tile))
+        step = round_up(_FEW_ROWS // 2, tile) if rows <= _FEW_ROWS else tile
+        return round_up(columns, self.panel(columns)), round_up(rows, step)
 
 
 class RowChoices(NamedTuple):
@@ -212,8 +213,8 @@ def _program(platform: str) -> Callable[..., SolvedColumns]:
     # On a CPU, LLVM's loop passes spoil the vector loops over the rows that XLA makes: without
     # them, and with full vectors, the loop takes half the time (benchmarks/quantize_time.py).
     options = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
-    asked_for = os.environ.get("XLA_FLAGS", "")
-    options = {name: value for name, value in options.items() if name not in asked_for}
+    flags = os.environ.get("XLA_FLAGS", "")  # what the user sets there stays
+    options = {name: value for name, value in options.items() if name not in flags}
     return jax.jit(_solve_columns, static_argnums=4, compiler_options=options or None)
 
 
