@@ -211,9 +211,9 @@ def solve_columns(
 def _program(platform: str) -> Callable[..., SolvedColumns]:
     # On a CPU, LLVM's loop passes spoil the vector loops over the rows that XLA makes: without
     # them, and with full vectors, the loop takes half the time (benchmarks/quantize_time.py).
-    options = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
-    asked_for = os.environ.get("XLA_FLAGS", "")
-    options = {name: value for name, value in options.items() if name not in asked_for}
+    cpu = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
+    flags = os.environ.get("XLA_FLAGS", "")  # what is asked for there stays
+    options = {name: value for name, value in cpu.items() if platform == "cpu" and name not in flags}
     return jax.jit(_solve_columns, static_argnums=4, compiler_options=options or None)
 
 
