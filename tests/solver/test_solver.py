@@ -111,6 +111,16 @@ def test_rows_share_nothing_but_their_tile():
     np.testing.assert_array_equal(np.asarray(first)[swap], second)
 
 
+def test_a_tile_that_is_not_full_is_as_if_its_last_row_were_repeated():
+    w, x = correlated_problem(20, 64)
+    config = SpQRConfig(outlier_threshold=INF)
+    short, full = (
+        np.asarray(quantize_weight(rows, hessian_of(x), config).to_dense())
+        for rows in (w, np.pad(w, ((0, 12), (0, 0)), mode="edge"))
+    )
+    np.testing.assert_array_equal(short, full[:20])
+
+
 def test_stacking_matrices_changes_nothing():
     w, x = correlated_problem(50, 96)
     w = np.asarray(w)
