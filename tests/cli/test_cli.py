@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from support.command import QUICK, spqr, spqr_process
 from support.family_files import write_gguf
-from support.model_files import byte_tokenizer, write_hf
+from support.model_files import byte_tokenizer, write_model_and_ids
 
 from spqr_jax import Generation, SpQRError
 from spqr_jax.cli.options import build_config
@@ -22,11 +21,7 @@ from spqr_jax.config import DEFAULT_PRESET, PRESETS
 
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    write_hf(folder / "model", tiny_model)
-    byte_tokenizer().save_pretrained(folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
-    return folder
+    return write_model_and_ids(tmp_path_factory.mktemp("cli"), tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import os
 import re
 import shutil
 
-import numpy as np
 import pytest
 from support.command import QUICK, spqr
-from support.model_files import byte_tokenizer, write_hf
+from support.model_files import write_model_and_ids
 
 from spqr_jax import DataError, ModelError
 from spqr_jax.report import read_run, render_page
@@ -21,10 +20,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `pl
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
     """A model, two quantized ones, what was measured of them, and an analysis of the first."""
-    folder = tmp_path_factory.mktemp("report")
-    write_hf(folder / "model", tiny_model)
-    byte_tokenizer().save_pretrained(folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
+    folder = write_model_and_ids(tmp_path_factory.mktemp("report"), tiny_model)
     text = ("--data", "ids.npy", "--seqlen", 64, "--windows", 5)
     commands = [
         ("quantize", "model", "--out", "three", "--bits", 3, "--calib", "ids.npy", *QUICK),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support import ROOT
 from support.harness_tasks import CHOICES
-from support.model_files import byte_tokenizer, write_hf
+from support.model_files import write_hf, write_model_and_ids
 
 SCRIPTS = ROOT / "scripts"
 
@@ -57,13 +57,7 @@ def run_script(name, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scripts")
-    write_hf(folder / "model", tiny_model)
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(2)
-    tokenizer.save_pretrained(folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
-    return folder
+    return write_model_and_ids(tmp_path_factory.mktemp("scripts"), tiny_model, eos_token=2)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.command import spqr
 from support.harness_tasks import ANSWERS, CHOICES, ROLLING
-from support.model_files import byte_tokenizer, write_hf
+from support.model_files import byte_tokenizer, write_model_and_ids
 
 from spqr_jax import SpQRError
 from spqr_jax.blocks import collect
@@ -24,11 +24,7 @@ def text(rng, length):
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
     """A tiny model with a tokenizer, and three tasks over local files."""
-    folder = tmp_path_factory.mktemp("harness")
-    write_hf(folder / "model", tiny_model)
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(2)
-    tokenizer.save_pretrained(folder / "model")
+    folder = write_model_and_ids(tmp_path_factory.mktemp("harness"), tiny_model, eos_token=2)
     rng, tasks = np.random.default_rng(0), folder / "tasks"
     tasks.mkdir()
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -37,3 +38,14 @@ def byte_tokenizer():
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     return fast
+
+
+def write_model_and_ids(folder, model, *, eos_token=None):
+    """Fills `folder`: the model as ``model`` with a byte tokenizer (`eos_token` ends a text), ``ids.npy``."""
+    write_hf(folder / "model", model)
+    tokenizer = byte_tokenizer()
+    if eos_token is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_token)
+    tokenizer.save_pretrained(folder / "model")
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
+    return folder
