@@ -29,7 +29,20 @@ def arguments() -> argparse.Namespace:
 def commands(model: str, small: str) -> dict[str, list[str]]:
     text = ["--seqlen", "512"]
     return {
-        "quantize": ["quantize", model, "--out", small, "--overwrite", "--calib", "pydoc", "--nsamples", "4", *text],
+        "quantize": [
+            "quantize",
+            model,
+            "--out",
+            small,
+            "--overwrite",
+            "--bits",
+            "3",
+            "--calib",
+            "pydoc",
+            "--nsamples",
+            "4",
+            *text,
+        ],
         "perplexity": ["perplexity", small, "--data", "pydoc", "--windows", "4", *text],
         "generate": ["generate", small, "--prompt", "A small robot", "--max-new-tokens", "32"],
     }
