@@ -89,3 +89,12 @@ def test_importing_needs_jax_and_numpy_only():
     code = f"import sys, spqr_jax; print([m for m in {heavy!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_no_test_file_imports_another():
+    """What tests share is in tests/support."""
+    for path in (PACKAGE.parent / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.rpartition(".")[2].startswith(("test_", "conftest"))], path
