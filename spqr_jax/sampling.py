@@ -42,7 +42,8 @@ class Sampling:
             ranked = min(1 << (self.top_k - 1).bit_length(), vocab_size)
         elif self.top_p < 1:
             ranked = vocab_size
-        values = (jnp.float32(self.temperature), jnp.int32(self.top_k or vocab_size), jnp.float32(self.top_p))
+        top_k = min(self.top_k or vocab_size, vocab_size)
+        values = (jnp.float32(self.temperature), jnp.int32(top_k), jnp.float32(self.top_p))
         return Draw(*values, ranked)
 
 

@@ -138,6 +138,7 @@ def test_temperature_zero_is_greedy():
         (Sampling(1.0, top_k=3, top_p=0.5), [1, 0, 0, 0]),
         (Sampling(1.0, top_k=3), np.array([0.5, 0.3, 0.15, 0]) / 0.95),  # ranked with a fourth, which is left out
         (Sampling(1.0, top_k=100), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(1.0, top_k=10**12), [0.5, 0.3, 0.15, 0.05]),
     ],
     ids=str,
 )
