@@ -19,3 +19,7 @@ class ModelError(SpQRError):
 
 class DataError(SpQRError):
     """Calibration or evaluation text is missing, empty or unusable."""
+
+
+class NotFiniteError(SpQRError):
+    """A result is no number: infinities or NaN arose in weights or activations."""

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
     ["errors", "_compat", "compile_cache"],
+    ["files"],
     ["atomic"],
     ["packing"],
     ["layout"],

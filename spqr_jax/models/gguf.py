@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError
+from spqr_jax.files.entries import Entries
 from spqr_jax.models.families import names_of_gguf
 from spqr_jax.models.gguf_header import BadHeader, read_header, tensor_bytes
 from spqr_jax.models.names import TensorSource
@@ -19,6 +20,10 @@ _WEIGHTS_AT_ONCE = 1 << 24  # that are read and dequantized before they take the
 class GGUFFile:
     """An open GGUF file: its key-value header, and its tensors, read when asked for.
 
+    Attributes:
+      label: the file's name, for messages.
+      entries: its header, through typed getters.
+
     Raises:
       ModelError: no GGUF file, another version, or truncated.
     """
@@ -26,17 +31,19 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.label, self._path = str(path), path
         try:
-            self._entries, self._tensors = read_header(path)
+            entries, self._tensors = read_header(path)
             self._sizes = {name: tensor_bytes(entry) for name, entry in self._tensors.items()}
             ends = [entry.offset + self._sizes[name][1] for name, entry in self._tensors.items()]
             if max(ends, default=0) > path.stat().st_size:
                 raise BadHeader(f"it has {path.stat().st_size} bytes, and tensors up to byte {max(ends)}: truncated?")
         except (BadHeader, OSError, ValueError, KeyError) as error:
             raise ModelError(f"{path} cannot be read as GGUF: {error}") from None
+        self.entries = Entries(entries, self.label)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A header entry, or `default`."""
-        return self._entries.get(key, default)
+        value = self.entries.raw(key)
+        return default if value is None else value
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._tensors.items()}

@@ -1,0 +1,221 @@
+"""Typed getters for what files say of themselves: config.json, GGUF headers, tokenizer settings, checkpoints' JSON.
+
+Nothing in such a file can be trusted to be there, or to have the type that it should
+have. Each getter returns a value of its type or raises one error that names the file,
+the key, what was found, what was expected and what to do. `null` is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from spqr_jax.errors import ModelError, SpQRError
+
+LARGEST = 2**31 - 1
+"""Sizes and token ids are 32-bit numbers."""
+
+_SHOWN = 60  # characters of a value in a message
+
+
+class Entries:
+    """Entries of a file by name, with typed getters.
+
+    Args:
+      values: as they were read.
+      label: the file, for messages.
+      defaults: what its owner takes for entries that are absent; None is absent.
+      prefix: of the keys, for entries inside an entry.
+      error: what is raised.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        label: str,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        prefix: str = "",
+        error: type[SpQRError] = ModelError,
+    ) -> None:
+        self._values = {name: value for name, value in values.items() if value is not None}
+        self._defaults = {name: value for name, value in (defaults or {}).items() if value is not None}
+        self.label, self._prefix, self._error = label, prefix, error
+
+    # ---- what is there --------------------------------------------------------------------------
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the file itself has the entry; a default does not count."""
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def raw(self, name: str) -> Any:
+        """The value as it was read, of any type; its default or None where there is none."""
+        return self._values.get(name, self._defaults.get(name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of the file as they were read, without defaults."""
+        return dict(self._values)
+
+    def changed(self, changes: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Entries:
+        """The same file with other values for some entries (None removes one), and further defaults below its own."""
+        return Entries(
+            {**self._values, **changes},
+            self.label,
+            defaults={**(defaults or {}), **self._defaults},
+            prefix=self._prefix,
+            error=self._error,
+        )
+
+    # ---- one value ------------------------------------------------------------------------------
+
+    def maybe_integer(self, name: str, *, least: int = 0, most: int = LARGEST) -> int | None:
+        """A whole number of at least `least` and at most `most`, or None where there is none."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():  # 4096.0, as some programs write it
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.refuse(name, f"a whole number from {least} to {most}")
+        return value
+
+    def integer(self, name: str, default: int | None = None, *, least: int = 0, most: int = LARGEST) -> int:
+        """As :meth:`maybe_integer`; an absent one is `default`, or an error where that is None."""
+        return self._given(name, self.maybe_integer(name, least=least, most=most), default, "a whole number")
+
+    def maybe_number(self, name: str, *, least: float = -math.inf) -> float | None:
+        """A finite number of at least `least`, or None where there is none."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not is_number(value) or not math.isfinite(value) or value < least:
+            self.refuse(name, "a finite number" + ("" if least == -math.inf else f" of at least {least:g}"))
+        return float(value)
+
+    def number(self, name: str, default: float | None = None, *, least: float = -math.inf) -> float:
+        """As :meth:`maybe_number`; an absent one is `default`, or an error where that is None."""
+        return self._given(name, self.maybe_number(name, least=least), default, "a number")
+
+    def maybe_text(self, name: str) -> str | None:
+        """A text, or None where there is none."""
+        value = self.raw(name)
+        if value is not None and not isinstance(value, str):
+            self.refuse(name, "a text")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """As :meth:`maybe_text`; an absent one is `default`, or an error where that is None."""
+        return self._given(name, self.maybe_text(name), default, "a text")
+
+    def maybe_flag(self, name: str) -> bool | None:
+        """True or false, or None where there is none."""
+        value = self.raw(name)
+        if value is not None and not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        return value
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        """As :meth:`maybe_flag`; an absent one is `default`, or an error where that is None."""
+        return self._given(name, self.maybe_flag(name), default, "true or false")
+
+    # ---- several values -------------------------------------------------------------------------
+
+    def integers(self, name: str, *, least: int = 0, most: int = LARGEST) -> list[int]:
+        """Whole numbers; one alone counts as a list of one, an absent entry as an empty list."""
+        values = self._list(name)
+        for value in values:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                self.refuse(name, f"whole numbers from {least} to {most}", value)
+        return values
+
+    def numbers(self, name: str) -> list[float]:
+        """Finite numbers; one alone counts as a list of one, an absent entry as an empty list."""
+        values = self._list(name)
+        for value in values:
+            if not is_number(value) or not math.isfinite(value):
+                self.refuse(name, "finite numbers", value)
+        return [float(value) for value in values]
+
+    def texts(self, name: str) -> list[str]:
+        """Texts; one alone counts as a list of one, an absent entry as an empty list."""
+        values = self._list(name)
+        for value in values:
+            if not isinstance(value, str):
+                self.refuse(name, "texts", value)
+        return values
+
+    def nested(self, name: str, defaults: Mapping[str, Any] | None = None) -> Entries:
+        """Entries inside an entry; an absent one has none."""
+        value = self.raw(name)
+        if value is not None and not isinstance(value, Mapping):
+            self.refuse(name, "an object with entries")
+        return Entries(value or {}, self.label, defaults=defaults, prefix=f"{self._prefix}{name}.", error=self._error)
+
+    # ---- errors ---------------------------------------------------------------------------------
+
+    def refuse(self, name: str, expected: str, found: Any = None) -> None:
+        """Raises the error of an entry that is there and is not what it should be.
+
+        Args:
+          name: of the entry.
+          expected: what it should be.
+          found: what in it is wrong; None for all of it.
+        """
+        found = self.raw(name) if found is None else found
+        raise self._error(
+            f"{self.label}: {self._prefix}{name} is {shown(found)}, expected {expected}: "
+            "correct the entry, or fetch the file again"
+        )
+
+    def lacks(self, name: str, expected: str) -> SpQRError:
+        """The error of an entry that is absent and has no default."""
+        return self._error(
+            f"{self.label} lacks {self._prefix}{name} ({expected}): add the entry, or fetch the file again"
+        )
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Errors that are raised inside name this file, if they do not yet."""
+        try:
+            yield
+        except SpQRError as error:
+            if self.label in str(error):
+                raise
+            raise type(error)(f"{self.label}: {error}") from None
+
+    def _given(self, name: str, value: Any, default: Any, expected: str) -> Any:
+        if value is not None:
+            return value
+        if default is None:
+            raise self.lacks(name, expected)
+        return default
+
+    def _list(self, name: str) -> list[Any]:
+        value = self.raw(name)
+        if value is None:
+            return []
+        if isinstance(value, Mapping):
+            self.refuse(name, "a list")
+        return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and no bool; one that float can hold."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 1000
+    return isinstance(value, float)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, shortened."""
+    if isinstance(value, dict) and len(value) > 5:
+        return f"an object of {len(value)} entries"
+    text = " ".join(repr(value[:5] if isinstance(value, list) else value).split())
+    if isinstance(value, list) and len(value) > 5:
+        text = f"{text[:-1]}, ...] ({len(value)} values)"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

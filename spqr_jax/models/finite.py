@@ -1,0 +1,53 @@
+"""Where numbers end: a result that is no number becomes an error that says where it began."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spqr_jax.errors import NotFiniteError
+from spqr_jax.models.attention import positions
+from spqr_jax.models.decoder import Decoder, embed, logits, pass_block
+
+
+def not_finite(result: str, params: Decoder, tokens: Any) -> NotFiniteError:
+    """The error of a result that is no number.
+
+    Args:
+      result: what is none, such as "the perplexity of window 3".
+      params: the model, as it was run; blocks run dense or quantized.
+      tokens: int32 [batch, seq], the text that led to it.
+    """
+    dtype = np.dtype(params.outer.final_norm.dtype)
+    return NotFiniteError(
+        f"{result} is not a number: {_where(params, jnp.asarray(tokens, jnp.int32))}; {advice(dtype)}"
+    )
+
+
+def advice(dtype: Any) -> str:
+    """What to try when values of this type are no longer finite."""
+    if np.dtype(dtype) == np.float16:
+        return "float16 holds nothing above 65504: try --dtype bfloat16 or --dtype float32"
+    return (
+        f"{np.dtype(dtype)} can hold what models compute, so the weights themselves are at fault: fetch or convert "
+        "the model again, and check it dense with 'spqr perplexity'"
+    )
+
+
+def _where(params: Decoder, tokens: jax.Array) -> str:
+    """The first part of the model whose output is not finite, in words."""
+    config = params.config
+    where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
+    residual = embed(config, params.outer, tokens, where)
+    if not bool(jnp.all(jnp.isfinite(residual))):
+        return "the embedding of the text is not finite"
+    for index, block in enumerate(params.layers):
+        residual = pass_block(config, block, residual, where)
+        if not bool(jnp.all(jnp.isfinite(residual))):
+            return f"activations are not finite from block {index} of {config.num_layers} on"
+    if not bool(jnp.all(jnp.isfinite(logits(config, params.outer, residual[:, -1])))):
+        return "all blocks are finite, the output head's logits are not"
+    return "the model's own numbers are finite: what was computed from them is not"
