@@ -1,6 +1,7 @@
 """The door: everything that comes from outside is read here, checked, and named in one message where it is wrong."""
 
 from spqr_jax.files.entries import Entries
+from spqr_jax.files.fields import read_fields
 from spqr_jax.files.json_file import read_json, read_object
 
-__all__ = ["Entries", "read_json", "read_object"]
+__all__ = ["Entries", "read_fields", "read_json", "read_object"]

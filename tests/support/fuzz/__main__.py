@@ -10,11 +10,10 @@ import traceback
 import warnings
 from pathlib import Path
 
+from spqr_jax.errors import SpQRError
 from support.fuzz.judge import Bench, grouped, judged_read
 from support.fuzz.pool import Outcome, Pool, make_seeds, scratch_folder, tasks_of
 from support.fuzz.readers import BY_NAME, READERS, Reader
-
-from spqr_jax.errors import SpQRError
 
 
 def main() -> int:

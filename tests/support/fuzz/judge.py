@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from support.fuzz.readers import Changes, Files, Reader
-
 import spqr_jax
 from spqr_jax.errors import SpQRError
+from support.fuzz.readers import Changes, Files, Reader
 
 SECONDS = 2.0
 """Of the processor's time that an input may take."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from support.fuzz import planted
 from support.fuzz.mutate_bytes import INTEGERS, mutate_bytes
 from support.fuzz.mutate_gguf import mutate_gguf

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.fuzz import mutate_gguf
-from support.fuzz.mutate_torch import Coo, torch_bytes
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES
 from spqr_jax.models.weights import Block, Decoder, Outer, block_shapes, outer_shapes
+from support.fuzz import mutate_gguf
+from support.fuzz.mutate_torch import Coo, torch_bytes
 
 _TEXTS = ["A line of text.", "Another, with numbers 12 345 and naïve 日本 🙂.", "", "  blanks  "]
 
@@ -70,6 +70,7 @@ def small_model(config: DecoderConfig) -> Decoder:
 def hf_configs(folder: Path) -> None:
     """config.json of every family, as transformers writes it and as we do."""
     import transformers
+
     from support.family_files import VARIANTS, torch_config
 
     transformers.logging.set_verbosity_error()
@@ -147,6 +148,7 @@ def chat_templates(folder: Path) -> None:
 def gguf_files(folder: Path) -> None:
     """Every family that has them, in float32 and quantized, with both kinds of tokenizer."""
     import gguf
+
     from support.family_files import write_gguf
 
     kinds = (None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0)
@@ -224,9 +226,9 @@ def spqr_directories(folder: Path) -> None:
 
 def spqr_words(folder: Path) -> None:
     from safetensors.numpy import save_file
-    from support.arrays import random_array
 
     from spqr_jax.formats.hf_spqr import pack_words
+    from support.arrays import random_array
 
     for number, (shape, share) in enumerate([((32, 48), 0.05), ((16, 16), 0.0), ((64, 32), 0.3)]):
         tensors = pack_words(random_array(shape, outliers=share, seed=number)).tensors()
@@ -236,9 +238,8 @@ def spqr_words(folder: Path) -> None:
 
 def _saved_matrix(array: Any) -> dict[str, Any]:
     """What the original's engine would have saved of a matrix."""
-    from support.arrays import dense
-
     from spqr_jax.packing import unpack_codes
+    from support.arrays import dense
 
     out, inner = array.shape
     names = [f"quant_layer_{kind}_qq_{part}" for kind in ("scale", "zero") for part in ("scale", "zero")]
