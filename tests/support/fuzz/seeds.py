@@ -203,7 +203,7 @@ def _tokenizer_entries(entries: list[tuple[str, int, Any]]) -> list[mutate_gguf.
 def _quantized() -> Decoder:
     from support.arrays import random_quantized
 
-    return random_quantized(small_model(small_config()))
+    return random_quantized(small_model(small_config(num_layers=1)))
 
 
 def checkpoints(folder: Path) -> None:
