@@ -19,8 +19,9 @@ Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 MOST_LAYERS, MOST_EXPERTS, MOST_HEAD_DIM = 4096, 4096, 65536
-MOST_LAYERS_TIMES_EXPERTS = 200_000
-"""More than any model has. A damaged file that tells of more would fill the memory with names alone."""
+MOST_LAYERS_TIMES_EXPERTS = 50_000
+"""More than any model has (Kimi K2: 61 x 384). A damaged file that tells of more would take seconds and gigabytes
+for the names of its weights alone."""
 
 
 class BlockKind(NamedTuple):

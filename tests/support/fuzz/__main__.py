@@ -76,9 +76,8 @@ def _report(outcome: Outcome, seconds: float, seed: int) -> None:
         inputs, spent = outcome.inputs[name], outcome.seconds[name]
         faults = sum(fault.reader == name for fault in outcome.faults)
         note = ", given up" if name in outcome.given_up else ""
-        print(
-            f"  {name:16} {inputs:8d} inputs {spent:7.1f} s {1e6 * spent / max(inputs, 1):9.0f} µs each  {faults} faults{note}"
-        )
+        each = 1e6 * spent / max(inputs, 1)
+        print(f"  {name:16} {inputs:8d} inputs {spent:7.1f} s {each:9.0f} µs each  {faults} faults{note}")
     groups = grouped(outcome.faults)
     for (reader, kind, place), faults in sorted(groups.items(), key=lambda item: -len(item[1])):
         first = faults[0]

@@ -19,8 +19,6 @@ import spqr_jax
 from spqr_jax.errors import SpQRError
 from support.fuzz.readers import Changes, Files, Reader
 
-SECONDS = 2.0
-"""Of the processor's time that an input may take."""
 MEMORY_FLOOR = 256 << 20
 """Bytes that an input may take beyond three times its files' size: threads, buffers and what libraries keep."""
 LONGEST_MESSAGE = 2000
@@ -124,7 +122,7 @@ def judged_read(reader: Reader, folder: Path, size: int) -> tuple[str, str, str]
     """Reads a folder under limits: None where all is well, else kind, place and message of the fault."""
     begun = time.process_time()
     try:
-        with_limits(size)
+        with_limits(size, reader.seconds)
         try:
             reader.read(folder)
         finally:
@@ -133,15 +131,15 @@ def judged_read(reader: Reader, folder: Path, size: int) -> tuple[str, str, str]
         if (problem := _message_problem(reader, folder, str(error))) is not None:
             return problem, place_of(error), str(error)[:300]
     except _TooSlow as error:
-        return "time", place_of(error), f"more than {SECONDS:g} s"
+        return "time", place_of(error), f"more than {reader.seconds:g} s"
     except MemoryError as error:
         return "memory", place_of(error), f"more than 3 times {size} bytes and {MEMORY_FLOOR >> 20} MiB: {error}"
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of Rust's is no Exception
         return type(error).__name__, place_of(error), _printable(str(error))[:300]
-    if time.process_time() - begun > SECONDS + 0.5:  # the clock's signal was swallowed
-        return "time", "", f"more than {SECONDS:g} s"
+    if time.process_time() - begun > reader.seconds + 0.5:  # the clock's signal was swallowed
+        return "time", "", f"more than {reader.seconds:g} s"
     return None
 
 
@@ -172,12 +170,12 @@ def place_of(error: BaseException) -> str:
     return f"spqr_jax{ours[-1].f_code.co_filename.removeprefix(_PACKAGE)}:{lines[-1]} {ours[-1].f_code.co_name}"
 
 
-def with_limits(size: int) -> None:
+def with_limits(size: int, seconds: float) -> None:
     with open("/proc/self/statm", "rb") as file:
         present = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (present + MEMORY_FLOOR + 3 * size, resource.RLIM_INFINITY))
     signal.signal(signal.SIGPROF, _too_slow)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def without_limits() -> None:

@@ -48,7 +48,7 @@ def mutate_tree(tree: Any, rng: random.Random, donor: Any = None) -> Any:
 def write_json(tree: Any, rng: random.Random) -> bytes:
     text = json.dumps(tree, ensure_ascii=True)
     if _DEEP[1:] in text:
-        depth = rng.choice((50, 500, 5000, 100_000))
+        depth = rng.choice((50, 500, rng.randrange(900, 1000), 5000, 100_000))
         text = text.replace(
             json.dumps(_DEEP), rng.choice(("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth))
         )
@@ -90,10 +90,18 @@ def _changed(value: Any, rng: random.Random, donor: Any) -> Any:
         near = (value + 1, value - 1, -value, value * 2, value * 1000, value / 2, str(value), [value, value])
         return rng.choice(near)
     if isinstance(value, str):
-        near = (value.upper(), value + "x", value[:-1], value * 50, value[::-1], value.encode().hex(), [value], 5)
+        near = (value.upper(), value + "x", value[:-1], value * 50, value[::-1], "0x" + value, [value], 5)
         return rng.choice(near)
     if isinstance(value, list):
-        return rng.choice((value[:-1], value + value[:1], value * 2, value[::-1], dict(enumerate(map(str, value)))))
+        return rng.choice(
+            (
+                value[:-1],
+                value + value[:1],
+                value * 2,
+                value[::-1],
+                {str(index): item for index, item in enumerate(value)},
+            )
+        )
     if isinstance(value, dict):
         return rng.choice((list(value), list(value.values()), {}, str(value)[:100]))
     return rng.choice(EXTREMES)

@@ -123,10 +123,11 @@ _NAMES = (
     ("torch.serialization", "_get_layout"), ("torch", "nn"), ("builtins", "eval"), ("torch", "ByteStorage"),
 )  # fmt: skip
 _PIECES = (
-    b"r\xff\xff\xff\x7f", b"p9999999999\n", b"q\x01", b"h\x01", b"j\xff\xff\xff\xff", b"g0\n", b"\x94", b"0", b"1", b"(",
-    b"t", b"l", b"d", b"s", b"u", b"a", b"e", b"R", b"Q", b"b", b"\x81", b"\x93", b".", b"N", b"]", b"}", b")", b"\x85",
-    b"\x86", b"\x87", b"\x88", b"I999999999999\n", b"L" + b"9" * 5000 + b"L\n", b"\x8b\xff\xff\xff\x7f", b"Fnan\n",
-    b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f", b"X\xff\xff\xff\x7f", b"\x8d" + b"\xff" * 8, b"V\\ud800\n", b"\x80\x05",
+    b"r\xff\xff\xff\x7f", b"p9999999999\n", b"q\x01", b"h\x01", b"j\xff\xff\xff\xff", b"g0\n", b"\x94", b"0", b"1",
+    b"(", b"t", b"l", b"d", b"s", b"u", b"a", b"e", b"R", b"Q", b"b", b"\x81", b"\x93", b".", b"N", b"]", b"}", b")",
+    b"\x85", b"\x86", b"\x87", b"\x88", b"I999999999999\n", b"L" + b"9" * 5000 + b"L\n", b"\x8b\xff\xff\xff\x7f",
+    b"Fnan\n", b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f", b"X\xff\xff\xff\x7f", b"\x8d" + b"\xff" * 8,
+    b"V\\ud800\n", b"\x80\x05",
     b"X\x01\x00\x00\x00a", b"K\x00", b"G\x7f\xf0\x00\x00\x00\x00\x00\x00", b"((" * 20, b")" + b"\x85" * 3000,
     b"]" * 2000, b")q\x07" + b"h\x07h\x07\x86q\x07" * 60,
 )  # fmt: skip

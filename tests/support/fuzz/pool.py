@@ -108,23 +108,29 @@ def _serve(channel: Any, journal: Any, folder: Path, scratch: Path, seed: int) -
     warnings.simplefilter("ignore")
     benches: dict[str, Bench] = {}
     while (message := channel.recv()) is not None:
-        task, deadline = message
         try:
-            if task.reader not in benches:
-                journal[0], journal[1] = _STARTING, time.monotonic_ns()
-                benches[task.reader] = Bench(BY_NAME[task.reader], folder, scratch, seed)
-                for fault in benches[task.reader].warm_up():
-                    channel.send(("fault", fault))
-        except Exception:
+            channel.send(_work(*message, channel, journal, benches, (folder, scratch, seed)))
+        except Exception:  # of the fuzzer itself
             channel.send(("broken", traceback.format_exc()))
             return
-        begun, number = time.perf_counter(), task.first
-        while number < task.end and time.monotonic() < deadline:
-            journal[0], journal[1] = number, time.monotonic_ns()
-            if (fault := benches[task.reader].judge(number)) is not None:
-                channel.send(("fault", fault))
-            number += 1
-        channel.send(("done", number - task.first, time.perf_counter() - begun))
+
+
+def _work(
+    task: Task, deadline: float, channel: Any, journal: Any, benches: dict[str, Bench], place: tuple[Path, Path, int]
+) -> tuple[str, int, float]:
+    """Carries out a task; faults are told at once."""
+    if task.reader not in benches:
+        journal[0], journal[1] = _STARTING, time.monotonic_ns()
+        benches[task.reader] = Bench(BY_NAME[task.reader], *place)
+        for fault in benches[task.reader].warm_up():
+            channel.send(("fault", fault))
+    begun, number = time.perf_counter(), task.first
+    while number < task.end and time.monotonic() < deadline:
+        journal[0], journal[1] = number, time.monotonic_ns()
+        if (fault := benches[task.reader].judge(number)) is not None:
+            channel.send(("fault", fault))
+        number += 1
+    return "done", number - task.first, time.perf_counter() - begun
 
 
 class _Process:
@@ -218,7 +224,7 @@ class Pool:
             self._replace(worker, workers, waiting, deadline, "crash")
             return
         if message[0] == "broken":
-            raise RuntimeError(f"{worker.task.reader} cannot begin:\n{message[1]}")
+            raise RuntimeError(f"the fuzzer itself failed with {worker.task}:\n{message[1]}")
         if message[0] == "fault":
             self.outcome.faults.append(message[1])
             return

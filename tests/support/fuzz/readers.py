@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,9 @@ from support.fuzz.mutate_gguf import mutate_gguf
 from support.fuzz.mutate_json import mutate_json
 from support.fuzz.mutate_safetensors import mutate_safetensors
 from support.fuzz.mutate_torch import mutate_torch
+
+SECONDS = 2.0
+"""Of the processor's time that an input may take."""
 
 Files = Mapping[str, bytes]
 Changes = dict[str, bytes | None]
@@ -35,6 +39,7 @@ class Reader:
       change: files of a variant, a source of chance, and another variant of the same kind, to what differs.
       read: reads a folder, as the command line or a library's user would.
       names_file: whether a message must name the folder or a file in it; requests have none.
+      seconds: of the processor's time that an input may take.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Reader:
     change: Callable[[Files, random.Random, Files], Changes]
     read: Callable[[Path], Any]
     names_file: bool = True
+    seconds: float = SECONDS
 
 
 # ---- which file, and how ----------------------------------------------------------------------------
@@ -75,6 +81,9 @@ def change_checkpoint(files: Files, rng: random.Random, other: Files) -> Changes
     return {name: mutate_json(files[name], rng)}
 
 
+_SHAPES = ([0, 16], [16, 16], [48, 32], [32, 48], [17, 16], [16], [], [2**31, 2**31], [-16, 16], [16, 2**16], [1, 2, 3])
+
+
 def change_words(files: Files, rng: random.Random, other: Files) -> Changes:
     """Numbers, types and sizes of the tensors, in a file that is sound as such."""
     from safetensors.numpy import load, save
@@ -92,14 +101,10 @@ def change_words(files: Files, rng: random.Random, other: Files) -> Changes:
         elif change == 4:
             array = rng.choice((array[:-1], array.repeat(2), array[None], array[:0], array[::-1].copy()))
         elif rng.random() < 0.3:
-            shape = rng.choice(
-                ([0, 16], [16, 16], [48, 32], [17, 16], [16], [2**31, 2**31], [-16, 16], [shape[1], shape[0]])
-            )
+            shape = rng.choice(_SHAPES)
         elif array.size and array.dtype.kind in "iu":
-            with np.errstate(all="ignore"):
-                array.reshape(-1)[rng.randrange(array.size)] = np.int64(rng.choice(INTEGERS) % 2**63).astype(
-                    array.dtype
-                )
+            number = np.int64(rng.choice(INTEGERS) % 2**63).astype(array.dtype)
+            array.reshape(-1)[rng.randrange(array.size)] = number
         tensors[name] = np.ascontiguousarray(array)
     return {"words.safetensors": save(tensors), "shape.json": json.dumps(shape).encode()}
 
@@ -206,7 +211,9 @@ def read_rule(folder: Path) -> Any:
     from spqr_jax.cli.options import parse_rule
     from spqr_jax.config import SpQRConfig
 
-    rule = parse_rule((folder / "rule.txt").read_bytes().decode("utf-8", "surrogateescape"))  # as a shell's argument
+    path = folder / "rule.txt"
+    text = path.read_bytes() if path.exists() else b""
+    rule = parse_rule(text.decode("utf-8", "surrogateescape"))  # as a shell's argument arrives
     return [SpQRConfig(rules=(rule,)).for_path(path) for path in ("layers.11.experts.3.down_proj", "lm_head")]
 
 
@@ -214,7 +221,7 @@ def _request(folder: Path) -> Any:
     """Values as a program would have read them; a text that is no JSON was never a request."""
     try:
         return json.loads((folder / "request.json").read_bytes())
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -232,17 +239,14 @@ def read_decoder_config(folder: Path) -> Any:
 
 
 def read_prompts(folder: Path) -> Any:
-    from spqr_jax import generate
+    """The checks before anything is compiled."""
     from spqr_jax.models.config import DecoderConfig
 
-    config = DecoderConfig(64, 32, 32, 2, 2, 1, 16, 1e-5, 1e4, 64, False)
     request = _request(folder)
     if not isinstance(request, dict) or not isinstance(request.get("max_new_tokens"), int):
         return None
-    import importlib
-
-    checked = importlib.import_module("spqr_jax.generate")._checked_prompts
-    del generate
+    checked = importlib.import_module("spqr_jax.generate")._checked_prompts  # the package has a function of this name
+    config = DecoderConfig(64, 32, 32, 2, 2, 1, 16, 1e-5, 1e4, 64, False)
     return checked(request.get("prompts", []), config, request["max_new_tokens"])
 
 
@@ -262,13 +266,13 @@ _DATA = {".npy": mutate_bytes, ".json": mutate_json, ".txt": mutate_bytes, ".jso
 _REQUEST = {".json": mutate_json}
 
 READERS: Sequence[Reader] = (
-    Reader("config", "hf_configs", 270, change_one(_JSON), read_config),
+    Reader("config", "hf_configs", 260, change_one(_JSON), read_config),
     Reader("directory", "hf_directories", 30, change_one(_DIRECTORY), read_model),
     Reader("safetensors", "safetensors_files", 90, change_one(_DIRECTORY), read_safetensors),
-    Reader("tokenizer", "tokenizers", 2, change_one(_TOKENIZER), read_tokenizer),
+    Reader("tokenizer", "tokenizers", 5, change_one(_TOKENIZER), read_tokenizer),
     Reader("chat", "chat_templates", 15, change_one({".jinja": mutate_bytes}), read_chat),
     Reader("gguf", "gguf_files", 170, change_one(_GGUF), read_model),
-    Reader("gguf-tokenizer", "gguf_files", 10, change_one(_GGUF), read_gguf_tokenizer),
+    Reader("gguf-tokenizer", "gguf_files", 18, change_one(_GGUF), read_gguf_tokenizer),
     Reader("checkpoint", "checkpoints", 2, change_checkpoint, read_model),
     Reader("spqr-words", "spqr_words", 70, change_words, read_words, names_file=False),
     Reader("spqr-directory", "spqr_directories", 10, change_one(_DIRECTORY), read_model),
@@ -281,7 +285,7 @@ READERS: Sequence[Reader] = (
     Reader("decoder-config", "decoder_configs", 40, change_one(_REQUEST), read_decoder_config, names_file=False),
     Reader("prompts", "prompts", 11, change_one(_REQUEST), read_prompts, names_file=False),
     *(
-        Reader(f"planted-{kind}", "rules", 0, change_one({".txt": mutate_bytes}), read, names_file=kind != "fine")
+        Reader(f"planted-{kind}", "rules", 0, change_one({".txt": mutate_bytes}), read, kind != "fine", seconds=0.2)
         for kind, read in planted.READS.items()
     ),
 )

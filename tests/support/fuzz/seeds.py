@@ -176,7 +176,8 @@ def _gguf_keys(config: DecoderConfig) -> dict[str, Any]:
 
 def _byte_level_entries() -> list[mutate_gguf.Group]:
     tokens = ["<s>", "</s>", "Ġ", *"abcdefghijklmnopqrstuvwxyz", "th", "the"]
-    entries = [("model", 8, "gpt2"), ("pre", 8, "qwen2"), ("tokens", 9, (8, tokens)), ("merges", 9, (8, ["t h", "th e"])),
+    entries = [("model", 8, "gpt2"), ("pre", 8, "qwen2"), ("tokens", 9, (8, tokens)),
+               ("merges", 9, (8, ["t h", "th e"])),
                ("token_type", 9, (5, [3, 3, *[1] * (len(tokens) - 2)])), ("add_bos_token", 7, False),
                ("chat_template", 8, CHAT_TEMPLATES[0])]  # fmt: skip
     return _tokenizer_entries(entries)
@@ -295,7 +296,7 @@ def legacy_folders(folder: Path) -> None:
             del rest[tensor]
     (saved / "not_quantized_weights.pt").write_bytes(torch_bytes(rest))
     arguments = {"wbits": 3, "groupsize": 16, "qq_scale_bits": 3, "qq_zero_bits": 3, "qq_groupsize": 16,
-                 "outlier_threshold": 0.2, "percdamp": 1.0, "permutation_order": "act_order", "model_path": "x"}  # fmt: skip
+                 "outlier_threshold": 0.2, "percdamp": 1.0, "permutation_order": "act_order"}  # fmt: skip
     (saved / "args.pt").write_bytes(torch_bytes(arguments))
     _write(saved / "base", "config.json", hf_config(model.config))
 
