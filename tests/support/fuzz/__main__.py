@@ -37,7 +37,7 @@ def _options() -> argparse.Namespace:
         "scripts/fuzz", description="Damaged inputs for every reader: docs/reliability.md."
     )
     parser.add_argument("--count", type=int, default=1_000_000, help="inputs in all (1000000)")
-    parser.add_argument("--seconds", type=float, help="stop after so many seconds of reading")
+    parser.add_argument("--seconds", type=float, help="stop after each process has read for so long")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", action="append", choices=list(BY_NAME), help="these alone; repeatable")

@@ -109,14 +109,14 @@ def _serve(channel: Any, journal: Any, folder: Path, scratch: Path, seed: int) -
     benches: dict[str, Bench] = {}
     while (message := channel.recv()) is not None:
         try:
-            channel.send(_work(*message, channel, journal, benches, (folder, scratch, seed)))
+            channel.send(_work(message, channel, journal, benches, (folder, scratch, seed)))
         except Exception:  # of the fuzzer itself
             channel.send(("broken", traceback.format_exc()))
             return
 
 
 def _work(
-    task: Task, deadline: float, channel: Any, journal: Any, benches: dict[str, Bench], place: tuple[Path, Path, int]
+    task: Task, channel: Any, journal: Any, benches: dict[str, Bench], place: tuple[Path, Path, int]
 ) -> tuple[str, int, float]:
     """Carries out a task; faults are told at once."""
     if task.reader not in benches:
@@ -124,13 +124,12 @@ def _work(
         benches[task.reader] = Bench(BY_NAME[task.reader], *place)
         for fault in benches[task.reader].warm_up():
             channel.send(("fault", fault))
-    begun, number = time.perf_counter(), task.first
-    while number < task.end and time.monotonic() < deadline:
+    begun = time.perf_counter()
+    for number in range(task.first, task.end):
         journal[0], journal[1] = number, time.monotonic_ns()
         if (fault := benches[task.reader].judge(number)) is not None:
             channel.send(("fault", fault))
-        number += 1
-    return "done", number - task.first, time.perf_counter() - begun
+    return "done", task.end - task.first, time.perf_counter() - begun
 
 
 class _Process:
@@ -147,12 +146,12 @@ class _Process:
         theirs.close()
         self.task: Task | None = None
 
-    def give(self, task: Task, deadline: float) -> None:
+    def give(self, task: Task) -> None:
         self.task = task
         self.journal[1] = time.monotonic_ns()
         if self.journal[0] != _STARTING:
             self.journal[0] = task.first
-        self.channel.send((task, deadline))
+        self.channel.send(task)
 
     def hangs(self) -> bool:
         limit = _START_SECONDS if self.journal[0] == _STARTING else HANG_SECONDS
@@ -182,22 +181,23 @@ class Pool:
         self._folder, self._scratch, self._seed = folder, scratch, seed
         self._started = 0
         self._lost: dict[str, int] = {}
+        self._seconds = float("inf")
         self.outcome = Outcome()
 
     def run(self, tasks: Iterable[Task], processes: int, seconds: float = float("inf")) -> Outcome:
-        """Runs them all, or as many as the time allows."""
-        waiting, deadline = deque(tasks), time.monotonic() + seconds
+        """Runs them all, or until the processes have read for so many seconds each."""
+        waiting, self._seconds = deque(tasks), processes * seconds
         workers = [self._start() for _ in range(processes)]
         try:
             for worker in workers:
-                self._feed(worker, waiting, deadline)
+                self._feed(worker, waiting)
             while busy := [worker for worker in workers if worker.task is not None]:
                 ready = multiprocessing.connection.wait([worker.channel for worker in busy], timeout=0.5)
                 for worker in busy:
                     if worker.channel in ready:
-                        self._hear(worker, workers, waiting, deadline)
+                        self._hear(worker, workers, waiting)
                     elif worker.hangs():
-                        self._replace(worker, workers, waiting, deadline, "hang")
+                        self._replace(worker, workers, waiting, "hang")
         finally:
             for worker in workers:
                 worker.end()
@@ -208,20 +208,20 @@ class Pool:
         os.environ.update(_ENVIRONMENT)
         return _Process(self._context, self._folder, self._scratch / f"{self._started}", self._seed)
 
-    def _feed(self, worker: _Process, waiting: deque[Task], deadline: float) -> None:
+    def _feed(self, worker: _Process, waiting: deque[Task]) -> None:
         worker.task = None
-        while waiting and time.monotonic() < deadline:
+        while waiting and sum(self.outcome.seconds.values()) < self._seconds:
             task = waiting.popleft()
             if task.reader not in self.outcome.given_up:
-                worker.give(task, deadline)
+                worker.give(task)
                 return
 
-    def _hear(self, worker: _Process, workers: list[_Process], waiting: deque[Task], deadline: float) -> None:
+    def _hear(self, worker: _Process, workers: list[_Process], waiting: deque[Task]) -> None:
         assert worker.task is not None
         try:
             message = worker.channel.recv()
         except (EOFError, ConnectionError):
-            self._replace(worker, workers, waiting, deadline, "crash")
+            self._replace(worker, workers, waiting, "crash")
             return
         if message[0] == "broken":
             raise RuntimeError(f"the fuzzer itself failed with {worker.task}:\n{message[1]}")
@@ -229,11 +229,9 @@ class Pool:
             self.outcome.faults.append(message[1])
             return
         self.outcome.add(worker.task.reader, message[1], message[2])
-        self._feed(worker, waiting, deadline)
+        self._feed(worker, waiting)
 
-    def _replace(
-        self, worker: _Process, workers: list[_Process], waiting: deque[Task], deadline: float, kind: str
-    ) -> None:
+    def _replace(self, worker: _Process, workers: list[_Process], waiting: deque[Task], kind: str) -> None:
         """Records the input that a process was at, and lets another one go on behind it."""
         task, number = worker.task, int(worker.journal[0])
         assert task is not None
@@ -250,4 +248,4 @@ class Pool:
         elif number + 1 < task.end:
             waiting.appendleft(Task(task.reader, number + 1, task.end))
         workers[workers.index(worker)] = fresh = self._start()
-        self._feed(fresh, waiting, deadline)
+        self._feed(fresh, waiting)
