@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError
+from spqr_jax.files import read_object
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.names import TensorSource
@@ -22,7 +23,7 @@ class SafetensorsReader:
         self.label = str(directory)
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            files = sorted(set(read_object(index).nested("weight_map").to_dict().values()))
         else:
             files = sorted(path.name for path in directory.glob("*.safetensors"))
         if not files:
@@ -59,26 +60,17 @@ def _open_safetensors(path: Path) -> Any:
         raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file, with an error that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
-
-
 def open_hf(directory: Path, dtype: Any) -> TensorSource:
     """A lazily read model from a Hugging Face directory, weights in `dtype`.
 
     Raises:
       ModelError: files that are missing or damaged, or a model that we do not run.
     """
-    values = read_json(directory / "config.json")
+    values = read_object(directory / "config.json")
     generation = directory / "generation_config.json"
     if generation.is_file():  # it names the tokens that end a turn of a chat, which config.json may not
-        values |= {"eos_token_id": read_json(generation).get("eos_token_id", values.get("eos_token_id"))}
+        ends = read_object(generation).integers("eos_token_id")
+        values = values.changed({"eos_token_id": list(dict.fromkeys(values.integers("eos_token_id") + ends))})
     family = family_of_hf(values)
     return TensorSource(SafetensorsReader(directory), family.table, family.from_hf(values), dtype)
 
