@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError
-from spqr_jax.files import read_object
+from spqr_jax.files import Entries, read_object
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.names import TensorSource
@@ -81,6 +82,41 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """The entries of a config.json from which transformers builds the model."""
     return FAMILIES[config.family].to_hf(config)
+
+
+_OF_QUANTIZED_WEIGHTS = ("quantization_config", "compression_config")
+
+
+def exported_config(config: DecoderConfig, dtype: Any, origin: Entries | None = None) -> dict[str, Any]:
+    """The entries of a config.json for a model that is written again.
+
+    They keep the form of the file that the model was read from: the same names, the same
+    rotary entries, whatever else other programs look for. Without such a file, or where
+    it describes another model (a part of one that also sees, say), they are made anew.
+
+    Args:
+      config: of the model.
+      dtype: of the weights as they are written.
+      origin: the config.json that the model came with, or None.
+    """
+    if origin is None or not _describes(origin, config):
+        return hf_config(config) | {"dtype": str(np.dtype(dtype))}
+    values = {name: value for name, value in origin.to_dict().items() if name not in _OF_QUANTIZED_WEIGHTS}
+    if origin.raw("tie_word_embeddings") is not None or config.tied_head != FAMILIES[config.family].ties(origin):
+        values["tie_word_embeddings"] = config.tied_head
+    return values | {"torch_dtype" if "torch_dtype" in values else "dtype": str(np.dtype(dtype))}
+
+
+def _describes(origin: Entries, config: DecoderConfig) -> bool:
+    """Whether a config.json makes the same model; of token ids and tying other files tell, too."""
+    if origin.raw("model_type") != config.family:
+        return False
+    try:
+        read = FAMILIES[config.family].from_hf(origin)
+    except ModelError:
+        return False
+    other = ("bos_token_id", "eos_token_ids", "tied_head")
+    return dataclasses.replace(read, **{name: getattr(config, name) for name in other}) == config
 
 
 def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:

@@ -69,6 +69,10 @@ class Family:
         with entries.blamed():
             return self.read_config(entries.changed({}, defaults=self.defaults))
 
+    def ties(self, values: Entries) -> bool:
+        """Whether a ``config.json`` ties the output head to the embedding."""
+        return values.changed({}, defaults=self.defaults).flag("tie_word_embeddings", False)
+
 
 # ---- config.json --------------------------------------------------------------------------------
 
