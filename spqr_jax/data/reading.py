@@ -14,6 +14,7 @@ from spqr_jax.data.corpora import CORPORA, Split, pydoc_text, read_corpus
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.files.entries import LARGEST
 from spqr_jax.files.records import TEXT_NAMES, Document, read_documents
+from spqr_jax.files.text import checked_characters
 
 Encode = Callable[[str], np.ndarray]
 Render = Callable[[list[dict[str, Any]]], str]
@@ -99,9 +100,10 @@ def _rendered(document: Document, render: Render | None) -> str:
         )
     assert not isinstance(document.content, str)
     try:
-        return render(document.content)
+        text = render(document.content)
     except SpQRError as error:
         raise type(error)(f"{document.place}: {error}") from None
+    return checked_characters(text, document.place)
 
 
 def _holds_ids(path: Path) -> bool:

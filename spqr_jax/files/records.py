@@ -18,7 +18,7 @@ from spqr_jax.errors import DataError
 from spqr_jax.files.entries import LARGEST, shown
 from spqr_jax.files.json_file import read_bytes
 from spqr_jax.files.tables import Row, csv_rows, json_rows, looks_like_json, no_text, parquet_rows
-from spqr_jax.files.text import decode_text
+from spqr_jax.files.text import checked_characters, decode_text
 
 Messages = list[dict[str, Any]]
 
@@ -114,7 +114,7 @@ def read_limited(path: Path) -> bytes:
 def _content(value: Any, place: str, label: str, names: Sequence[str]) -> str | Messages:
     """What a record says; an empty text where it says nothing."""
     if isinstance(value, str) and TEXT_NAMES[0] in names:
-        return _checked(value, place)
+        return checked_characters(value, place)
     if not isinstance(value, dict):
         raise DataError(
             f"{place}: {shown(value)}, expected a text, or an object with {' or '.join(names)}: correct or remove it"
@@ -131,13 +131,13 @@ def _content(value: Any, place: str, label: str, names: Sequence[str]) -> str | 
         except (ValueError, RecursionError):
             raise DataError(f"{place}: {name} is {shown(content)}, expected a list of messages as JSON") from None
     if isinstance(content, str):
-        return _checked(content, place)
+        return checked_characters(content, place)
     if not isinstance(content, list):
         raise DataError(f"{place}: {name} is {shown(content)}, expected a text or a list of messages")
     messages = [_message(message, f"{place}: {name}[{index}]") for index, message in enumerate(content)]
     system = value.get(_SYSTEM)
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _checked(system, place)})
+        messages.insert(0, {"role": "system", "content": system})
     return messages or ""
 
 
@@ -160,7 +160,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         content = "".join(_part(part, f"{place}: content[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
         raise DataError(f"{place}: content is {shown(content)}, expected a text")
-    return {**message, "role": role, "content": _checked(content, place)}
+    return {**message, "role": role, "content": content}
 
 
 def _part(part: Any, place: str) -> str:
@@ -169,15 +169,3 @@ def _part(part: Any, place: str) -> str:
         text: str = part["text"]
         return text
     raise DataError(f"{place} is {shown(part)}, expected {{'type': 'text', 'text': ...}}: only text is read")
-
-
-def _checked(text: str, place: str) -> str:
-    """The text, whose characters must be characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as problem:
-        raise DataError(
-            f"{place}: \\u{ord(text[problem.start]):04x} at character {problem.start} is half of a surrogate pair, no "
-            "character: write \\ufffd in its place, or remove the record"
-        ) from None
-    return text

@@ -86,6 +86,22 @@ def decode_text(data: bytes, label: str, error: type[SpQRError] = DataError) -> 
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def checked_characters(text: str, label: str, error: type[SpQRError] = DataError) -> str:
+    """The text, all of whose characters are some; JSON's escapes can stand for halves, which no tokenizer takes.
+
+    Raises:
+      SpQRError: of type `error`: half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise error(
+            f"{label}: \\u{ord(text[problem.start]):04x} at character {problem.start} is half of a surrogate pair, no "
+            "character: write \\ufffd in its place, or remove it"
+        ) from None
+    return text
+
+
 def _marked(data: bytes) -> tuple[str, int] | None:
     """The encoding by the byte order mark, and the bytes that the mark takes; None without one."""
     for mark, encoding in _MARKS:

@@ -174,6 +174,7 @@ BAD = {
     "an object of columns": ("a.json", lines({"text": ["one", "two"]}), r"text\[0\] is 'one', expected an object with"),
     "half a surrogate pair": ("a.jsonl", lines(ONE, r'{"text": "a\ud83d"}'), r"line 2: \\ud83d at character 1 is half"),
     "half a pair in a message": ("a.jsonl", message(role="user", content="\udc00"), "is half of a surrogate pair"),
+    "half a pair in a role": ("a.jsonl", message(role="\udc00", content="x"), "is half of a surrogate pair"),
     "a message without role": ("a.jsonl", message(content="x"), r"messages\[0\]: role is None, expected a text"),
     "a role of another type": ("a.jsonl", message(role=1, content="x"), "role is 1"),
     "a message without content": ("a.jsonl", message(role="user"), "content is None, expected a text"),
