@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,23 @@ def _add_special_tokens(file: GGUFFile, tokenizer: Any, add_bos: bool) -> None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    """A conversation in the model's chat template.
+
+    Raises:
+      ModelError: the model has no chat template, or one that does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError("this model has no chat template: use text without messages, or an instruction-tuned model")
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # templates are programs
+        raise ModelError(f"the chat template does not take these messages: {error}") from None
+    return text
 
 
 def encode_stream(tokenizer: Any, text: str) -> np.ndarray:
