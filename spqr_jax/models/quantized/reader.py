@@ -93,7 +93,7 @@ def open_tensors(directory: Path, config: Entries) -> DenseReader:
     modules, weights = _METHODS[description.key](reader, description, inputs_first)
     if not modules:
         note = f"{description.entries.label} names the quantization {description.method}, and no tensor has its form"
-        return _dense(reader, f"{note}: the weights are read as they are")
+        return _dense(reader, description.method, f"{note}: the weights are read as they are")
     return _quantized(reader, description, modules, weights)
 
 
@@ -133,9 +133,9 @@ def _open_undescribed(reader: SafetensorsReader) -> DenseReader:
     return _dense(reader)
 
 
-def _dense(reader: SafetensorsReader, note: str | None = None) -> DenseReader:
+def _dense(reader: SafetensorsReader, method: str = "a method without a name", note: str | None = None) -> DenseReader:
     """All tensors as they are; float8 without scales is said."""
-    _refuse_integers(reader, set())
+    _refuse_integers(reader, set(), method)
     float8 = [name for name, kind in reader.kinds().items() if kind in FLOAT8]
     if float8:
         said = f"{len(float8)} tensors are float8 without scales, such as {float8[0]}: they are read as the numbers "
@@ -143,7 +143,7 @@ def _dense(reader: SafetensorsReader, note: str | None = None) -> DenseReader:
     return DenseReader(reader, {}, set(), "float8 without scales" if float8 else None, _with_adapters(reader, note))
 
 
-def _refuse_integers(reader: SafetensorsReader, hidden: set[str], method: str = "a method without a name") -> None:
+def _refuse_integers(reader: SafetensorsReader, hidden: set[str], method: str) -> None:
     """A matrix of weights in integers is quantized, and without scales it says nothing."""
     for name, kind in reader.kinds().items():
         if name.endswith(".weight") and name not in hidden and kind[0] in "IU" and len(reader.shapes()[name]) > 1:
