@@ -31,7 +31,7 @@ MODEL_HELP = (
 DTYPES = ("float32", "bfloat16", "float16")
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json",
-              "chat_template*", "generation_config.json")  # fmt: skip
+              "chat_template*", "generation_config.json", "quant*_config.json", "hf_quant_config.json")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,16 @@ class OpenedModel:
       source: reads its parts.
       tokenizer: reads its tokenizer.
       quantized: whether its weights are `SpQRArray`s already.
+      quantized_by: what others quantized its weights by, which are dense again; None for a dense model.
+      note: what the user should know of its files.
     """
 
     label: str
     source: BlockSource
     tokenizer: Callable[[], Any]
     quantized: bool = False
+    quantized_by: str | None = None
+    note: str | None = None
 
     @property
     def first_token(self) -> int | None:
@@ -68,7 +72,7 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
       spec: see `MODEL_HELP`.
       dtype: type of the dense weights, one of `DTYPES`; None for `default_dtype`.
         A checkpoint of ours keeps its own.
-      say: told of downloads.
+      say: told of downloads, and of what the user should know of the model's files.
 
     Raises:
       ModelError: nothing of that kind, or a model that we do not run.
@@ -94,9 +98,9 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
                 names = ", ".join(model.name for model in models)
                 raise ModelError(f"{spec} holds several GGUF models: {names}; name one of them")
             return _open_gguf(spec, models[0], weights_dtype)
-        return _open_hf_directory(spec, path, weights_dtype)
+        return _open_hf_directory(spec, path, weights_dtype, say)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype)
+        return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
     raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}")
 
 
@@ -112,11 +116,14 @@ def _gguf_models(directory: Path) -> list[Path]:
     return [path for path in files if not later_part.fullmatch(path.name) and not path.name.startswith("mmproj")]
 
 
-def _open_hf_directory(spec: str, path: Path, dtype: Any) -> OpenedModel:
-    """Dense, or in Hugging Face's SpQR format."""
+def _open_hf_directory(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
+    """Dense, in Hugging Face's SpQR format, or in another one that is read as a dense model."""
     if is_hf_spqr(path):
         return OpenedModel(spec, HFSpQRSource(path, dtype), lambda: load_tokenizer(path), quantized=True)
-    return OpenedModel(spec, open_hf(path, dtype), lambda: load_tokenizer(path))
+    source = open_hf(path, dtype)
+    if source.note is not None:
+        say(f"{spec}: {source.note}")
+    return OpenedModel(spec, source, lambda: load_tokenizer(path), quantized_by=source.quantized_by, note=source.note)
 
 
 def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:

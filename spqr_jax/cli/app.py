@@ -182,6 +182,7 @@ def quantize(
     paths = quantizable_paths(opened.source, config)
     provenance: dict[str, Any] = {"model": model, "method": method, "calibration": calibration, "tuned": None}
     provenance["command"] = shlex.join(["spqr", *sys.argv[1:]])
+    provenance["source_quantization"] = opened.quantized_by
     if plan is not None:
         provenance["target_bits"] = plan.target_bits
     memory = TreeSink(opened.source.config)
@@ -219,6 +220,8 @@ def quantize(
     write_json(
         json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
     )
+    if opened.note is not None:
+        say(opened.note)
 
 
 def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, settings: TuneConfig) -> None:

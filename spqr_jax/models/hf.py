@@ -11,54 +11,12 @@ import numpy as np
 
 from spqr_jax.errors import ModelError
 from spqr_jax.files import Entries, read_object
+from spqr_jax.files.safetensors_file import refuse_adapter
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.names import TensorSource
+from spqr_jax.models.quantized import open_tensors
 from spqr_jax.models.weights import OUTER_NAMES, Decoder
-
-
-class SafetensorsReader:
-    """The safetensors files of one directory, each opened anew for every tensor: of none anything stays mapped."""
-
-    def __init__(self, directory: Path) -> None:
-        self.label = str(directory)
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(read_object(index).nested("weight_map").to_dict().values()))
-        else:
-            files = sorted(path.name for path in directory.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{directory} has no *.safetensors file; other weight formats are not read (no pickles)")
-        missing = [name for name in files if not (directory / name).is_file()]
-        if missing:
-            raise ModelError(f"{directory}: {index.name} names files that are not there: {', '.join(missing)}")
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for name in files:
-            with _open_safetensors(directory / name) as file:
-                for tensor in file.keys():  # noqa: SIM118 (not a dict)
-                    if tensor in self._files:
-                        raise ModelError(f"{directory}: tensor {tensor} stands in more than one file")
-                    self._files[tensor] = directory / name
-                    self._shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def read(self, name: str, dtype: Any = None) -> np.ndarray:
-        """One tensor, an array of its own; `dtype` None for the file's."""
-        with _open_safetensors(self._files[name]) as file:
-            value = np.asarray(file.get_tensor(name))
-        return value if dtype is None else value.astype(dtype, copy=False)
-
-
-def _open_safetensors(path: Path) -> Any:
-    import safetensors
-
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except Exception as error:  # its own SafetensorError for a bad header, OSError for the rest
-        raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def open_hf(directory: Path, dtype: Any) -> TensorSource:
@@ -67,13 +25,15 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
     Raises:
       ModelError: files that are missing or damaged, or a model that we do not run.
     """
+    refuse_adapter(directory)
     values = read_object(directory / "config.json")
+    tensors = open_tensors(directory, values)
     generation = directory / "generation_config.json"
     if generation.is_file():  # it names the tokens that end a turn of a chat, which config.json may not
         ends = read_object(generation).integers("eos_token_id")
         values = values.changed({"eos_token_id": list(dict.fromkeys(values.integers("eos_token_id") + ends))})
     family = family_of_hf(values)
-    return TensorSource(SafetensorsReader(directory), family.table, family.from_hf(values), dtype)
+    return TensorSource(tensors, family.table, family.from_hf(values), dtype)
 
 
 # ---- writing ----------------------------------------------------------------------------

@@ -159,6 +159,8 @@ class TensorSource:
         config = _with_the_head_that_is_there(reader, table, config)
         self._reader, self._config, self._dtype = reader, config, dtype
         self._found = _match(reader, table, config)
+        self.note: str | None = getattr(reader, "note", None)  # what the user should know of the tensors
+        self.quantized_by: str | None = getattr(reader, "quantized_by", None)
 
     @property
     def config(self) -> DecoderConfig:
@@ -250,6 +252,8 @@ def _match(reader: TensorReader, table: Table, config: DecoderConfig) -> dict[st
     problems = []
     for tensor, shape in reader.shapes().items():
         bare = table.bare(tensor)
+        if bare not in rows and tensor in getattr(reader, "spare", ()):
+            continue
         if ignored.fullmatch(tensor) or (config.tied_head and bare in heads):
             continue
         if bare not in rows:
