@@ -468,7 +468,7 @@ def test_scales_that_are_no_numbers_are_named(tmp_path, tiny_model):
         return parts, dense
 
     write_quantized(tmp_path / "m", tiny_model, pack, FP8)
-    with pytest.raises(ModelError, match=r"not finite: model\.layers\.0\.self_attn\.q_proj\.weight"):
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj\.weight.* not finite"):
         open_hf(tmp_path / "m", jnp.float32).block(0)
 
 
