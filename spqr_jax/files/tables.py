@@ -52,17 +52,27 @@ def _json_values(text: str, label: str) -> Iterator[Row]:
 
 
 def looks_like_json(text: str) -> bool:
-    """Whether a file of any name holds JSON records: its first line is an object, or all of it an array of objects."""
+    """Whether a file of any name holds JSON records: one of its first two lines is an object, or all of it an array."""
     begun = text[:1000].lstrip()[:1]
-    try:
-        if begun == "{":
-            return bool(json.loads(text.lstrip().partition("\n")[0]))
-        if begun == "[":
+    if begun == "{":  # two lines, so that a broken first one is said and not read as prose
+        first, _, rest = text.lstrip().partition("\n")
+        return _is_object(first) or _is_object(rest.lstrip().partition("\n")[0])
+    if begun == "[":
+        try:
             values = json.loads(text)
-            return bool(values) and all(isinstance(value, dict) for value in values)
-    except (ValueError, RecursionError):
-        pass
+        except (ValueError, RecursionError):
+            return False
+        return bool(values) and all(isinstance(value, dict) for value in values)
     return False
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object with something in it."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value)
 
 
 def csv_rows(text: str, label: str, delimiters: str, names: Sequence[str], more: Sequence[str]) -> Iterator[Row]:

@@ -157,6 +157,7 @@ BAD = {
     "only nulls": ("a.jsonl", lines({"text": None}), "holds no text"),
     "an empty array": ("a.json", "[]", "holds no text"),
     "a broken line": ("a.jsonl", lines(*[ONE] * 16, '{"text": "one}', *[ONE] * 3), "line 17: not valid JSON"),
+    "a first line cut short": ("a.txt", lines('{"text": "on', ONE, ONE), "line 1: not valid JSON"),
     "a line cut short": ("a.txt", lines(ONE, ONE, '{"text": "on'), "line 3: not valid JSON"),
     "prose": ("a.jsonl", "Some prose.", "line 1: not valid JSON.*plain text"),
     "nested too deeply": ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1: the JSON is nested too deeply"),
