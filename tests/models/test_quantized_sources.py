@@ -195,6 +195,15 @@ def test_gpt2_has_its_inputs_first(tmp_path):
     np.testing.assert_array_equal(reader.read("m.weight", np.float32), dense.T)
 
 
+def test_a_group_size_that_is_not_told_is_that_of_the_tensors(tmp_path):
+    told = {name: value for name, value in GPTQ.items() if name != "group_size"}
+    for size in (16, 96):
+        parts, dense = packers.gptq(WEIGHT, size=size)
+        reader = opened(tmp_path, module(parts), told)
+        np.testing.assert_array_equal(reader.read("m.weight", np.float32), dense)
+        assert "otherwise" not in reader.note
+
+
 @pytest.mark.parametrize("order", [np.zeros(96, np.int32), None])
 def test_neighbours_are_groups_without_an_order(tmp_path, order):
     parts, dense = packers.gptq(WEIGHT)
@@ -262,6 +271,12 @@ def test_dense_weights_beside_an_entry_that_is_left_over_are_read(tmp_path, meth
     np.testing.assert_array_equal(reader.read("m.weight", np.float32), WEIGHT)
     assert reader.quantized_by is None
     assert f"names the quantization {method}, and no tensor has its form" in reader.note
+
+
+def test_a_cache_alone_may_be_quantized(tmp_path):
+    quantization = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    reader = opened(tmp_path, {"m.weight": WEIGHT, "k_proj.k_scale": np.ones(1, np.float32)}, quantization)
+    assert set(reader.shapes()) == {"m.weight"}
 
 
 def test_a_dense_model_says_nothing(tmp_path):
@@ -355,7 +370,7 @@ DAMAGE = [
     ("compressed, asymmetric", without("weight_zero_point"), r"lacks m\.weight_zero_point"),
     ("compressed, asymmetric", cut("weight_zero_point"), r"expected \(8, 6\)"),
     ("compressed in an order", without("weight_g_idx"), r"lacks m\.weight_g_idx"),
-    ("compressed int8", without("weight_scale"), "is of the type I8 without scales"),
+    ("compressed int8", without("weight_scale"), "m.weight, of the type I8, is of a model that is quantized"),
 ]
 
 
@@ -428,11 +443,26 @@ def test_descriptions_are_not_trusted(tmp_path, quantization, says):
 
 
 def test_words_without_a_description_are_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"quantized already \(m.qweight\), and nothing says how"):
-        opened(tmp_path, module(packers.gptq(WEIGHT)[0]))
-    for kind in (np.int8, np.uint32):
-        with pytest.raises(ModelError, match=r"m.weight is of the type \w+ without scales"):
-            opened(tmp_path, {"m.weight": np.ones((4, 4), kind)})
+    for tensors in (module(packers.gptq(WEIGHT)[0]), module(packers.int8(WEIGHT)[0]), {"m.weight": WEIGHT.astype(int)}):
+        with pytest.raises(
+            ModelError, match=r"m\.\w+, of the type \w+, is of a model that is quantized .*nothing says"
+        ):
+            opened(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("told", ["gptq of 4 bits", "awq", "fp8", "compressed int8"])
+def test_tensors_of_another_method_than_the_one_that_is_told_are_refused(tmp_path, told):
+    others = {
+        "gptq of 4 bits": "fp8",
+        "awq": "compressed, symmetric",
+        "fp8": "awq",
+        "compressed int8": "gptq of 4 bits",
+    }
+    quantization = LAYOUTS[told][1]
+    tensors = module(LAYOUTS[others[told]][0](WEIGHT)[0])
+    for more in ({}, module(LAYOUTS[told][0](WEIGHT)[0], "n")):
+        with pytest.raises(ModelError, match=f"not as .*config.json says, quantized by {quantization['quant_method']}"):
+            opened(tmp_path, tensors | more, quantization)
 
 
 # ---- whole models --------------------------------------------------------------------------------

@@ -138,6 +138,6 @@ def find_modules(
     return {name: Module(reader, name, method, found) for name, found in groups.items() if found & set(if_any)}
 
 
-def tensors_of(modules: Mapping[str, Module], parts: Collection[str]) -> set[str]:
+def tensors_of(modules: Mapping[str, Module], parts: Collection[str]) -> frozenset[str]:
     """The names of all parts of the modules."""
-    return {f"{name}.{part}" for name, module in modules.items() for part in parts if part in module}
+    return frozenset(f"{name}.{part}" for name, module in modules.items() for part in parts if part in module)

@@ -137,7 +137,10 @@ def _plus_one(words: np.ndarray, bits: int) -> np.ndarray:
 
 def _group_size(module: Module, entries: Entries, inputs: int, groups: int) -> tuple[int, bool]:
     """Inputs that share scales, and whether the configuration has the same."""
-    asked = entries.integer("group_size", entries.integer("q_group_size", GROUP_SIZE, least=-1), least=-1)
+    asked = entries.maybe_integer("group_size", least=-1)
+    asked = entries.maybe_integer("q_group_size", least=-1) if asked is None else asked
+    if asked is None:
+        asked = GROUP_SIZE if -(-inputs // GROUP_SIZE) == groups else inputs // groups
     size = inputs if asked in (-1, 0) else asked
     if -(-inputs // size) == groups:
         return size, True
