@@ -20,7 +20,7 @@ from spqr_jax.blocks import collect
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.files import Entries
 from spqr_jax.models.hf import hf_config, hf_tensors, open_hf
-from spqr_jax.models.quantized import open_tensors
+from spqr_jax.models.quantized import dequantize, open_tensors
 
 WEIGHT = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
 
@@ -113,7 +113,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_are_what_the_packed_tensors_stand_for(tmp_path, layout):
+def test_weights_are_what_the_packed_tensors_stand_for(tmp_path, monkeypatch, layout):
     pack, quantization = LAYOUTS[layout]
     parts, dense = pack(WEIGHT)
     reader = opened(tmp_path, module(parts) | {"m.bias": np.ones(64, np.float32)}, quantization)
@@ -124,6 +124,7 @@ def test_weights_are_what_the_packed_tensors_stand_for(tmp_path, layout):
     assert reader.quantized_by.startswith(quantization["quant_method"])
     assert "they are dequantized" in reader.note
     assert "otherwise" not in reader.note
+    monkeypatch.setattr(dequantize, "_WEIGHTS_AT_ONCE", 1)  # then it is done in two steps
     half = reader.read("m.weight", ml_dtypes.bfloat16)
     np.testing.assert_array_equal(half, dense.astype(ml_dtypes.bfloat16))
 
