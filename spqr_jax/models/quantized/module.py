@@ -115,7 +115,7 @@ class Module:
         )
 
 
-Found = tuple[dict[str, Module], dict[str, QuantizedWeight]]
+QuantizedModules = tuple[dict[str, Module], dict[str, QuantizedWeight]]
 """Quantized modules, and their weights, by the names of the modules."""
 
 
@@ -135,7 +135,7 @@ def find_modules(
         name, _, part = tensor.rpartition(".")
         if part in parts:
             groups.setdefault(name, set()).add(part)
-    return {name: Module(reader, name, method, found) for name, found in groups.items() if found & set(if_any)}
+    return {name: Module(reader, name, method, present) for name, present in groups.items() if present & set(if_any)}
 
 
 def tensors_of(modules: Mapping[str, Module], parts: Collection[str]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from spqr_jax.files import Entries
 from spqr_jax.files.safetensors_file import SafetensorsReader
 from spqr_jax.models.quantized import compressed, packed, scaled
 from spqr_jax.models.quantized.method import Description, read_description
-from spqr_jax.models.quantized.module import FLOAT8, FLOATS, Found, Module, QuantizedWeight, tensors_of
+from spqr_jax.models.quantized.module import FLOAT8, FLOATS, Module, QuantizedModules, QuantizedWeight, tensors_of
 
 _OF_ACTIVATIONS = frozenset(
     {"input_scale", "activation_scale", "act_scale", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
@@ -27,7 +27,7 @@ _PARTS = frozenset({*scaled.PARTS, *packed.PARTS, *compressed.PARTS} - {"weight"
 _SHOWN = 3
 
 
-_METHODS: dict[str, Callable[[SafetensorsReader, Description, bool], Found]] = {
+_METHODS: dict[str, Callable[[SafetensorsReader, Description, bool], QuantizedModules]] = {
     "fp8": scaled.find_fp8,
     "fbgemm-fp8": scaled.find_fp8,
     "modelopt": scaled.find_fp8,
