@@ -16,8 +16,8 @@ from spqr_jax import ModelError
 from spqr_jax.files import safetensors_file
 from spqr_jax.files.safetensors_file import SafetensorsReader, refuse_adapter
 
-ONE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
-OTHER = {"b": np.ones(2, np.float32)}
+MODEL = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+STRAY = {"b": np.ones(2, np.float32)}
 INDEX = "model.safetensors.index.json"
 
 
@@ -43,7 +43,7 @@ def names(directory):
 
 @pytest.mark.parametrize("stray", ["consolidated", "adapter_model", "model-q4", "model-00001-of-00002", "optimizer"])
 def test_model_safetensors_is_the_model_whatever_lies_beside(tmp_path, stray):
-    write(tmp_path, model__safetensors=ONE, **{f"{stray}__safetensors": OTHER}, pytorch_model__bin=b"x")
+    write(tmp_path, model__safetensors=MODEL, **{f"{stray}__safetensors": STRAY}, pytorch_model__bin=b"x")
     assert names(tmp_path) == {"a"}
     index = {"weight_map": {"b": f"{stray}.safetensors"}}
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -51,15 +51,15 @@ def test_model_safetensors_is_the_model_whatever_lies_beside(tmp_path, stray):
 
 
 def test_an_index_names_the_files(tmp_path):
-    write(tmp_path, x__safetensors=ONE, y__safetensors=OTHER | ONE, z__safetensors={"c": np.ones(1)})
+    write(tmp_path, x__safetensors=MODEL, y__safetensors=STRAY | MODEL, z__safetensors={"c": np.ones(1)})
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
     assert names(tmp_path) == {"a", "b"}
-    np.testing.assert_array_equal(SafetensorsReader(tmp_path).read("a"), ONE["a"])
+    np.testing.assert_array_equal(SafetensorsReader(tmp_path).read("a"), MODEL["a"])
 
 
 def test_links_are_followed_as_the_hub_has_them(tmp_path):
     (tmp_path / "blobs").mkdir()
-    save_file(ONE, tmp_path / "blobs" / "123")
+    save_file(MODEL, tmp_path / "blobs" / "123")
     (tmp_path / "snapshot").mkdir()
     os.symlink("../blobs/123", tmp_path / "snapshot" / "model.safetensors")
     assert names(tmp_path / "snapshot") == {"a"}
@@ -69,7 +69,7 @@ def test_links_are_followed_as_the_hub_has_them(tmp_path):
 
 
 def test_a_file_that_the_configuration_asks_for_is_read(tmp_path):
-    write(tmp_path, model__safetensors=ONE, other__safetensors=OTHER)
+    write(tmp_path, model__safetensors=MODEL, other__safetensors=STRAY)
     assert set(SafetensorsReader(tmp_path, "other.safetensors").shapes()) == {"b"}
     for name in ("../m.safetensors", "gone.safetensors"):
         with pytest.raises(ModelError, match=r"expected a file of the directory|is not there"):
@@ -77,7 +77,9 @@ def test_a_file_that_the_configuration_asks_for_is_read(tmp_path):
 
 
 def test_without_usual_names_every_file_counts_but_adapters(tmp_path):
-    write(tmp_path, gptq_model__safetensors=ONE, part2__safetensors=OTHER, adapter_model__safetensors={"x": np.ones(1)})
+    write(
+        tmp_path, gptq_model__safetensors=MODEL, part2__safetensors=STRAY, adapter_model__safetensors={"x": np.ones(1)}
+    )
     write(tmp_path, consolidated__safetensors={"tok_embeddings.weight": np.ones(1)})
     assert names(tmp_path) == {"a", "b"}
 
@@ -87,11 +89,14 @@ def test_without_usual_names_every_file_counts_but_adapters(tmp_path):
     [
         ({}, r"has no \*.safetensors file.*no pickles"),
         ({"pytorch_model__bin": b"x"}, "has its weights in pytorch_model.bin only.*no pickles are read"),
-        ({"adapter_model__safetensors": ONE, "adapter_config__json": {}}, "a LoRA adapter, no model: merge it"),
-        ({"consolidated__safetensors": ONE}, "consolidated.safetensors only, under Mistral's own names"),
+        ({"adapter_model__safetensors": MODEL, "adapter_config__json": {}}, "a LoRA adapter, no model: merge it"),
+        ({"consolidated__safetensors": MODEL}, "consolidated.safetensors only, under Mistral's own names"),
         ({"model-q4__gguf": b"GGUF"}, "but model-q4.gguf: give that file"),
-        ({"model-00001-of-00003__safetensors": ONE}, "of 3 files of weights, model-00002-of-00003.safetensors, model"),
-        ({"x__safetensors": ONE, "y__safetensors": ONE}, "tensor a stands in x.safetensors and in y.safetensors"),
+        (
+            {"model-00001-of-00003__safetensors": MODEL},
+            "of 3 files of weights, model-00002-of-00003.safetensors, model",
+        ),
+        ({"x__safetensors": MODEL, "y__safetensors": MODEL}, "tensor a stands in x.safetensors and in y.safetensors"),
     ],
 )
 def test_directories_without_a_model_say_what_they_hold(tmp_path, files, says):
@@ -102,7 +107,7 @@ def test_directories_without_a_model_say_what_they_hold(tmp_path, files, says):
 
 def test_an_adapter_alone_is_told_before_its_missing_configuration(tmp_path):
     refuse_adapter(tmp_path)
-    write(tmp_path, adapter_model__safetensors=ONE, adapter_config__json={})
+    write(tmp_path, adapter_model__safetensors=MODEL, adapter_config__json={})
     with pytest.raises(ModelError, match="a LoRA adapter, no model"):
         refuse_adapter(tmp_path)
 
@@ -124,7 +129,7 @@ def test_an_adapter_alone_is_told_before_its_missing_configuration(tmp_path):
     ],
 )
 def test_an_index_is_not_trusted(tmp_path, index, says):
-    write(tmp_path, x__safetensors=ONE)
+    write(tmp_path, x__safetensors=MODEL)
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(ModelError, match=says):
         SafetensorsReader(tmp_path)
@@ -164,7 +169,7 @@ def test_damaged_files_are_one_message(tmp_path, content, says):
 
 @pytest.mark.parametrize("what", ["open", "listdir"])
 def test_what_must_not_be_read_is_one_message(tmp_path, monkeypatch, what):
-    write(tmp_path, model__safetensors=ONE)
+    write(tmp_path, model__safetensors=MODEL)
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -181,7 +186,7 @@ def test_a_directory_in_place_of_the_file_is_one_message(tmp_path):
 
 
 def test_a_file_that_shrinks_later_is_one_message(tmp_path):
-    write(tmp_path, model__safetensors=ONE)
+    write(tmp_path, model__safetensors=MODEL)
     reader = SafetensorsReader(tmp_path)
     os.truncate(tmp_path / "model.safetensors", 90)
     with pytest.raises(ModelError, match="has become shorter"):
@@ -210,9 +215,9 @@ def test_types_are_read_as_they_are(tmp_path):
 
 
 def test_nothing_of_a_file_stays_mapped(tmp_path):
-    write(tmp_path, model__safetensors=ONE)
+    write(tmp_path, model__safetensors=MODEL)
     reader = SafetensorsReader(tmp_path)
     kept = reader.read("a")
     maps = Path("/proc/self/maps")  # Linux has it
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
-    np.testing.assert_array_equal(kept, ONE["a"])
+    np.testing.assert_array_equal(kept, MODEL["a"])

@@ -117,11 +117,11 @@ def int8(weight):
 
 
 def quantized_tensors(tensors, pack, skip=()):
-    """A model's tensors with every matrix inside its blocks packed, and the dense ones that they stand for."""
+    """A model's tensors with every matrix but the embedding packed, and the dense ones that they stand for."""
     packed, dense = {}, {}
     for name, value in tensors.items():
         module = name.removesuffix(".weight")
-        if value.ndim != 2 or ".layers." not in name or any(module.endswith(end) for end in skip):
+        if value.ndim != 2 or module.endswith(("embed_tokens", *skip)):
             packed[name] = dense[name] = value
             continue
         parts, dense[name] = pack(np.asarray(value, np.float32))

@@ -18,7 +18,7 @@ from spqr_jax.files import Entries
 from spqr_jax.files.safetensors_file import SafetensorsReader
 from spqr_jax.models.quantized.dequantize import Grid, dequantize, unpack
 from spqr_jax.models.quantized.method import Description
-from spqr_jax.models.quantized.module import FLOAT8, WORDS, Found, Module, QuantizedWeight, find_modules
+from spqr_jax.models.quantized.module import FLOAT8, WORDS, Module, QuantizedModules, QuantizedWeight, find_modules
 from spqr_jax.models.quantized.scaled import SCALE_KINDS, scale_block, scaled_weight
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -28,7 +28,7 @@ PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero
 _INTEGERS = ("I32", "I64")
 
 
-def find_compressed(reader: SafetensorsReader, description: Description, inputs_first: bool) -> Found:
+def find_compressed(reader: SafetensorsReader, description: Description, inputs_first: bool) -> QuantizedModules:
     """Modules in compressed-tensors' formats.
 
     Raises:

@@ -115,7 +115,7 @@ class Module:
         )
 
 
-Found = tuple[dict[str, Module], dict[str, QuantizedWeight]]
+QuantizedModules = tuple[dict[str, Module], dict[str, QuantizedWeight]]
 """Quantized modules, and their weights, by the names of the modules."""
 
 
@@ -135,9 +135,9 @@ def find_modules(
         name, _, part = tensor.rpartition(".")
         if part in parts:
             groups.setdefault(name, set()).add(part)
-    return {name: Module(reader, name, method, found) for name, found in groups.items() if found & set(if_any)}
+    return {name: Module(reader, name, method, present) for name, present in groups.items() if present & set(if_any)}
 
 
-def tensors_of(modules: Mapping[str, Module], parts: Collection[str]) -> set[str]:
+def tensors_of(modules: Mapping[str, Module], parts: Collection[str]) -> frozenset[str]:
     """The names of all parts of the modules."""
-    return {f"{name}.{part}" for name, module in modules.items() for part in parts if part in module}
+    return frozenset(f"{name}.{part}" for name, module in modules.items() for part in parts if part in module)

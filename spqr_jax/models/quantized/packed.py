@@ -22,7 +22,7 @@ from spqr_jax.files import Entries
 from spqr_jax.files.safetensors_file import SafetensorsReader
 from spqr_jax.models.quantized.dequantize import Grid, dequantize, unpack
 from spqr_jax.models.quantized.method import Description
-from spqr_jax.models.quantized.module import FLOATS, WORDS, Found, Module, QuantizedWeight, find_modules
+from spqr_jax.models.quantized.module import FLOATS, WORDS, Module, QuantizedModules, QuantizedWeight, find_modules
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GPTQ_BITS = (2, 3, 4, 8)
@@ -37,7 +37,7 @@ _ROUNDS = {"gptq": "gptq", "auto-gptq": "gptq", "auto": "gptq", "awq": "awq", "a
 """AutoRound's packing formats, after `auto_round:` -> layout (its `inference/backend.py`, `convert_model.py`)."""
 
 
-def find_gptq(reader: SafetensorsReader, description: Description, inputs_first: bool) -> Found:
+def find_gptq(reader: SafetensorsReader, description: Description, inputs_first: bool) -> QuantizedModules:
     """Modules that GPTQ quantized.
 
     Args:
@@ -57,7 +57,7 @@ def find_gptq(reader: SafetensorsReader, description: Description, inputs_first:
     return _find(reader, description, partial(_gptq_weight, layout == "gptq", inputs_first))
 
 
-def find_awq(reader: SafetensorsReader, description: Description, inputs_first: bool) -> Found:
+def find_awq(reader: SafetensorsReader, description: Description, inputs_first: bool) -> QuantizedModules:
     """Modules that AWQ quantized.
 
     Raises:
@@ -70,7 +70,7 @@ def find_awq(reader: SafetensorsReader, description: Description, inputs_first: 
     return _find(reader, description, _awq_weight)
 
 
-def find_auto_round(reader: SafetensorsReader, description: Description, inputs_first: bool) -> Found:
+def find_auto_round(reader: SafetensorsReader, description: Description, inputs_first: bool) -> QuantizedModules:
     """Modules that AutoRound quantized and packed as GPTQ or AWQ.
 
     Raises:
@@ -90,7 +90,7 @@ def find_auto_round(reader: SafetensorsReader, description: Description, inputs_
     return _find(reader, description, partial(_gptq_weight, layout == "gptq", inputs_first))
 
 
-def _find(reader: SafetensorsReader, description: Description, weight: Any) -> Found:
+def _find(reader: SafetensorsReader, description: Description, weight: Any) -> QuantizedModules:
     modules = find_modules(reader, description.method, PARTS, PARTS)
     return modules, {name: weight(module, description.entries) for name, module in modules.items()}
 
@@ -137,7 +137,10 @@ def _plus_one(words: np.ndarray, bits: int) -> np.ndarray:
 
 def _group_size(module: Module, entries: Entries, inputs: int, groups: int) -> tuple[int, bool]:
     """Inputs that share scales, and whether the configuration has the same."""
-    asked = entries.integer("group_size", entries.integer("q_group_size", GROUP_SIZE, least=-1), least=-1)
+    asked = entries.maybe_integer("group_size", least=-1)
+    asked = entries.maybe_integer("q_group_size", least=-1) if asked is None else asked
+    if asked is None:
+        asked = GROUP_SIZE if -(-inputs // GROUP_SIZE) == groups else inputs // groups
     size = inputs if asked in (-1, 0) else asked
     if -(-inputs // size) == groups:
         return size, True

@@ -13,7 +13,7 @@ from spqr_jax.files import Entries
 from spqr_jax.files.safetensors_file import SafetensorsReader
 from spqr_jax.models.quantized import compressed, packed, scaled
 from spqr_jax.models.quantized.method import Description, read_description
-from spqr_jax.models.quantized.module import FLOAT8, FLOATS, Found, Module, QuantizedWeight, tensors_of
+from spqr_jax.models.quantized.module import FLOAT8, FLOATS, Module, QuantizedModules, QuantizedWeight, tensors_of
 
 _OF_ACTIVATIONS = frozenset(
     {"input_scale", "activation_scale", "act_scale", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
@@ -21,11 +21,13 @@ _OF_ACTIVATIONS = frozenset(
 )  # fmt: skip
 """Last parts of the names of tensors that say how activations are quantized, which they are not here."""
 
-_PACKED_PARTS = ("qweight", "qzeros", "weight_packed")
+_PARTS = frozenset({*scaled.PARTS, *packed.PARTS, *compressed.PARTS} - {"weight"})
+"""Last parts of the names of tensors that only quantized modules have."""
+
 _SHOWN = 3
 
 
-_METHODS: dict[str, Callable[[SafetensorsReader, Description, bool], Found]] = {
+_METHODS: dict[str, Callable[[SafetensorsReader, Description, bool], QuantizedModules]] = {
     "fp8": scaled.find_fp8,
     "fbgemm-fp8": scaled.find_fp8,
     "modelopt": scaled.find_fp8,
@@ -52,7 +54,7 @@ class DenseReader:
         self,
         reader: SafetensorsReader,
         weights: dict[str, QuantizedWeight],
-        hidden: set[str],
+        hidden: frozenset[str],
         quantized_by: str | None,
         note: str | None,
         spare: frozenset[str] = frozenset(),
@@ -93,7 +95,8 @@ def open_tensors(directory: Path, config: Entries) -> DenseReader:
     modules, weights = _METHODS[description.key](reader, description, inputs_first)
     if not modules:
         note = f"{description.entries.label} names the quantization {description.method}, and no tensor has its form"
-        return _dense(reader, description.method, f"{note}: the weights are read as they are")
+        note += ": the weights are read as they are"
+        return _dense(reader, description, note)
     return _quantized(reader, description, modules, weights)
 
 
@@ -103,8 +106,7 @@ def _quantized(
     modules: dict[str, Module],
     weights: dict[str, QuantizedWeight],
 ) -> DenseReader:
-    parts = {*scaled.PARTS, *packed.PARTS, *compressed.PARTS}
-    hidden = tensors_of(modules, parts) | _of_activations(reader)
+    hidden = tensors_of(modules, _PARTS | {"weight"}) | _of_activations(reader)
     names = {f"{name}.weight": weight for name, weight in weights.items()}
     if doubled := [name for name in names if name in reader.shapes() and name not in hidden]:
         raise modules[doubled[0].removesuffix(".weight")].problem(f"has {doubled[0]} besides, a dense weight")
@@ -113,48 +115,52 @@ def _quantized(
     other = [name for name, weight in weights.items() if not weight.as_described]
     if other and not any(description.entries.raw(name) for name in ("dynamic", "extra_config")):
         note += (
-            f"; {description.entries.label.rpartition('/')[2]} describes {len(other)} of them otherwise "
+            f"; {Path(description.entries.label).name} describes {len(other)} of them otherwise "
             f"({', '.join(other[:_SHOWN])}{', ...' if len(other) > _SHOWN else ''}): the tensors count"
         )
-    _refuse_integers(reader, hidden, description.method)
+    _refuse_leftovers(reader, hidden, description)
     return DenseReader(reader, names, hidden, quantized_by, _with_adapters(reader, note), _zero_biases(reader, modules))
 
 
 def _open_undescribed(reader: SafetensorsReader) -> DenseReader:
     """A model that says nothing of a quantization; its tensors may."""
-    if left := [name for name in reader.shapes() if name.rpartition(".")[2] in _PACKED_PARTS]:
-        raise ModelError(
-            f"{reader.label}: the model is quantized already ({left[0]}), and nothing says how: fetch its config.json "
-            "with quantization_config, or quantize_config.json, or give the dense model that it was made from"
-        )
     if any(name.endswith(scaled.SCALES) for name in reader.shapes()) and set(reader.kinds().values()) & set(FLOAT8):
         description = Description("fp8", Entries({}, f"{reader.label}/config.json"))
         return _quantized(reader, description, *scaled.find_fp8(reader, description, False))
     return _dense(reader)
 
 
-def _dense(reader: SafetensorsReader, method: str = "a method without a name", note: str | None = None) -> DenseReader:
+def _dense(reader: SafetensorsReader, description: Description | None = None, note: str | None = None) -> DenseReader:
     """All tensors as they are; float8 without scales is said."""
-    _refuse_integers(reader, set(), method)
+    hidden = frozenset() if description is None else _of_activations(reader)
+    _refuse_leftovers(reader, hidden, description)
     float8 = [name for name, kind in reader.kinds().items() if kind in FLOAT8]
     if float8:
         said = f"{len(float8)} tensors are float8 without scales, such as {float8[0]}: they are read as the numbers "
         note = "; ".join(filter(None, (note, said + "that they hold, rounded as they are")))
-    return DenseReader(reader, {}, set(), "float8 without scales" if float8 else None, _with_adapters(reader, note))
+    return DenseReader(reader, {}, hidden, "float8 without scales" if float8 else None, _with_adapters(reader, note))
 
 
-def _refuse_integers(reader: SafetensorsReader, hidden: set[str], method: str) -> None:
-    """A matrix of weights in integers is quantized, and without scales it says nothing."""
+def _refuse_leftovers(reader: SafetensorsReader, hidden: frozenset[str], description: Description | None) -> None:
+    """Parts of quantized modules and matrices of integers, of which the description says nothing, are refused."""
+    shapes = reader.shapes()
     for name, kind in reader.kinds().items():
-        if name.endswith(".weight") and name not in hidden and kind[0] in "IU" and len(reader.shapes()[name]) > 1:
-            raise ModelError(
-                f"{reader.label}: {name} is of the type {kind} without scales: the model is quantized already by "
-                f"{method}, in a form that is not read here: give the dense model that it was made from"
-            )
+        integers = name.endswith(".weight") and kind[0] in "IU" and len(shapes[name]) > 1
+        if name in hidden or not (integers or name.rpartition(".")[2] in _PARTS):
+            continue
+        told = (
+            "nothing says by which method (config.json lacks quantization_config)"
+            if description is None
+            else f"not as {description.entries.label} says, quantized by {description.method}"
+        )
+        raise ModelError(
+            f"{reader.label}: {name}, of the type {kind}, is of a model that is quantized already, and {told}: fetch "
+            "the files again, all of one model, or give the dense model that it was made from"
+        )
 
 
-def _of_activations(reader: SafetensorsReader) -> set[str]:
-    return {name for name in reader.shapes() if name.rpartition(".")[2] in _OF_ACTIVATIONS}
+def _of_activations(reader: SafetensorsReader) -> frozenset[str]:
+    return frozenset(name for name in reader.shapes() if name.rpartition(".")[2] in _OF_ACTIVATIONS)
 
 
 def _zero_biases(reader: SafetensorsReader, modules: dict[str, Module]) -> frozenset[str]:

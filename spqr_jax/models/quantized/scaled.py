@@ -17,7 +17,7 @@ import numpy as np
 from spqr_jax.files.safetensors_file import SafetensorsReader
 from spqr_jax.models.quantized.dequantize import Grid, dequantize
 from spqr_jax.models.quantized.method import Description
-from spqr_jax.models.quantized.module import FLOAT8, FLOATS, Found, Module, QuantizedWeight, find_modules
+from spqr_jax.models.quantized.module import FLOAT8, FLOATS, Module, QuantizedModules, QuantizedWeight, find_modules
 
 SCALE_KINDS = (*FLOATS, "F8_E8M0")
 SCALES = ("weight_scale_inv", "weight_scale")
@@ -31,7 +31,7 @@ _KINDS = {"I8": "int8"} | {kind: f"float8 {kind[3:].lower()}" for kind in FLOAT8
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
-def find_fp8(reader: SafetensorsReader, description: Description, inputs_first: bool) -> Found:
+def find_fp8(reader: SafetensorsReader, description: Description, inputs_first: bool) -> QuantizedModules:
     """Modules with float8 weights: `fp8`, `fbgemm_fp8` and `modelopt`.
 
     Raises:
