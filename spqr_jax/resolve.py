@@ -29,8 +29,10 @@ MODEL_HELP = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json",
-              "chat_template*", "generation_config.json")  # fmt: skip
+_HUB_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,26 +82,26 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
         if path.suffix != ".gguf":
             raise ModelError(f"{spec} is a file but no GGUF file; expected {MODEL_HELP}")
         file = GGUFFile(path)
-        return OpenedModel(spec, open_gguf(file, weights_dtype), lambda: gguf_tokenizer(file))
+        return OpenedModel(spec, open_gguf(file, weights_dtype), lambda: gguf_tokenizer(file, say))
     if path.is_dir():
         if is_checkpoint(path):
-            return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path), quantized=True)
+            return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path, say), quantized=True)
         if is_legacy(path):
             raise ModelError(
                 f"{spec} is a folder of the original implementation: read it with "
                 f"'spqr import {spec} --base DIRECTORY_OF_THE_MODEL --out OUT'"
             )
-        return _open_hf_directory(spec, path, weights_dtype)
+        return _open_hf_directory(spec, path, weights_dtype, say)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype)
+        return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
     raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}")
 
 
-def _open_hf_directory(spec: str, path: Path, dtype: Any) -> OpenedModel:
+def _open_hf_directory(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
     """Dense, or in Hugging Face's SpQR format."""
     if is_hf_spqr(path):
-        return OpenedModel(spec, HFSpQRSource(path, dtype), lambda: load_tokenizer(path), quantized=True)
-    return OpenedModel(spec, open_hf(path, dtype), lambda: load_tokenizer(path))
+        return OpenedModel(spec, HFSpQRSource(path, dtype), lambda: load_tokenizer(path, say), quantized=True)
+    return OpenedModel(spec, open_hf(path, dtype), lambda: load_tokenizer(path, say))
 
 
 def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:

@@ -23,6 +23,7 @@ from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.generate import Generator
 from spqr_jax.linear import prepare
 from spqr_jax.models.decoder import Decoder
+from spqr_jax.models.tokenizer import render_chat
 from spqr_jax.sampling import Sampling
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[str], None]]]
@@ -92,9 +93,9 @@ class HarnessModel(TemplateLM):
         """A conversation as the text that the model was trained to see."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise SpQRError("this model's tokenizer has no chat template: leave out --apply-chat-template")
-        return self.tokenizer.apply_chat_template(
+        return render_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

@@ -12,6 +12,7 @@ from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.names import TensorSource
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import OUTER_NAMES, Decoder
 
 
@@ -76,11 +77,9 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
       ModelError: files that are missing or damaged, or a model that we do not run.
     """
     values = read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    if generation.is_file():  # it names the tokens that end a turn of a chat, which config.json may not
-        values |= {"eos_token_id": read_json(generation).get("eos_token_id", values.get("eos_token_id"))}
     family = family_of_hf(values)
-    return TensorSource(SafetensorsReader(directory), family.table, family.from_hf(values), dtype)
+    config = with_named_tokens(family.from_hf(values), directory)
+    return TensorSource(SafetensorsReader(directory), family.table, config, dtype)
 
 
 # ---- writing ----------------------------------------------------------------------------
