@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from spqr_jax.errors import ModelError
@@ -22,8 +23,8 @@ def parse_tokenizer(data: bytes, label: str) -> Any:
 
     try:
         tokenizer = Tokenizer.from_str(data.decode("utf-8-sig"))
-    except BaseException as error:  # a Rust panic is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+    except BaseException as error:  # a panic of Rust's is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         values = parse_json(data, label)  # says so itself if it is no JSON
         if not isinstance(values, dict):
@@ -33,7 +34,24 @@ def parse_tokenizer(data: bytes, label: str) -> Any:
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if tokenizer.post_processor is not None:
+        _check_template(json.loads(tokenizer.post_processor.__getstate__()), label)
     return tokenizer
+
+
+def _check_template(processor: dict[str, Any], label: str) -> None:
+    """Special tokens that a template puts around a text must be described, else `tokenizers` crashes at a text."""
+    for part in processor.get("processors", []):
+        _check_template(part, label)
+    if processor.get("type") != "TemplateProcessing":
+        return
+    known = processor["special_tokens"]
+    for piece in [*processor["single"], *processor["pair"]]:
+        if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in known:
+            raise ModelError(
+                f"{label}: post_processor.special_tokens lacks {shown(piece['SpecialToken']['id'])}, which its "
+                "template puts around a text: fetch the file again"
+            )
 
 
 def as_transformers(tokenizer: Any, named: dict[str, str], chat_templates: dict[str, str], *, name: str) -> Any:
@@ -77,8 +95,8 @@ def token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[in
     try:
         # The backend is called itself: a length warning would be about windows we cut anyway.
         return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-    except BaseException as error:  # a Rust panic is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+    except BaseException as error:  # a panic of Rust's is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         label = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
