@@ -30,8 +30,11 @@ MODEL_HELP = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json",
-              "chat_template*", "generation_config.json", "quant*_config.json", "hf_quant_config.json")  # fmt: skip
+_HUB_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*",
+    "quant*_config.json", "hf_quant_config.json",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +87,10 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
     if path.is_file():
         if not is_gguf(path):
             raise ModelError(f"{spec} is no GGUF file: it is {first_bytes(path)}; expected {MODEL_HELP}")
-        return _open_gguf(spec, path, weights_dtype)
+        return _open_gguf(spec, path, weights_dtype, say)
     if path.is_dir():
         if is_checkpoint(path):
-            return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path), quantized=True)
+            return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path, say), quantized=True)
         if is_legacy(path):
             raise ModelError(
                 f"{spec} is a folder of the original implementation: read it with "
@@ -97,16 +100,16 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
             if len(models) > 1:
                 names = ", ".join(model.name for model in models)
                 raise ModelError(f"{spec} holds several GGUF models: {names}; name one of them")
-            return _open_gguf(spec, models[0], weights_dtype)
+            return _open_gguf(spec, models[0], weights_dtype, say)
         return _open_hf_directory(spec, path, weights_dtype, say)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
     raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}")
 
 
-def _open_gguf(spec: str, path: Path, dtype: Any) -> OpenedModel:
+def _open_gguf(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
     file = GGUFFile(path)
-    return OpenedModel(spec, open_gguf(file, dtype), lambda: gguf_tokenizer(file))
+    return OpenedModel(spec, open_gguf(file, dtype), lambda: gguf_tokenizer(file, say))
 
 
 def _gguf_models(directory: Path) -> list[Path]:
@@ -119,11 +122,13 @@ def _gguf_models(directory: Path) -> list[Path]:
 def _open_hf_directory(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
     """Dense, in Hugging Face's SpQR format, or in another one that is read as a dense model."""
     if is_hf_spqr(path):
-        return OpenedModel(spec, HFSpQRSource(path, dtype), lambda: load_tokenizer(path), quantized=True)
+        return OpenedModel(spec, HFSpQRSource(path, dtype), lambda: load_tokenizer(path, say), quantized=True)
     source = open_hf(path, dtype)
     if source.note is not None:
         say(f"{spec}: {source.note}")
-    return OpenedModel(spec, source, lambda: load_tokenizer(path), quantized_by=source.quantized_by, note=source.note)
+    return OpenedModel(
+        spec, source, lambda: load_tokenizer(path, say), quantized_by=source.quantized_by, note=source.note
+    )
 
 
 def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:

@@ -15,6 +15,7 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, ModelError, SpQRError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
 
 
@@ -50,6 +51,7 @@ class CheckpointSource:
             self.layer_stats: dict[str, dict[str, float]] = dict(header["layer_stats"])
         except (KeyError, TypeError, ModelError, SpQRError) as error:
             raise CheckpointError(f"{self.path / 'model'}: damaged configuration: {error}") from None
+        self._config = with_named_tokens(self._config, self.path)  # which an older checkpoint may not know
         self._headers = [self._block_header(index) for index in range(self._config.num_layers)]
         for index, block_header in enumerate(self._headers):
             stats = block_header.get("layer_stats", {})

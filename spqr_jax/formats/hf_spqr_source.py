@@ -15,6 +15,7 @@ from spqr_jax.formats.hf_spqr import BITS, TENSORS, TILE, WordMatrix, unpack_wor
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
 from spqr_jax.models.names import Row
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import Block, Outer, block_shapes, outer_shapes, weight_shapes
 
 
@@ -45,7 +46,7 @@ class HFSpQRSource:
         if found != {"bits": BITS, "beta1": TILE, "beta2": TILE}:
             raise ModelError(f"{directory}: expected SpQR of {BITS} bits in tiles of {TILE} x {TILE}, got {found}")
         family = family_of_hf(values)
-        self._config, self._dtype = family.from_hf(values), dtype
+        self._config, self._dtype = with_named_tokens(family.from_hf(values), directory), dtype
         self._reader = SafetensorsReader(directory)
         self._rows = {path: row for row in family.table.expand(self._config).values() for path in row.paths}
         self._shapes = weight_shapes(self._config)

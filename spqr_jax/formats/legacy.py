@@ -26,6 +26,7 @@ from spqr_jax.layout import array_layout, column_dtype
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
 from spqr_jax.models.names import Row
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import Block, Outer, block_shapes, outer_shapes, weight_shapes
 from spqr_jax.packing import pack_codes
 
@@ -154,7 +155,7 @@ class LegacySource:
         values = read_json(base / "config.json")
         family = family_of_hf(values)
         self._folder, self._dtype, self._outliers = folder, dtype, outliers
-        self._config = family.from_hf(values)
+        self._config = with_named_tokens(family.from_hf(values), base)
         self._rest: dict[str, np.ndarray] = read_torch_file(folder / _REST)
         arguments = read_torch_file(folder / _ARGS)
         if not isinstance(arguments, dict) or "wbits" not in arguments:

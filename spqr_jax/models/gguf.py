@@ -15,6 +15,7 @@ from spqr_jax.files.entries import Entries
 from spqr_jax.models.families import names_of_gguf
 from spqr_jax.models.gguf_header import MAGIC, BadHeader, TensorEntry, read_header, tensor_bytes
 from spqr_jax.models.names import TensorSource
+from spqr_jax.models.stops import with_gguf_tokens
 
 _WEIGHTS_AT_ONCE = 1 << 24  # that are read and dequantized before they take the type asked for
 
@@ -156,4 +157,4 @@ def open_gguf(file: GGUFFile, dtype: Any) -> TensorSource:
       ModelError: an architecture that we do not run, or entries that are missing.
     """
     names = names_of_gguf(file)
-    return TensorSource(file, names.table, names.config(file), dtype)
+    return TensorSource(file, names.table, with_gguf_tokens(names.config(file), file), dtype)

@@ -16,6 +16,7 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.names import TensorSource
 from spqr_jax.models.quantized import open_tensors
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import OUTER_NAMES, Decoder
 
 
@@ -28,12 +29,9 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
     refuse_adapter(directory)
     values = read_object(directory / "config.json")
     tensors = open_tensors(directory, values)
-    generation = directory / "generation_config.json"
-    if generation.is_file():  # it names the tokens that end a turn of a chat, which config.json may not
-        ends = read_object(generation).integers("eos_token_id")
-        values = values.changed({"eos_token_id": list(dict.fromkeys(values.integers("eos_token_id") + ends))})
     family = family_of_hf(values)
-    return TensorSource(tensors, family.table, family.from_hf(values), dtype)
+    config = with_named_tokens(family.from_hf(values), directory)
+    return TensorSource(tensors, family.table, config, dtype)
 
 
 # ---- writing ----------------------------------------------------------------------------
