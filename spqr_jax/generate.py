@@ -317,6 +317,7 @@ def _checked_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, ma
     ids = [token for prompt in prompts for token in prompt]
     if min(ids) < 0 or max(ids) >= config.vocab_size:
         raise DataError(
-            f"prompt token ids reach from {min(ids)} to {max(ids)}, but the vocabulary has {config.vocab_size}"
+            f"prompt token ids reach from {min(ids)} to {max(ids)}, but the vocabulary has {config.vocab_size}: "
+            "tokenized for another model?"
         )
     return lengths

@@ -16,6 +16,7 @@ from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries, is_number, plain, shown
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
@@ -59,6 +60,7 @@ class CheckpointSource:
             raise
         except SpQRError as error:
             raise CheckpointError(f"{error}: the configuration is damaged") from None
+        self._config = with_named_tokens(self._config, self.path)  # which an older checkpoint may not know
         self.provenance: dict[str, Any] = header.nested("provenance").to_dict()
         self.layer_stats = _layer_stats(header, "")
         self._headers = [self._block_header(index) for index in range(self._config.num_layers)]

@@ -37,26 +37,25 @@ from spqr_jax.cli.measure import compare, perplexity
 from spqr_jax.cli.options import (
     METHOD_HELP,
     STEPS_HELP,
-    Data,
+    Calibration,
     Dtype,
     Json,
     Model,
     SeqLen,
     build_config,
     build_tuning,
-    default_corpus,
     parse_rule,
-    read_tokens,
+    read_calibration,
 )
 from spqr_jax.cli.report import analyze, report
-from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator
+from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator, read_prompts
 from spqr_jax.cli.zero_shot import evaluate
 from spqr_jax.compile_cache import keep_programs
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
-from spqr_jax.data import calibration_windows
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.generate import Generation
 from spqr_jax.inspection import summarize
+from spqr_jax.models.tokenizer import pick_template
 from spqr_jax.quantize import quantizable_paths, quantize_blocks
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.sampling import Sampling
@@ -86,7 +85,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write the quantized model to.")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "spqr",
-    calib: Data = None,
+    calib: Calibration = None,
     nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     seqlen: SeqLen = 2048,
     seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
@@ -171,12 +170,8 @@ def quantize(
         raise ModelError(f"{model} is quantized already: quantize the original model")
     batches, calibration, windows = None, None, None
     if config.needs_calibration or tuning is not None:
-        calib = calib or default_corpus()
-        windows = calibration_windows(
-            read_tokens(calib, "calibration", opened), seqlen, nsamples, seed, calib, opened.first_token
-        )
+        windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
         batches = batched(windows)
-        calibration = {"data": calib, "windows": len(windows), "seqlen": seqlen, "seed": seed}
     begun = time.perf_counter()
     plan = None
     if config.target_bits is not None:
@@ -188,6 +183,7 @@ def quantize(
     paths = quantizable_paths(opened.source, config)
     provenance: dict[str, Any] = {"model": model, "method": method, "calibration": calibration, "tuned": None}
     provenance["command"] = shlex.join(["spqr", *sys.argv[1:]])
+    provenance["source_quantization"] = opened.quantized_by
     if plan is not None:
         provenance["target_bits"] = plan.target_bits
     memory = TreeSink(opened.source.config)
@@ -225,6 +221,8 @@ def quantize(
     write_json(
         json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
     )
+    if opened.note is not None:
+        say(opened.note)
 
 
 def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, settings: TuneConfig) -> None:
@@ -260,6 +258,10 @@ def generate(
     chat: Annotated[
         bool, typer.Option(help="The prompt is a user's message: apply the model's chat template.")
     ] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="With --chat: name of one of the model's chat templates, or path of a Jinja file."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
@@ -273,8 +275,11 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it with --chat; at a terminal, --chat alone is a conversation."""
     sampling = Sampling(temperature, top_k, top_p)
+    if chat_template is not None and not chat:
+        raise SpQRError("--chat-template is for --chat: add it, or leave the template out")
     opened = open_model(model, dtype, say)
     tokenizer = opened.tokenizer()
+    template = pick_template(tokenizer, chat_template) if chat else None
 
     def answer(ids: list[list[int]], stream: TextStream) -> Generation:
         return generator(
@@ -285,12 +290,12 @@ def generate(
             on_token=lambda row, token: stream.put(token),
         )
 
-    if chat and not prompt and sys.stdin.isatty():
+    if chat and not prompt and sys.stdin is not None and sys.stdin.isatty():
         generator = load_generator(opened.source, int8_activations)
-        converse(tokenizer, lambda ids, stream: answer([ids], stream))
+        converse(tokenizer, lambda ids, stream: answer([ids], stream), template)
         return
-    prompts = prompt or [sys.stdin.read().rstrip("\n")]
-    ids = encode_prompts(tokenizer, prompts, chat)
+    prompts = read_prompts(prompt)
+    ids = encode_prompts(tokenizer, prompts, chat, template)
     generator = load_generator(opened.source, int8_activations)
     stream = TextStream(tokenizer, live=len(prompts) == 1)
     result = answer(ids, stream)

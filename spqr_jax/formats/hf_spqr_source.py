@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError, SpQRError
-from spqr_jax.files.entries import Entries, plain
+from spqr_jax.files.entries import plain
+from spqr_jax.files.json_file import read_json, read_object
+from spqr_jax.files.safetensors_file import SafetensorsReader
 from spqr_jax.formats.dense_part import dense_part
 from spqr_jax.formats.hf_spqr import BITS, TENSORS, TILE, WordMatrix, unpack_words
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
-from spqr_jax.models.hf import SafetensorsReader, read_json
-from spqr_jax.models.names import AS_IT_IS, Row
+from spqr_jax.models.names import AS_IT_IS, Row, with_the_head_that_is_there
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import Block, Outer, block_shapes, outer_shapes, weight_shapes
 
 
@@ -40,14 +42,15 @@ class HFSpQRSource:
     """
 
     def __init__(self, directory: Path, dtype: Any) -> None:
-        values = read_json(directory / "config.json")
-        quantization = Entries(values, str(directory / "config.json")).nested("quantization_config")
+        values = read_object(directory / "config.json")
+        quantization = values.nested("quantization_config")
         for name, expected in {"bits": BITS, "beta1": TILE, "beta2": TILE}.items():
             if quantization.integer(name) != expected:
                 quantization.refuse(name, f"{expected} (SpQR of {BITS} bits in tiles of {TILE} x {TILE})")
         family = family_of_hf(values)
-        self._config, self._dtype = family.from_hf(values), dtype
-        self._reader = SafetensorsReader(directory)
+        self._reader, self._dtype = SafetensorsReader(directory), dtype
+        config = with_named_tokens(family.from_hf(values), directory)
+        self._config = with_the_head_that_is_there(self._reader, family.table, config)
         self._rows = {path: row for row in family.table.expand(self._config).values() for path in row.paths}
         self._shapes = weight_shapes(self._config)
         self._check()

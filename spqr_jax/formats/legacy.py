@@ -22,13 +22,14 @@ from spqr_jax.array import SpQRArray
 from spqr_jax.config import UNQUANTIZED_STATS_BITS, SpQRConfig
 from spqr_jax.errors import CheckpointError, ModelError, SpQRError
 from spqr_jax.files.entries import Entries, shown
+from spqr_jax.files.json_file import read_object
 from spqr_jax.formats.dense_part import dense_part
 from spqr_jax.formats.torch_file import SparseTensor, read_torch_file
 from spqr_jax.layout import array_layout, column_dtype, round_up
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
-from spqr_jax.models.hf import read_json
 from spqr_jax.models.names import Row
+from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import Block, Outer, block_shapes, outer_shapes, weight_shapes
 from spqr_jax.packing import pack_codes
 
@@ -187,10 +188,10 @@ class LegacySource:
     def __init__(self, folder: Path, base: Path, dtype: Any, outliers: Outliers = "replaced") -> None:
         if not is_legacy(folder):
             raise ModelError(f"{folder} is no folder of the original's main.py --save: no {_REST} and {_ARGS} in it")
-        values = read_json(base / "config.json")
+        values = read_object(base / "config.json")
         family = family_of_hf(values)
         self._folder, self._dtype, self._outliers = folder, dtype, outliers
-        self._config = family.from_hf(values)
+        self._config = with_named_tokens(family.from_hf(values), base)
         self._rest = _named_tensors(folder / _REST)
         self.arguments = _arguments(folder / _ARGS)
         self._bits = self.arguments.integer("wbits", least=2, most=8)

@@ -23,6 +23,7 @@ from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.generate import Generator
 from spqr_jax.linear import prepare
 from spqr_jax.models.decoder import Decoder
+from spqr_jax.models.tokenizer import render_chat, token_ids
 from spqr_jax.sampling import Sampling
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[str], None]]]
@@ -92,9 +93,9 @@ class HarnessModel(TemplateLM):
         """A conversation as the text that the model was trained to see."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise SpQRError("this model's tokenizer has no chat template: leave out --apply-chat-template")
-        return self.tokenizer.apply_chat_template(
+        return render_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
@@ -104,7 +105,7 @@ class HarnessModel(TemplateLM):
         begin = self.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (begin and string.startswith(begin))
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        return token_ids(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     # ---- the three kinds of request ----------------------------------------------------
 

@@ -1,164 +1,103 @@
-"""Fast tokenizers from a model directory or out of a GGUF file's own vocabulary."""
+"""Tokenizers, read in one way: tokenizer.json is the truth, wherever it comes from.
+
+What a tokenizer does is in tokenizer.json: how text is cut, which tokens are found
+first, what stands before and after a text. tokenizer_config.json names tokens and holds
+chat templates; what it says beside that (``add_bos_token``, ``tokenizer_class``,
+``clean_up_tokenization_spaces``, ...) is for programs that rebuild the tokenizer, and
+counts for nothing here. The class that transformers would pick is not asked: some of
+them rebuild normalizer, decoder or post-processor by rules of their own.
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spqr_jax.errors import ModelError
-from spqr_jax.models.gguf import GGUFFile
+from spqr_jax.files.json_file import read_bytes
+from spqr_jax.models.chat import chat_templates, pick_template, render_chat
+from spqr_jax.models.gguf_tokenizer import gguf_tokenizer
+from spqr_jax.models.raw_tokenizer import as_transformers, parse_tokenizer, token_ids
+from spqr_jax.models.special_tokens import named_tokens
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+__all__ = [
+    "encode_stream",
+    "gguf_tokenizer",
+    "gguf_tokenizer_files",
+    "load_tokenizer",
+    "pick_template",
+    "render_chat",
+    "token_ids",
+    "tokenizer_files",
+]
 
-_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4  # tokenizer.ggml.token_type
-
-_GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
 )
-_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# tokenizer.ggml.pre -> (digits stand alone, how text is cut into words)
-_PRE_TOKENIZERS = {
-    "default": (False, _GPT2_WORDS),
-    "gpt-2": (False, _GPT2_WORDS),
-    "smollm": (True, _GPT2_WORDS),
-    "llama-bpe": (False, _LLAMA3_WORDS),
-    "llama3": (False, _LLAMA3_WORDS),
-    "llama-v3": (False, _LLAMA3_WORDS),
-    "qwen2": (False, _QWEN2_WORDS),
-}
+_MORE_TEMPLATES = "additional_chat_templates"
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The fast tokenizer of a model directory (Hugging Face's or ours).
+def load_tokenizer(directory: Path, say: Callable[[str], None] = lambda message: None) -> Any:
+    """The tokenizer of a model directory (Hugging Face's or ours), as a transformers tokenizer.
 
-    Remote code is never run.
+    Its ids and texts are those of tokenizer.json alone. A token that tokenizer_config.json
+    or special_tokens_map.json names and that is no token is left out, not added: the model
+    has no row for it. No code of the model's is run.
+
+    Args:
+      directory: with tokenizer.json.
+      say: told of a BOS or EOS token that is left out.
 
     Raises:
       ModelError: the directory holds no tokenizer that can be read.
     """
-    if not (directory / "tokenizer.json").is_file():
+    path = directory / "tokenizer.json"
+    if not path.is_file():
         raise ModelError(
             f"{directory} has no tokenizer.json (fast tokenizers only); give token ids (.npy) as data instead of text"
         )
-    import transformers
-
-    try:
-        if (directory / "config.json").is_file():
-            return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        return transformers.PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the many ways in which a tokenizer file can be bad
-        raise ModelError(f"the tokenizer in {directory} cannot be read: {error}") from None
-
-
-def gguf_tokenizer(file: GGUFFile) -> Any:
-    """The tokenizer that a GGUF file describes.
-
-    ``tokenizer.ggml.pre`` names how text is cut before the merges; it decides,
-    among other things, whether digits stand alone, and is honoured.
-
-    Raises:
-      ModelError: a tokenizer of a kind that we cannot rebuild.
-    """
-    import transformers
-
-    kind = file.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        tokenizer = _byte_level_bpe(file)
-    elif kind == "llama":
-        tokenizer = _sentencepiece_bpe(file)
-    else:
-        raise ModelError(f"{file.label}: tokenizer {kind!r} is not supported, expected 'gpt2' or 'llama'")
-    tokens = file.get("tokenizer.ggml.tokens")
-    special = {}
-    for name, key in {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}.items():
-        index = file.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None:
-            special[name] = tokens[index]
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
-    )
-    fast.chat_template = file.get("tokenizer.chat_template")
-    return fast
-
-
-def _byte_level_bpe(file: GGUFFile) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    pre = file.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        raise ModelError(
-            f"{file.label}: pre-tokenizer {pre!r} is not supported ({', '.join(_PRE_TOKENIZERS)}); "
-            "use the model's Hugging Face directory"
-        )
-    digits, words = _PRE_TOKENIZERS[pre]
-    tokens = file.get("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges")]
-    ignore_merges = words == _LLAMA3_WORDS
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=ignore_merges))
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    steps.append(pre_tokenizers.Split(Regex(words), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    _add_special_tokens(file, tokenizer, add_bos=False)
-    return tokenizer
-
-
-def _sentencepiece_bpe(file: GGUFFile) -> Any:
-    """SentencePiece BPE: a pair may merge if the result is a token, likeliest (highest score) first."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    tokens = file.get("tokenizer.ggml.tokens")
-    scores = file.get("tokenizer.ggml.scores")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    ranked: list[tuple[float, int, int, tuple[str, str]]] = []
-    for token, score in zip(tokens, scores, strict=True):
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in vocab and right in vocab:
-                ranked.append((-score, vocab[left], vocab[right], (left, right)))
-    ranked.sort(key=lambda entry: entry[:3])
-    unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab, [entry[3] for entry in ranked], unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    space = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's visible blank
-    prefix = file.get("tokenizer.ggml.add_space_prefix", True)
-    steps: list[Any] = [normalizers.Prepend(space)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", space)])
-    strip: list[Any] = [decoders.Strip(content=" ", left=1)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    _add_special_tokens(file, tokenizer, add_bos=True)
-    return tokenizer
-
-
-def _add_special_tokens(file: GGUFFile, tokenizer: Any, add_bos: bool) -> None:
-    """Tokens that are found before all others, and a BOS token before a text where the file (or its kind) wants one."""
-    from tokenizers import AddedToken, processors
-
-    tokens = file.get("tokenizer.ggml.tokens")
-    types = file.get("tokenizer.ggml.token_type") or []
-    by_kind: dict[int, list[Any]] = {}
-    for token, kind in zip(tokens, types, strict=False):
-        if kind in (_CONTROL_TOKEN, _USER_DEFINED_TOKEN):
-            by_kind.setdefault(kind, []).append(AddedToken(token, normalized=False))
-    tokenizer.add_special_tokens(by_kind.get(_CONTROL_TOKEN, []))
-    tokenizer.add_tokens(by_kind.get(_USER_DEFINED_TOKEN, []))
-    bos = file.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and file.get("tokenizer.ggml.add_bos_token", add_bos):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-        )
+    tokenizer, named = parse_tokenizer(read_bytes(path), str(path)), named_tokens(directory)
+    for role in ("bos_token", "eos_token"):
+        if role in named and tokenizer.token_to_id(named[role]) is None:
+            say(f"{directory}: its {role} {named[role]!r} is no token of its tokenizer.json, and is left out")
+    return as_transformers(tokenizer, named, chat_templates(directory), name=str(directory))
 
 
 def encode_stream(tokenizer: Any, text: str) -> np.ndarray:
     """Token ids of a long text, int32 [tokens], without special tokens."""
-    # The backend is called itself: a length warning would be about windows we cut anyway.
-    return np.array(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    return np.array(token_ids(tokenizer, text, add_special_tokens=False), np.int32)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """What to keep of a directory's tokenizer: its files, byte for byte, by their path in the directory.
+
+    Raises:
+      ModelError: a file cannot be read.
+    """
+    paths = [directory / name for name in _FILES]
+    paths += sorted((directory / _MORE_TEMPLATES).glob("*.jinja"))
+    return {path.relative_to(directory).as_posix(): read_bytes(path) for path in paths if path.is_file()}
+
+
+def gguf_tokenizer_files(file: Any) -> dict[str, bytes]:
+    """The same files for the tokenizer of a `spqr_jax.models.gguf.GGUFFile`, as transformers writes them.
+
+    Raises:
+      ModelError: as :func:`gguf_tokenizer`.
+    """
+    tokenizer = gguf_tokenizer(file)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        return tokenizer_files(Path(scratch))
