@@ -109,6 +109,18 @@ def safetensors_files(folder: Path) -> None:
     _write(folder / "two", "model.safetensors.index.json", {"metadata": {"total_size": 24}, "weight_map": where})
 
 
+def quantized_directories(folder: Path) -> None:
+    """A weight in each layout in which others quantize."""
+    from safetensors.numpy import save_file
+
+    from support.quantized_layouts import LAYOUTS, WEIGHT, module
+
+    for name, (pack, quantization) in LAYOUTS.items():
+        tensors = {key: np.ascontiguousarray(tensor) for key, tensor in module(pack(WEIGHT)[0]).items()}
+        save_file(tensors, _new(folder / name) / "model.safetensors")
+        _write(folder / name, "config.json", {"model_type": "llama", "quantization_config": quantization})
+
+
 def tokenizers(folder: Path) -> None:
     from support.model_files import byte_tokenizer
 
@@ -160,6 +172,27 @@ def gguf_files(folder: Path) -> None:
             fields.entries += _byte_level_entries() if number % 2 else _sentencepiece_entries()
             fields.count()
             (_new(folder / name) / "model.gguf").write_bytes(fields.to_bytes())
+            if name == "llama":
+                _write_split(_new(folder / "llama in two parts"), fields)
+
+
+def _write_split(folder: Path, fields: mutate_gguf.GGUFFields) -> None:
+    """The same model as llama.cpp's gguf-split cuts it: half of the tensors in each of two files."""
+    half, begin = len(fields.tensors) // 2, 0
+    for number, tensors in enumerate((fields.tensors[:half], fields.tensors[half:])):
+        places = [int.from_bytes(tensor[-1].data, "little") for tensor in tensors]
+        end = len(fields.rest) if number else int.from_bytes(fields.tensors[half][-1].data, "little")
+        moved = [
+            [*tensor[:-1], mutate_gguf.place_field(at - begin)] for tensor, at in zip(tensors, places, strict=True)
+        ]
+        split = {"split.no": number, "split.count": 2, "split.tensors.count": len(fields.tensors)}
+        entries = [mutate_gguf.entry_fields(key, 4, value) for key, value in split.items()]
+        part = dataclasses.replace(fields, tensors=moved, rest=fields.rest[begin:end])
+        part.entries = entries + (fields.entries if number == 0 else [])
+        part.begin = list(fields.begin)
+        part.count()
+        (folder / f"model-0000{number + 1}-of-00002.gguf").write_bytes(part.to_bytes())
+        begin = end
 
 
 def _gguf_keys(config: DecoderConfig) -> dict[str, Any]:
@@ -377,8 +410,8 @@ def prompts(folder: Path) -> None:
 MAKERS: dict[str, Callable[[Path], None]] = {
     make.__name__: make
     for make in (
-        hf_configs, hf_directories, safetensors_files, tokenizers, chat_templates, gguf_files, checkpoints,
-        spqr_directories, spqr_words, legacy_matrices, legacy_folders, data_files, results, rules, quantizations,
+        hf_configs, hf_directories, safetensors_files, quantized_directories, tokenizers, chat_templates,
+        gguf_files, checkpoints, spqr_directories, spqr_words, legacy_matrices, legacy_folders, data_files, results, rules, quantizations,
         decoder_configs, prompts,
     )
 }  # fmt: skip
