@@ -10,7 +10,7 @@ from spqr_jax.array import SpQRArray
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import load, save
 from spqr_jax.config import LayerRule, SpQRConfig
-from spqr_jax.errors import CheckpointError, DataError, ModelError, SpQRError
+from spqr_jax.errors import CheckpointError, DataError, ModelError, NotFiniteError, SpQRError
 from spqr_jax.evaluate.perplexity import Perplexity, perplexity
 from spqr_jax.generate import Generation, Generator, generate
 from spqr_jax.linear import linear, prepare
@@ -35,6 +35,7 @@ __all__ = [
     "LayerReport",
     "LayerRule",
     "ModelError",
+    "NotFiniteError",
     "Perplexity",
     "Sampling",
     "SpQRArray",

@@ -15,8 +15,9 @@ from spqr_jax.blocks import BlockSink, BlockSource, TreeSink, TreeSource
 from spqr_jax.budget import Ledger, Plan, plan_budget
 from spqr_jax.calibrate import Activations, InputRecorder, rounded_linear, stage_groups
 from spqr_jax.config import SpQRConfig
-from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.errors import DataError, NotFiniteError, SpQRError
 from spqr_jax.models.decoder import STAGES, Block, Decoder, matrix_names, plain_linear
+from spqr_jax.models.finite import advice
 from spqr_jax.solver import (
     Hessian,
     LayerStats,
@@ -83,6 +84,7 @@ def quantize(
 
     Raises:
       DataError: no calibration text where the method needs it, or unusable text.
+      NotFiniteError: activations of the text are infinite or no numbers; says from which weight on.
       SpQRError: the model or the configuration cannot be used as given.
     """
     if forward is not None:
@@ -158,7 +160,10 @@ def quantize_blocks(
         sink.put_block(index, block)
     if own is not None:
         hessian = activations.head_hessian(outer) if activations is not None and calibrates_head else None
-        solved = quantize_weights([getattr(outer, head)], hessian, [own])[0]
+        try:
+            solved = quantize_weights([getattr(outer, head)], hessian, [own])[0]
+        except DataError as error:
+            raise NotFiniteError(f"inputs of {head}: {error}; {advice(getattr(outer, head).dtype)}") from None
         report(head, solved.array, solved.stats)
         outer = dataclasses.replace(outer, **{head: solved.array})
     sink.put_outer(outer)
@@ -255,7 +260,10 @@ class _BlockSolver:
             if drift is not None:
                 assert hessian is not None
                 weights = correct_drift(weights, hessian.matrix(), drift, self._config.drift_correction)
-            solved = self._quantize(weights, hessian, {prefix + name: configs[name] for name in members})
+            try:
+                solved = self._quantize(weights, hessian, {prefix + name: configs[name] for name in members})
+            except DataError as error:  # of its Hessian; blocks come in order, so here it begins
+                raise NotFiniteError(f"inputs of {prefix}{members[0]}: {error}; {advice(weights[0].dtype)}") from None
             block = block.replace({n: one.array for n, one in zip(members, solved, strict=True)})
             values = {n: one.dense.astype(getattr(dense, n).dtype) for n, one in zip(members, solved, strict=True)}
             dense = dense.replace(values)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.files.first_bytes import first_bytes
 from spqr_jax.formats.hf_spqr_source import HFSpQRSource, is_hf_spqr
 from spqr_jax.formats.legacy import is_legacy
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.families import first_token
-from spqr_jax.models.gguf import GGUFFile, open_gguf
+from spqr_jax.models.gguf import GGUFFile, is_gguf, open_gguf
 from spqr_jax.models.hf import open_hf
 from spqr_jax.models.packaged import PACKAGED, packaged_model
 from spqr_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
@@ -32,6 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _HUB_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*",
+    "quant*_config.json", "hf_quant_config.json",
 )  # fmt: skip
 
 
@@ -44,12 +46,16 @@ class OpenedModel:
       source: reads its parts.
       tokenizer: reads its tokenizer.
       quantized: whether its weights are `SpQRArray`s already.
+      quantized_by: what others quantized its weights by, which are dense again; None for a dense model.
+      note: what the user should know of its files.
     """
 
     label: str
     source: BlockSource
     tokenizer: Callable[[], Any]
     quantized: bool = False
+    quantized_by: str | None = None
+    note: str | None = None
 
     @property
     def first_token(self) -> int | None:
@@ -69,7 +75,7 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
       spec: see `MODEL_HELP`.
       dtype: type of the dense weights, one of `DTYPES`; None for `default_dtype`.
         A checkpoint of ours keeps its own.
-      say: told of downloads.
+      say: told of downloads, and of what the user should know of the model's files.
 
     Raises:
       ModelError: nothing of that kind, or a model that we do not run.
@@ -79,10 +85,9 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
     weights_dtype: Any = jnp.dtype(dtype or default_dtype())
     path = packaged_model(spec, say) if spec in PACKAGED else Path(spec).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{spec} is a file but no GGUF file; expected {MODEL_HELP}")
-        file = GGUFFile(path)
-        return OpenedModel(spec, open_gguf(file, weights_dtype), lambda: gguf_tokenizer(file, say))
+        if not is_gguf(path):
+            raise ModelError(f"{spec} is no GGUF file: it is {first_bytes(path)}; expected {MODEL_HELP}")
+        return _open_gguf(spec, path, weights_dtype, say)
     if path.is_dir():
         if is_checkpoint(path):
             return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path, say), quantized=True)
@@ -91,17 +96,39 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
                 f"{spec} is a folder of the original implementation: read it with "
                 f"'spqr import {spec} --base DIRECTORY_OF_THE_MODEL --out OUT'"
             )
+        if not (path / "config.json").exists() and (models := _gguf_models(path)):
+            if len(models) > 1:
+                names = ", ".join(model.name for model in models)
+                raise ModelError(f"{spec} holds several GGUF models: {names}; name one of them")
+            return _open_gguf(spec, models[0], weights_dtype, say)
         return _open_hf_directory(spec, path, weights_dtype, say)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
     raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}")
 
 
+def _open_gguf(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
+    file = GGUFFile(path)
+    return OpenedModel(spec, open_gguf(file, dtype), lambda: gguf_tokenizer(file, say))
+
+
+def _gguf_models(directory: Path) -> list[Path]:
+    """The GGUF files of a folder; of a model in parts, the first. Images' projectors are no models."""
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
+    later_part = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
+    return [path for path in files if not later_part.fullmatch(path.name) and not path.name.startswith("mmproj")]
+
+
 def _open_hf_directory(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
-    """Dense, or in Hugging Face's SpQR format."""
+    """Dense, in Hugging Face's SpQR format, or in another one that is read as a dense model."""
     if is_hf_spqr(path):
         return OpenedModel(spec, HFSpQRSource(path, dtype), lambda: load_tokenizer(path, say), quantized=True)
-    return OpenedModel(spec, open_hf(path, dtype), lambda: load_tokenizer(path, say))
+    source = open_hf(path, dtype)
+    if source.note is not None:
+        say(f"{spec}: {source.note}")
+    return OpenedModel(
+        spec, source, lambda: load_tokenizer(path, say), quantized_by=source.quantized_by, note=source.note
+    )
 
 
 def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:

@@ -27,6 +27,7 @@ from spqr_jax.evaluate.perplexity import sequence_losses
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, Outer, State, matrix_names, pass_block, plain_linear, run_block
+from spqr_jax.models.finite import refuse_infinite
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
 
 
@@ -128,6 +129,9 @@ def block_sensitivities(
       batches: int32 [batch, seq] of token ids, few will do.
       progress: told after each block, twice.
 
+    Raises:
+      NotFiniteError: activations or gradients are no numbers; says behind which block.
+
     Yields:
       One :class:`BlockSensitivity` a block, the last block first.
     """
@@ -139,11 +143,13 @@ def block_sensitivities(
         before.append(residuals)
         block = source.block(index)
         residuals = [pass_block(config, block, x, where) for x, where in zip(residuals, places, strict=True)]
+        refuse_infinite(residuals, f"activations behind block {index}")
         if progress is not None:
             progress(f"forward through block {index}")
     gradients = [
         loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
     ]
+    refuse_infinite(gradients, "gradients of the loss behind the last block")
     tokens_seen = sum(tokens.size for tokens in batches)
     for index in reversed(range(config.num_layers)):
         block = source.block(index)

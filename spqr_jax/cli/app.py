@@ -37,23 +37,21 @@ from spqr_jax.cli.measure import compare, perplexity
 from spqr_jax.cli.options import (
     METHOD_HELP,
     STEPS_HELP,
-    Data,
+    Calibration,
     Dtype,
     Json,
     Model,
     SeqLen,
     build_config,
     build_tuning,
-    default_corpus,
     parse_rule,
-    read_tokens,
+    read_calibration,
 )
 from spqr_jax.cli.report import analyze, report
 from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator, read_prompts
 from spqr_jax.cli.zero_shot import evaluate
 from spqr_jax.compile_cache import keep_programs
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
-from spqr_jax.data import calibration_windows
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.generate import Generation
 from spqr_jax.inspection import summarize
@@ -87,7 +85,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write the quantized model to.")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "spqr",
-    calib: Data = None,
+    calib: Calibration = None,
     nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     seqlen: SeqLen = 2048,
     seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
@@ -172,12 +170,8 @@ def quantize(
         raise ModelError(f"{model} is quantized already: quantize the original model")
     batches, calibration, windows = None, None, None
     if config.needs_calibration or tuning is not None:
-        calib = calib or default_corpus()
-        windows = calibration_windows(
-            read_tokens(calib, "calibration", opened), seqlen, nsamples, seed, calib, opened.first_token
-        )
+        windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
         batches = batched(windows)
-        calibration = {"data": calib, "windows": len(windows), "seqlen": seqlen, "seed": seed}
     begun = time.perf_counter()
     plan = None
     if config.target_bits is not None:
@@ -189,6 +183,7 @@ def quantize(
     paths = quantizable_paths(opened.source, config)
     provenance: dict[str, Any] = {"model": model, "method": method, "calibration": calibration, "tuned": None}
     provenance["command"] = shlex.join(["spqr", *sys.argv[1:]])
+    provenance["source_quantization"] = opened.quantized_by
     if plan is not None:
         provenance["target_bits"] = plan.target_bits
     memory = TreeSink(opened.source.config)
@@ -226,6 +221,8 @@ def quantize(
     write_json(
         json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
     )
+    if opened.note is not None:
+        say(opened.note)
 
 
 def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, settings: TuneConfig) -> None:

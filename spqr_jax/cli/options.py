@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -14,9 +15,10 @@ import typer  # the command line from type annotations; it brings rich, which dr
 
 from spqr_jax.cli.display import say
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, DEFAULT_STEPS, LayerRule, SpQRConfig
-from spqr_jax.data import DATA_HELP, Split, load_tokens
+from spqr_jax.data import DATA_HELP, Split, load_tokens, mixed_windows, shares, split_weight
 from spqr_jax.errors import SpQRError
-from spqr_jax.models.tokenizer import encode_stream
+from spqr_jax.evaluate.perplexity import checked_windows
+from spqr_jax.models.tokenizer import encode_stream, render_chat
 from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
 from spqr_jax.tune import Tune, TuneConfig
 
@@ -27,6 +29,13 @@ Dtype = Annotated[
     typer.Option(help=f"Type of the dense weights: {', '.join(DTYPES)}. Default: float32 on CPU, else bfloat16."),
 ]
 Data = Annotated[str | None, typer.Option(help=f"Text: {DATA_HELP}. Default: wikitext2, or pydoc without a network.")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"Text: {DATA_HELP}. Repeatable, with weights: wikitext2 and code.jsonl=2 take one window of the first "
+        "for two of the second. Default: wikitext2, or pydoc without a network."
+    ),
+]
 SeqLen = Annotated[int, typer.Option(help="Tokens a window.", min=2)]
 
 METHOD_HELP = (
@@ -51,8 +60,52 @@ def default_corpus() -> str:
 
 
 def read_tokens(spec: str, split: Split, model: OpenedModel) -> np.ndarray:
-    """Token ids of `spec`; the tokenizer is read only if there is text."""
-    return load_tokens(spec, split, lambda text: encode_stream(model.tokenizer(), text))
+    """Token ids of `spec`; the tokenizer is read only if there is text, and once."""
+    tokenizer = functools.cache(model.tokenizer)
+    return load_tokens(
+        spec,
+        split,
+        encode=lambda text: encode_stream(tokenizer(), text),
+        render=lambda messages: render_chat(tokenizer(), messages),
+    )
+
+
+def read_calibration(
+    specs: Sequence[str] | None, model: OpenedModel, seqlen: int, nsamples: int, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Calibration windows of the texts that were asked for, and what is kept about them.
+
+    Args:
+      specs: texts as `DATA_HELP` says, each with ``=WEIGHT`` or without; none: the default.
+      model: whose tokens they are.
+      seqlen, nsamples, seed: length, number and draw of the windows.
+
+    Returns:
+      int32 [nsamples, seqlen], and `data`, `windows`, `seqlen`, `seed`; of several texts also
+      `texts`, with the `name`, `weight` and `windows` of each.
+
+    Raises:
+      DataError: no such text, too little of it, or tokens that are not this model's.
+    """
+    texts = [split_weight(spec) for spec in specs or [default_corpus()]]
+    names, weights = [name for name, _ in texts], [weight for _, weight in texts]
+    counts = shares(weights, nsamples)
+    tokens = [read_tokens(name, "calibration", model) for name in names]
+    windows = mixed_windows(tokens, weights, seqlen, nsamples, seed, names, model.first_token)
+    kept: dict[str, Any] = {"data": _mixture(texts), "windows": len(windows), "seqlen": seqlen, "seed": seed}
+    if len(texts) > 1:
+        kept["texts"] = [
+            {"name": name, "weight": weight, "windows": count}
+            for name, weight, count in zip(names, weights, counts, strict=True)
+        ]
+    return checked_windows(windows, model.source.config), kept
+
+
+def _mixture(texts: Sequence[tuple[str, float]]) -> str:
+    """Texts and their weights for people: ``wikitext2 + 2 × code.jsonl``; a text alone needs no weight."""
+    if len(texts) == 1:
+        return texts[0][0]
+    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in texts)
 
 
 def parse_rule(text: str) -> LayerRule:

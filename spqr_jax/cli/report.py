@@ -19,9 +19,8 @@ from spqr_jax.atomic import AtomicDirectory, refuse_existing
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.display import console, progress_bar, say, table
-from spqr_jax.cli.options import Data, Dtype, Model, default_corpus, read_tokens
+from spqr_jax.cli.options import Calibration, Dtype, Model, read_calibration
 from spqr_jax.config import SpQRConfig
-from spqr_jax.data import calibration_windows
 from spqr_jax.errors import DataError, ModelError, SpQRError
 from spqr_jax.inspection import summarize
 from spqr_jax.quantize import quantizable_paths
@@ -37,7 +36,7 @@ Results = Annotated[
 def analyze(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write to: report.html, analysis.json, figures.")],
-    calib: Data = None,
+    calib: Calibration = None,
     nsamples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
     seed: Annotated[int, typer.Option(help="Of the draw of windows.")] = 0,
@@ -62,12 +61,10 @@ def analyze(
     if opened.quantized:
         config, summary = _quantization(opened)
         original = open_model(dense or _made_from(summary, model), dtype, say)
-    calib = calib or default_corpus()
-    tokens = read_tokens(calib, "calibration", original)
-    windows = calibration_windows(tokens, seqlen, nsamples, seed, calib, original.first_token)
+    windows, calibration = read_calibration(calib, original, seqlen, nsamples, seed)
     setting: dict[str, Any] = {
         "dense": original.label,
-        "calibration": {"data": calib, "windows": len(windows), "seqlen": int(windows.shape[1]), "seed": seed},
+        "calibration": calibration,
         "config": config.to_json(),
         "command": shlex.join(["spqr", *sys.argv[1:]]),
     }

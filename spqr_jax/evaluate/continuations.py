@@ -23,6 +23,7 @@ from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, Positions, Prefix, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, State, embed, logits, pass_block, run_block
+from spqr_jax.models.finite import not_finite
 
 _HEAD_CHUNK = 128  # positions whose logits are held at once
 
@@ -76,6 +77,7 @@ def continuation_scores(
     Raises:
       DataError: an empty context or continuation, a continuation longer than the model's
         context, ids outside its vocabulary.
+      NotFiniteError: a score is no number; says where in the model that begins.
     """
     config = params.config
     params = prepare(params, implementation="xla")  # many rows at a time: dense weights, and programs that blocks share
@@ -83,6 +85,9 @@ def continuation_scores(
     for batch in _batches([_checked(i, *pair, config) for i, pair in enumerate(requests)], batch_tokens):
         totals, greedy = _score(params, batch)
         for request, total, is_greedy in zip(batch, totals, greedy, strict=False):  # rows behind are padding
+            if not np.isfinite(total):
+                text = np.array([[*request.prefix, *request.suffix]], np.int32)
+                raise not_finite(f"the log-probability of request {request.index}", params, text)
             scores[request.index] = ContinuationScore(float(total), bool(is_greedy))
         if progress is not None:
             progress(len(batch))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from spqr_jax.evaluate.perplexity import checked_windows, final_residual
 from spqr_jax.linear import prepare
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, logits
+from spqr_jax.models.finite import not_finite
 
 _HEAD_CHUNK = 128  # positions whose logits, of both models, are held at once
 
@@ -205,6 +206,7 @@ def compare(
     Raises:
       ModelError: the vocabularies differ in size.
       DataError: windows that one of the models cannot take.
+      NotFiniteError: a model's loss is no number; says where in it that begins.
     """
     vocabularies = dense.config.vocab_size, quantized.config.vocab_size
     if vocabularies[0] != vocabularies[1]:
@@ -222,10 +224,17 @@ def compare(
         outers = models[0].outer, models[1].outer
         found = _token_statistics(dense.config, quantized.config, outers, residuals, tokens)
         parts.append(TokenStatistics(*(np.asarray(a) for a in found)))
+        _refuse_infinite(parts[-1], models, windows[first : first + batch_size], first)
         if progress is not None:
             progress(min(first + batch_size, len(windows)), len(windows))
     together = TokenStatistics(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     return summarize(together, time.perf_counter() - begun)
+
+
+def _refuse_infinite(part: TokenStatistics, models: Sequence[Decoder], windows: np.ndarray, first: int) -> None:
+    for name, model, losses in zip(("dense", "quantized"), models, (part.dense_loss, part.loss), strict=True):
+        if bad := np.flatnonzero(~np.isfinite(losses).all(axis=1)).tolist():
+            raise not_finite(f"the {name} model's loss of window {first + bad[0]}", model, windows[bad[0] : bad[0] + 1])
 
 
 def summarize(statistics: TokenStatistics, seconds: float = math.nan) -> Fidelity:

@@ -17,6 +17,7 @@ from spqr_jax.linear import prepare
 from spqr_jax.models.attention import positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, embed, logits, pass_block
+from spqr_jax.models.finite import not_finite
 
 _HEAD_CHUNK = 512  # positions whose logits are held at once
 
@@ -88,6 +89,7 @@ def perplexity(
     Raises:
       DataError: no windows, windows longer than the model's context, token ids
         outside its vocabulary.
+      NotFiniteError: a loss is no number; says where in the model that begins.
     """
     windows = checked_windows(windows, params.config)
     begun = time.perf_counter()
@@ -98,6 +100,8 @@ def perplexity(
         tokens = jnp.asarray(windows[first : first + batch_size])
         residual = final_residual(params, tokens)
         losses.append(np.asarray(sequence_losses(config, params.outer, residual, tokens), np.float64))
+        if bad := np.flatnonzero(~np.isfinite(losses[-1])).tolist():
+            raise not_finite(f"the loss of window {first + bad[0]}", params, tokens[bad[0] : bad[0] + 1])
         if progress is not None:
             progress(min(first + batch_size, len(windows)), len(windows))
     each = np.concatenate(losses)

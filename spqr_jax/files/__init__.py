@@ -2,6 +2,6 @@
 
 from spqr_jax.files.entries import Entries
 from spqr_jax.files.json_file import read_json, read_object
-from spqr_jax.files.text import decode_text
+from spqr_jax.files.text import checked_characters, decode_text
 
-__all__ = ["Entries", "decode_text", "read_json", "read_object"]
+__all__ = ["Entries", "checked_characters", "decode_text", "read_json", "read_object"]

@@ -2,7 +2,8 @@
 
 Nothing in such a file can be trusted to be there, or to have the type that it should
 have. Each getter returns a value of its type or raises one error that names the file,
-the key, what was found, what was expected and what to do. `null` is absent.
+the key, what was found, what was expected and what to do. `null` is absent, and says
+so: an owner's default does not take its place, as transformers has it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from spqr_jax.errors import ModelError, SpQRError
 
@@ -26,7 +29,7 @@ class Entries:
     Args:
       values: as they were read.
       label: the file, for messages.
-      defaults: what its owner takes for entries that are absent; None is absent.
+      defaults: what its owner takes for entries that the file does not name.
       prefix: of the keys, for entries inside an entry.
       error: what is raised.
     """
@@ -40,29 +43,28 @@ class Entries:
         prefix: str = "",
         error: type[SpQRError] = ModelError,
     ) -> None:
-        self._values = {name: value for name, value in values.items() if value is not None}
-        self._defaults = {name: value for name, value in (defaults or {}).items() if value is not None}
+        self._values, self._defaults = dict(values), dict(defaults or {})
         self.label, self._prefix, self._error = label, prefix, error
 
     # ---- what is there --------------------------------------------------------------------------
 
     def __contains__(self, name: object) -> bool:
         """Whether the file itself has the entry; a default does not count."""
-        return name in self._values
+        return self._values.get(str(name)) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return (name for name, value in self._values.items() if value is not None)
 
     def raw(self, name: str) -> Any:
         """The value as it was read, of any type; its default or None where there is none."""
-        return self._values.get(name, self._defaults.get(name))
+        return self._values[name] if name in self._values else self._defaults.get(name)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of the file as they were read, without defaults."""
         return dict(self._values)
 
     def changed(self, changes: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Entries:
-        """The same file with other values for some entries (None removes one), and further defaults below its own."""
+        """The same file with other values for some entries, and further defaults below its own."""
         return Entries(
             {**self._values, **changes},
             self.label,
@@ -201,6 +203,8 @@ class Entries:
             return []
         if isinstance(value, Mapping):
             self.refuse(name, "a list")
+        if isinstance(value, np.ndarray):  # of a GGUF header
+            return value.tolist()
         return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
@@ -213,6 +217,8 @@ def is_number(value: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value for a message, shortened."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, dict) and len(value) > 5:
         return f"an object of {len(value)} entries"
     text = " ".join(repr(value[:5] if isinstance(value, list) else value).split())

@@ -68,15 +68,12 @@ def decode_text(data: bytes, label: str, error: type[SpQRError] = DataError) -> 
     for start, kind, advice in _KINDS:
         if re.match(start, data, re.DOTALL):
             raise error(f"{label} is {kind}, expected text: {advice}")
-    encoding, begin = _marked(data)
-    if encoding is None:
-        encoding = _encoding_by_zeros(data)
-        if encoding is None and b"\0" in data:
-            raise error(
-                f"{label}: {_place(data, data.index(0))} is no text: it is binary data, or in an encoding that cannot "
-                "be told; if it is text, convert it, such as by `iconv -f utf-16le -t utf-8 FILE > NEW`"
-            )
-    name = encoding or "utf-8"
+    name, begin = _marked(data) or (_encoding_by_zeros(data) or "utf-8", 0)
+    if name == "utf-8" and b"\0" in data:
+        raise error(
+            f"{label}: {_place(data, data.index(0))} is no text: it is binary data, or in an encoding that cannot be "
+            "told; if it is text, convert it, such as by `iconv -f utf-16le -t utf-8 FILE > NEW`"
+        )
     try:
         text = data[begin:].decode(name)
     except UnicodeDecodeError as problem:
@@ -89,17 +86,33 @@ def decode_text(data: bytes, label: str, error: type[SpQRError] = DataError) -> 
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _marked(data: bytes) -> tuple[str | None, int]:
-    """The encoding by the byte order mark, and the bytes that this takes."""
+def checked_characters(text: str, label: str, error: type[SpQRError] = DataError) -> str:
+    """The text, all of whose characters are some; JSON's escapes can stand for halves, which no tokenizer takes.
+
+    Raises:
+      SpQRError: of type `error`: half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise error(
+            f"{label}: \\u{ord(text[problem.start]):04x} at character {problem.start} is half of a surrogate pair, no "
+            "character: write \\ufffd in its place, or remove it"
+        ) from None
+    return text
+
+
+def _marked(data: bytes) -> tuple[str, int] | None:
+    """The encoding by the byte order mark, and the bytes that the mark takes; None without one."""
     for mark, encoding in _MARKS:
         if data.startswith(mark) and not (encoding.startswith("utf-32") and len(data) % 4):
             return encoding, len(mark)
-    return None, 0
+    return None
 
 
 def _encoding_by_zeros(data: bytes) -> str | None:
     """UTF-32 or UTF-16 without a mark: most characters are western, so their higher bytes are zeros."""
-    if b"\0" not in data[: 1 << 16]:
+    if b"\0" not in data:
         return None
     for encoding, width, low in (("utf-32-le", 4, 0), ("utf-32-be", 4, 3), ("utf-16-le", 2, 0), ("utf-16-be", 2, 1)):
         zeros = [data[lane::width].count(0) / max(1, len(data) // width) for lane in range(width)]

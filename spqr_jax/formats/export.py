@@ -10,10 +10,11 @@ import numpy as np
 from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource
 from spqr_jax.errors import SpQRError
+from spqr_jax.files import Entries
 from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.formats.hf_spqr import BITS, TILE, pack_words, why_unsupported
 from spqr_jax.models.families import FAMILIES
-from spqr_jax.models.hf import hf_config
+from spqr_jax.models.hf import exported_config
 from spqr_jax.models.names import AS_IT_IS, Row
 from spqr_jax.models.weights import OUTER_NAMES
 
@@ -57,7 +58,11 @@ def _rows_by_path(source: BlockSource) -> dict[str, tuple[str, Row]]:
 
 
 def export_dense(
-    source: BlockSource, out: HFDirectory, dtype: Any = np.float16, progress: Progress = lambda done: None
+    source: BlockSource,
+    out: HFDirectory,
+    dtype: Any = np.float16,
+    progress: Progress = lambda done: None,
+    origin: Entries | None = None,
 ) -> None:
     """Writes a model's weights, dequantized, and its config.json.
 
@@ -66,6 +71,7 @@ def export_dense(
       out: takes them.
       dtype: of the tensors.
       progress: told after each part.
+      origin: the config.json that the model came with, whose form is kept; None for a new one.
 
     Raises:
       SpQRError: a value is too large for `dtype`.
@@ -75,16 +81,22 @@ def export_dense(
         own = {tensor: row for path in weights if path in rows for tensor, row in [rows[path]]}
         out.add(_tensors(own, weights, source, dtype))
         progress(label)
-    out.write_json("config.json", hf_config(source.config) | {"dtype": str(np.dtype(dtype))})
+    out.write_json("config.json", exported_config(source.config, dtype, origin))
 
 
-def export_hf_spqr(source: BlockSource, out: HFDirectory, progress: Progress = lambda done: None) -> None:
+def export_hf_spqr(
+    source: BlockSource,
+    out: HFDirectory,
+    progress: Progress = lambda done: None,
+    origin: Entries | None = None,
+) -> None:
     """Writes a model in Hugging Face's SpQR format; weights outside of blocks, and those left dense, in float16.
 
     Args:
       source: the quantized model.
       out: takes it.
       progress: told after each part.
+      origin: as in `export_dense`.
 
     Raises:
       SpQRError: the format cannot hold the model, with the reason and what to choose instead.
@@ -116,7 +128,9 @@ def export_hf_spqr(source: BlockSource, out: HFDirectory, progress: Progress = l
         raise SpQRError("no weight of this model is quantized: quantize it first, or export --format dense")
     if source.config.tied_head:
         dense.append("lm_head.weight")
-    out.write_json("config.json", hf_config(source.config) | _quantization_entries(shapes, dense))
+    out.write_json(
+        "config.json", exported_config(source.config, np.float16, origin) | _quantization_entries(shapes, dense)
+    )
 
 
 def _refuse_family(source: BlockSource) -> None:
@@ -136,7 +150,6 @@ def _quantization_entries(shapes: dict[str, int], dense: list[str]) -> dict[str,
     modules = [name for tensor in dense for name in (tensor, tensor.removesuffix(".weight")) if "norm" not in name]
     norms = [tensor for tensor in dense if "norm" in tensor]
     return {
-        "dtype": "float16",
         "quantization_config": {
             "quant_method": "spqr",
             "bits": BITS,

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.files import read_json
+from spqr_jax.files.safetensors_file import SafetensorsReader
 from spqr_jax.formats.hf_spqr import BITS, TENSORS, TILE, WordMatrix, unpack_words
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
-from spqr_jax.models.hf import SafetensorsReader, read_json
 from spqr_jax.models.names import Row
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import Block, Outer, block_shapes, outer_shapes, weight_shapes

@@ -20,11 +20,11 @@ import numpy as np
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, ModelError, SpQRError
+from spqr_jax.files import read_json
 from spqr_jax.formats.torch_file import SparseTensor, read_torch_file
 from spqr_jax.layout import array_layout, column_dtype
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
-from spqr_jax.models.hf import read_json
 from spqr_jax.models.names import Row
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import Block, Outer, block_shapes, outer_shapes, weight_shapes

@@ -101,8 +101,8 @@ def pick_template(tokenizer: Any, choice: str | None = None) -> str:
     if choice is None:
         if not templates:
             raise ModelError(
-                f"{label} has no chat template: leave out --chat, give one with --chat-template FILE, or use an "
-                "instruction-tuned model"
+                f"{label} has no chat template: use text without messages (and without --chat), give one with "
+                "--chat-template FILE, or use an instruction-tuned model"
             )
         if "default" not in templates:
             raise ModelError(

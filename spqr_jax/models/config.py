@@ -12,6 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from spqr_jax.errors import ModelError
 
+MOST_LAYERS = 4096
+"""Blocks of a model at most: more is a damaged file."""
+
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,6 +28,26 @@ def not_finite(result: str, params: Decoder, tokens: Any) -> NotFiniteError:
     )
 
 
+def refuse_infinite(arrays: Iterable[jax.Array], where: str) -> None:
+    """Checks activations or gradients on their way.
+
+    Args:
+      arrays: of one type, any shapes.
+      where: in the model they are.
+
+    Raises:
+      NotFiniteError: some are infinite or no numbers.
+    """
+    for array in arrays:
+        if not bool(_all_finite(array)):
+            raise NotFiniteError(f"{where} are not finite; {advice(array.dtype)}")
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(array))
+
+
 def advice(dtype: Any) -> str:
     """What to try when values of this type are no longer finite."""
     if np.dtype(dtype) == np.float16:
@@ -42,12 +63,12 @@ def _where(params: Decoder, tokens: jax.Array) -> str:
     config = params.config
     where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
     residual = embed(config, params.outer, tokens, where)
-    if not bool(jnp.all(jnp.isfinite(residual))):
+    if not bool(_all_finite(residual)):
         return "the embedding of the text is not finite"
     for index, block in enumerate(params.layers):
         residual = pass_block(config, block, residual, where)
-        if not bool(jnp.all(jnp.isfinite(residual))):
+        if not bool(_all_finite(residual)):
             return f"activations are not finite from block {index} of {config.num_layers} on"
-    if not bool(jnp.all(jnp.isfinite(logits(config, params.outer, residual[:, -1])))):
+    if not bool(_all_finite(logits(config, params.outer, residual[:, -1]))):
         return "all blocks are finite, the output head's logits are not"
     return "the model's own numbers are finite: what was computed from them is not"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from spqr_jax.errors import ModelError
 from spqr_jax.files.entries import Entries
 from spqr_jax.models.families import names_of_gguf
-from spqr_jax.models.gguf_header import BadHeader, read_header, tensor_bytes
+from spqr_jax.models.gguf_header import MAGIC, BadHeader, TensorEntry, read_header, tensor_bytes
 from spqr_jax.models.names import TensorSource
 from spqr_jax.models.stops import with_gguf_tokens
 
@@ -19,27 +21,49 @@ _WEIGHTS_AT_ONCE = 1 << 24  # that are read and dequantized before they take the
 
 
 class GGUFFile:
-    """An open GGUF file: its key-value header, and its tensors, read when asked for.
+    """An open GGUF file, in one part or several: its key-value header, and its tensors, read when asked for.
+
+    Any part of a model that ``gguf-split`` cut stands for all; the first holds the header.
 
     Attributes:
       label: the file's name, for messages.
       entries: its header, through typed getters.
 
     Raises:
-      ModelError: no GGUF file, another version, or truncated.
+      ModelError: no GGUF file, another version, truncated, or a part that is missing.
     """
 
     def __init__(self, path: Path) -> None:
-        self.label, self._path = str(path), path
-        try:
-            entries, self._tensors = read_header(path)
-            self._sizes = {name: tensor_bytes(entry) for name, entry in self._tensors.items()}
-            ends = [entry.offset + self._sizes[name][1] for name, entry in self._tensors.items()]
-            if max(ends, default=0) > path.stat().st_size:
-                raise BadHeader(f"it has {path.stat().st_size} bytes, and tensors up to byte {max(ends)}: truncated?")
-        except (BadHeader, OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{path} cannot be read as GGUF: {error}") from None
-        self.entries = Entries(entries, self.label)
+        self.label = str(path)
+        self.entries, tensors = _read_part(path)
+        self._tensors = {name: (path, tensor) for name, tensor in tensors.items()}
+        if self.entries.integer("split.count", 1) > 1:
+            self._add_parts(path)
+
+    def _add_parts(self, path: Path) -> None:
+        given, count = path.name, self.entries.integer("split.count")
+        self._tensors = {}
+        for index, part in enumerate(_parts(path, count)):
+            entries, tensors = _read_part(part)
+            said = entries.integer("split.no", count, most=count) + 1, entries.integer("split.count", 1)
+            if said != (index + 1, count):
+                raise ModelError(
+                    f"{part} says that it is part {said[0]} of {said[1]}, its name says {index + 1} of {count}: "
+                    "renamed, or of another model?"
+                )
+            if index == 0:
+                self.entries = entries
+            if twice := self._tensors.keys() & tensors.keys():
+                raise ModelError(
+                    f"{part}: tensor {min(twice)} stands in an earlier part too: parts of different models?"
+                )
+            self._tensors |= {name: (part, tensor) for name, tensor in tensors.items()}
+        expected = self.entries.integer("split.tensors.count", len(self._tensors))
+        if expected != len(self._tensors):
+            raise ModelError(
+                f"{path.with_name(given)}: its {count} parts hold {len(self._tensors)} tensors, expected {expected}: "
+                "fetch them again"
+            )
 
     def get(self, key: str, default: Any = None) -> Any:
         """A header entry, or `default`."""
@@ -47,29 +71,83 @@ class GGUFFile:
         return default if value is None else value
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self._tensors.items()}
+        return {name: tensor.entry.shape for name, (_, tensor) in self._tensors.items()}
 
     def read(self, name: str, dtype: Any) -> np.ndarray:
         """One tensor. Some rows at a time, not mapped: of the file nothing stays in memory."""
         import gguf
 
-        entry, (kind, size) = self._tensors[name], self._sizes[name]
-        rows = math.prod(entry.shape[:-1])
-        width, step = size // rows, max(1, _WEIGHTS_AT_ONCE // entry.shape[-1])
-        values = np.empty((rows, entry.shape[-1]), dtype)
+        path, tensor = self._tensors[name]
+        shape = tensor.entry.shape
+        rows = math.prod(shape[:-1])
+        width, step = tensor.size // rows, max(1, _WEIGHTS_AT_ONCE // shape[-1])
+        values = np.empty((rows, shape[-1]), dtype)
         try:
-            with self._path.open("rb") as file:
-                file.seek(entry.offset)
+            with path.open("rb") as file, np.errstate(over="ignore", invalid="ignore"):  # checked by who reads
+                file.seek(tensor.entry.offset)
                 for first in range(0, rows, step):
                     raw = np.fromfile(file, np.uint8, width * min(step, rows - first)).reshape(-1, width)
-                    values[first : first + step] = gguf.quants.dequantize(raw, kind)
+                    values[first : first + step] = gguf.quants.dequantize(raw, tensor.kind)
         except NotImplementedError:
             raise ModelError(
-                f"{self.label}: tensor {name} has type {kind.name}, which cannot be dequantized here"
+                f"{path}: tensor {name} has type {tensor.kind.name}, which cannot be dequantized here: "
+                "take a file in another type, such as Q8_0 or F16"
             ) from None
         except (OSError, ValueError) as error:
-            raise ModelError(f"{self.label}: tensor {name} cannot be read: {error}") from None
-        return values.reshape(entry.shape)
+            raise ModelError(f"{path}: tensor {name} cannot be read: {error}; fetch the file again") from None
+        return values.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a part: where it lies, its ggml type, its bytes."""
+
+    entry: TensorEntry
+    kind: Any
+    size: int
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do; its name says nothing."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def _read_part(path: Path) -> tuple[Entries, dict[str, _Tensor]]:
+    try:
+        entries, found = read_header(path)
+        tensors = {name: _Tensor(entry, *tensor_bytes(entry)) for name, entry in found.items()}
+        end = max((tensor.entry.offset + tensor.size for tensor in tensors.values()), default=0)
+        if end > path.stat().st_size:
+            raise BadHeader(f"it has {path.stat().st_size} bytes, and tensors up to byte {end}: truncated?")
+    except (BadHeader, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{path} cannot be read as GGUF: {reason}; fetch the file again") from None
+    return Entries(entries, str(path)), tensors
+
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE | re.DOTALL)
+_MOST_PARTS = 10000
+
+
+def _parts(path: Path, count: int) -> list[Path]:
+    """All parts of a model, in order, from the name of any of them."""
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[3]) != count or count > _MOST_PARTS:
+        raise ModelError(
+            f"{path} is one of {count} parts of a split model, and its name does not say which: expected names as "
+            f"gguf-split gives them, such as NAME-00001-of-{count:05d}.gguf, all in one folder"
+        )
+    parts = [path.with_name(f"{name[1]}-{index + 1:05d}-of-{count:05d}{name[4] or ''}") for index in range(count)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ModelError(
+            f"{path} is one of {count} parts of a split model; missing beside it: {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        )
+    return parts
 
 
 def open_gguf(file: GGUFFile, dtype: Any) -> TensorSource:

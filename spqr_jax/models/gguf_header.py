@@ -15,11 +15,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
 _MOST = 1 << 31  # bytes of one text, or elements of one array: more is a damaged file
+_MOST_ELEMENTS = 1 << 40  # of an axis
 _MOST_DIMENSIONS = 8
+_MOST_TEXTS = 1 << 22  # of an array: the largest vocabularies have 2^18
+_DEEPEST = 4  # arrays inside arrays
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 # value type -> format of one number
@@ -58,7 +61,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """Entries and tensors of a file, by name. Arrays of numbers and texts become lists.
+    """Entries and tensors of a file, by name. Arrays of numbers stay arrays, those of texts become lists.
 
     Raises:
       BadHeader: not GGUF, another version, or truncated.
@@ -66,15 +69,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     """
     with path.open("rb") as file:
         reader = _Reader(file, path.stat().st_size)
-        if reader.take(4) != _MAGIC:
+        if reader.take(4) != MAGIC:
             raise BadHeader("it does not begin with 'GGUF'")
         version = reader.number("<u4")
         if version not in _VERSIONS:
-            raise BadHeader(f"version {version}, expected one of {_VERSIONS} in little-endian order")
+            order = " (a big-endian file)" if version % 65536 == 0 and version else ""
+            raise BadHeader(f"version {version}{order}, expected one of {_VERSIONS} in little-endian order")
         tensor_count, entry_count = reader.count("<u8"), reader.count("<u8")
         entries: dict[str, Any] = {}
         for _ in range(entry_count):
             key = reader.text()
+            if key in entries:
+                raise BadHeader(f"its header has two entries {key!r}")
             entries[key] = reader.value(reader.number("<u4"))
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensor_count):
@@ -83,9 +89,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
             if dimensions > _MOST_DIMENSIONS:
                 raise BadHeader(f"tensor {name!r} has {dimensions} axes")
             shape = tuple(reader.number("<u8") for _ in range(dimensions))
+            if name in found or not all(1 <= size <= _MOST_ELEMENTS for size in shape):
+                raise BadHeader(f"tensor {name!r} stands there twice, or has shape {shape[::-1]}")
             found[name] = shape[::-1], reader.number("<u4"), reader.number("<u8")
         alignment = entries.get(_ALIGNMENT, 32)
-        if not isinstance(alignment, int) or alignment < 1:
+        if not isinstance(alignment, int) or not 1 <= alignment <= _MOST:
             raise BadHeader(f"{_ALIGNMENT} is {alignment!r}")
         begin = -(-file.tell() // alignment) * alignment
     return entries, {name: TensorEntry(shape, kind, begin + at) for name, (shape, kind, at) in found.items()}
@@ -115,14 +123,18 @@ class _Reader:
     def text(self) -> str:
         return self.take(self.count("<u8")).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if depth > _DEEPEST:
+            raise BadHeader(f"arrays {depth} deep")
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
             inner, count = self.number("<u4"), self.count("<u8")
             if inner in _NUMBERS:
-                return np.frombuffer(self.take(count * np.dtype(_NUMBERS[inner]).itemsize), _NUMBERS[inner]).tolist()
-            return self._texts(count) if inner == _STRING else [self.value(inner) for _ in range(count)]
+                return np.frombuffer(self.take(count * np.dtype(_NUMBERS[inner]).itemsize), _NUMBERS[inner])
+            if count > _MOST_TEXTS:
+                raise BadHeader(f"it tells of an array of {count} texts or arrays")
+            return self._texts(count) if inner == _STRING else [self.value(inner, depth + 1) for _ in range(count)]
         if kind not in _NUMBERS:
             raise BadHeader(f"value type {kind}")
         return self.number(_NUMBERS[kind])

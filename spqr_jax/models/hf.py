@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,65 +10,14 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError
+from spqr_jax.files import Entries, read_object
+from spqr_jax.files.safetensors_file import refuse_adapter
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.names import TensorSource
+from spqr_jax.models.quantized import open_tensors
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import OUTER_NAMES, Decoder
-
-
-class SafetensorsReader:
-    """The safetensors files of one directory, each opened anew for every tensor: of none anything stays mapped."""
-
-    def __init__(self, directory: Path) -> None:
-        self.label = str(directory)
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-        else:
-            files = sorted(path.name for path in directory.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{directory} has no *.safetensors file; other weight formats are not read (no pickles)")
-        missing = [name for name in files if not (directory / name).is_file()]
-        if missing:
-            raise ModelError(f"{directory}: {index.name} names files that are not there: {', '.join(missing)}")
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for name in files:
-            with _open_safetensors(directory / name) as file:
-                for tensor in file.keys():  # noqa: SIM118 (not a dict)
-                    if tensor in self._files:
-                        raise ModelError(f"{directory}: tensor {tensor} stands in more than one file")
-                    self._files[tensor] = directory / name
-                    self._shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def read(self, name: str, dtype: Any = None) -> np.ndarray:
-        """One tensor, an array of its own; `dtype` None for the file's."""
-        with _open_safetensors(self._files[name]) as file:
-            value = np.asarray(file.get_tensor(name))
-        return value if dtype is None else value.astype(dtype, copy=False)
-
-
-def _open_safetensors(path: Path) -> Any:
-    import safetensors
-
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except Exception as error:  # its own SafetensorError for a bad header, OSError for the rest
-        raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file, with an error that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
 
 
 def open_hf(directory: Path, dtype: Any) -> TensorSource:
@@ -76,10 +26,11 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
     Raises:
       ModelError: files that are missing or damaged, or a model that we do not run.
     """
-    values = read_json(directory / "config.json")
+    refuse_adapter(directory)
+    values = read_object(directory / "config.json")
+    tensors = open_tensors(directory, values)
     family = family_of_hf(values)
-    config = with_named_tokens(family.from_hf(values), directory)
-    return TensorSource(SafetensorsReader(directory), family.table, config, dtype)
+    return TensorSource(tensors, family.table, with_named_tokens(family.from_hf(values), directory), dtype)
 
 
 # ---- writing ----------------------------------------------------------------------------
@@ -88,6 +39,41 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """The entries of a config.json from which transformers builds the model."""
     return FAMILIES[config.family].to_hf(config)
+
+
+_OF_QUANTIZED_WEIGHTS = ("quantization_config", "compression_config")
+
+
+def exported_config(config: DecoderConfig, dtype: Any, origin: Entries | None = None) -> dict[str, Any]:
+    """The entries of a config.json for a model that is written again.
+
+    They keep the form of the file that the model was read from: the same names, the same
+    rotary entries, whatever else other programs look for. Without such a file, or where
+    it describes another model (a part of one that also sees, say), they are made anew.
+
+    Args:
+      config: of the model.
+      dtype: of the weights as they are written.
+      origin: the config.json that the model came with, or None.
+    """
+    if origin is None or not _describes(origin, config):
+        return hf_config(config) | {"dtype": str(np.dtype(dtype))}
+    values = {name: value for name, value in origin.to_dict().items() if name not in _OF_QUANTIZED_WEIGHTS}
+    if origin.raw("tie_word_embeddings") is not None or config.tied_head != FAMILIES[config.family].ties(origin):
+        values["tie_word_embeddings"] = config.tied_head
+    return values | {"torch_dtype" if "torch_dtype" in values else "dtype": str(np.dtype(dtype))}
+
+
+def _describes(origin: Entries, config: DecoderConfig) -> bool:
+    """Whether a config.json makes the same model; of token ids and tying other files tell, too."""
+    if origin.raw("model_type") != config.family:
+        return False
+    try:
+        read = FAMILIES[config.family].from_hf(origin)
+    except ModelError:
+        return False
+    other = ("bos_token_id", "eos_token_ids", "tied_head")
+    return dataclasses.replace(read, **{name: getattr(config, name) for name in other}) == config
 
 
 def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import numpy as np
 
 from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.finite import advice
 from spqr_jax.models.weights import OUTER_NAMES, Block, Outer, block_shapes, weight_shapes
 
 
@@ -145,14 +147,20 @@ class TensorReader(Protocol):
 class TensorSource:
     """A `BlockSource` over named tensors, read lazily, block by block.
 
+    A head that is there and differs from the embedding is kept, with a warning, whatever
+    `config` says of tying (as transformers and llama.cpp do).
+
     Raises:
       ModelError: at construction, tensors missing, unexpected or misshapen; on
         reading a part, all of its tensors that hold non-finite values.
     """
 
     def __init__(self, reader: TensorReader, table: Table, config: DecoderConfig, dtype: Any) -> None:
+        config = _with_the_head_that_is_there(reader, table, config)
         self._reader, self._config, self._dtype = reader, config, dtype
         self._found = _match(reader, table, config)
+        self.note: str | None = getattr(reader, "note", None)  # what the user should know of the tensors
+        self.quantized_by: str | None = getattr(reader, "quantized_by", None)
 
     @property
     def config(self) -> DecoderConfig:
@@ -170,14 +178,22 @@ class TensorSource:
         weights: dict[str, jax.Array] = {}
         bad = []
         for tensor, row in dict.fromkeys(self._found[path] for path in names):
-            value = self._reader.read(tensor, np.float32 if row.packing.in_float32 else self._dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is reported below
+                value = self._reader.read(tensor, np.float32 if row.packing.in_float32 else self._dtype)
             if not _all_finite(value):
                 bad.append(tensor)
             for path, part in zip(row.paths, row.packing.split(value, self._config), strict=True):
                 weights[names[path]] = jnp.asarray(part, self._dtype)
         if bad:
-            raise ModelError(f"{self._reader.label}: tensors with values that are not finite: {', '.join(bad)}")
+            raise ModelError(self._why_not_finite(bad))
         return {name: weights[name] for name in paths}
+
+    def _why_not_finite(self, tensors: Sequence[str]) -> str:
+        """Whether the file's own values are not finite, or only their cast to a narrower type."""
+        listed = f"{self._reader.label}: {', '.join(tensors)}"
+        if all(_all_finite(self._reader.read(tensor, np.float32)) for tensor in tensors):
+            return f"{listed}: values that {np.dtype(self._dtype)} cannot hold; {advice(self._dtype)}"
+        return f"{listed}: tensors with values that are not finite: fetch or convert the model again"
 
 
 def _all_finite(value: np.ndarray) -> bool:
@@ -195,8 +211,39 @@ def _joined_shape(packing: Packing, shapes: tuple[tuple[int, ...], ...], config:
     return packing.join([np.empty(shape, np.int8) for shape in shapes], config).shape
 
 
+def _with_the_head_that_is_there(reader: TensorReader, table: Table, config: DecoderConfig) -> DecoderConfig:
+    """The configuration with `tied_head` as the weights have it: a different head in the file goes before the flag."""
+    if not config.tied_head:
+        return config
+    names = {
+        row.paths[0]: table.bare(row.tensor) for row in table.rows if row.paths in (("lm_head",), ("embed_tokens",))
+    }
+    tensors = {table.bare(tensor): tensor for tensor in reader.shapes()}
+    head, embedding = (tensors.get(names.get(path, "")) for path in ("lm_head", "embed_tokens"))
+    if head is None or embedding is None or _same(reader, head, embedding):
+        return config
+    warnings.warn(
+        f"{reader.label}: the configuration ties the output head to the embedding, but {head} is there and differs "
+        f"from {embedding}: {head} is used",
+        stacklevel=4,
+    )
+    return dataclasses.replace(config, tied_head=False)
+
+
+def _same(reader: TensorReader, first: str, second: str) -> bool:
+    shapes = reader.shapes()
+    return shapes[first] == shapes[second] and np.array_equal(
+        reader.read(first, np.float32), reader.read(second, np.float32)
+    )
+
+
 def _match(reader: TensorReader, table: Table, config: DecoderConfig) -> dict[str, tuple[str, Row]]:
     """Path -> (tensor, row of the table), or every problem in one error."""
+    if config.num_layers > len(reader.shapes()):  # names are not made for blocks that cannot be there
+        raise ModelError(
+            f"{reader.label} holds {len(reader.shapes())} tensors, fewer than the {config.num_layers} blocks of its "
+            "configuration: a part of the model is missing, or the configuration is another model's"
+        )
     expected = weight_shapes(config)
     rows = {table.bare(tensor): row for tensor, row in table.expand(config).items()}
     heads = {table.bare(row.tensor) for row in table.rows if row.paths == ("lm_head",)}
@@ -205,6 +252,8 @@ def _match(reader: TensorReader, table: Table, config: DecoderConfig) -> dict[st
     problems = []
     for tensor, shape in reader.shapes().items():
         bare = table.bare(tensor)
+        if bare not in rows and tensor in getattr(reader, "spare", ()):
+            continue
         if ignored.fullmatch(tensor) or (config.tied_head and bare in heads):
             continue
         if bare not in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -121,8 +122,8 @@ def _summary_table(runs: Sequence[Run]) -> Table:
 
 
 def _short(data: str) -> str:
-    """A text's name: of a file that without its folders."""
-    return data.rsplit("/", 1)[-1]
+    """A text's name, or those of a mixture: of files that without their folders."""
+    return " + ".join(re.sub(r"^(\S+ × )?.*/", r"\1", text) for text in data.split(" + "))
 
 
 def _accuracy(run: Run, task: str) -> float | None:

@@ -143,8 +143,7 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False) -> Factor:
     """
     if not bool(_all_finite(h)):
         raise DataError(
-            "the Hessian has values that are not finite: the calibration activations overflow or hold NaN; "
-            "check the model's weights and the calibration text, or calibrate in float32"
+            "the Hessian has values that are not finite: activations of the calibration text overflow or hold NaN"
         )
     used = damping
     for _ in range(_DAMPING_STEPS):

@@ -25,7 +25,7 @@ from jax import lax
 
 from spqr_jax.blocks import BlockSource
 from spqr_jax.calibrate import Activations, rounded_linear
-from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.errors import DataError, NotFiniteError, SpQRError
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, State, logits, pass_block, run_block
@@ -163,6 +163,7 @@ def tune(
 
     Raises:
       DataError: no batches.
+      NotFiniteError: the loss is no number.
     """
     config = config or TuneConfig()
     batches = [np.asarray(batch) for batch in batches]
@@ -171,6 +172,15 @@ def tune(
     return (_tune_logits if config.objective == "logits" else _tune_blocks)(
         params, dense, batches, config, progress or (lambda done, loss: None)
     )
+
+
+def _finite(loss: float, where: str) -> float:
+    if not math.isfinite(loss):
+        raise NotFiniteError(
+            f"the loss of tuning is not a number from {where} on: try a lower learning rate (--tune-learning-rate), or "
+            "--dtype float32"
+        )
+    return loss
 
 
 def _orders(config: TuneConfig, batches: int) -> list[tuple[float, int]]:
@@ -205,7 +215,7 @@ def _tune_logits(
             forms[index], gradient = _backward_step(
                 model, forms[index], inputs.pop(), where, gradient, jnp.float32(rate)
             )
-        progress(f"step {step + 1} of {len(orders)}", float(loss))
+        progress(f"step {step + 1} of {len(orders)}", _finite(float(loss), f"step {step + 1}"))
     layers = tuple(finished(form, block) for form, block in zip(forms, params.layers, strict=True))
     return dataclasses.replace(params, layers=layers)
 
@@ -223,7 +233,7 @@ def _tune_blocks(
         form, losses = block_form(quantized, entries, model.norm_offset), []
         for rate, batch in _orders(config, len(batches)):
             form, loss = _match_step(model, form, inputs[batch], places[batch], wanted[batch], jnp.float32(rate))
-            losses.append(float(loss))
+            losses.append(_finite(float(loss), f"block {index}"))
         layers.append(finished(form, quantized))
         inputs = [_run(model, form, x, where) for x, where in zip(inputs, places, strict=True)]
         progress(f"block {index}", float(np.mean(losses[-len(batches) :])))

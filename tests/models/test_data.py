@@ -10,7 +10,10 @@ from spqr_jax.data import (
     join_sentences,
     join_wikitext,
     load_tokens,
+    mixed_windows,
     pydoc_text,
+    shares,
+    split_weight,
 )
 
 
@@ -41,6 +44,15 @@ def test_ids_are_taken_as_they_are(tmp_path):
     assert stream.dtype == np.int32
     np.testing.assert_array_equal(evaluation_windows(stream, 30, None), np.arange(90).reshape(3, 30))
     np.testing.assert_array_equal(evaluation_windows(stream, 30, 2), np.arange(60).reshape(2, 30))
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    np.testing.assert_array_equal(load_tokens(str(tmp_path / "A.NPY"), "evaluation", encode), stream)
+    (tmp_path / "A.NPY").rename(tmp_path / "ids")
+    np.testing.assert_array_equal(load_tokens(str(tmp_path / "ids"), "evaluation", encode), stream)
+    for dtype in (np.uint16, ">i4", np.uint64):
+        np.save(tmp_path / "b.npy", np.arange(100).astype(dtype))
+        other = load_tokens(str(tmp_path / "b.npy"), "evaluation", encode)
+        assert other.dtype == np.int32
+        np.testing.assert_array_equal(other, stream)
     windows = np.arange(40).reshape(4, 10)
     np.testing.assert_array_equal(calibration_windows(windows, 8, 3, seed=5), windows[:3, :8])
 
@@ -60,6 +72,92 @@ def test_calibration_windows_repeat_by_seed():
     assert not np.array_equal(a, c)
     assert np.all(np.diff(a, axis=1) == 1)
     assert calibration_windows(np.arange(50), 50, 2, 0).shape == (2, 50)
+    with pytest.raises(DataError, match="the seed must be 0 or more, got -1"):
+        calibration_windows(stream, 50, 8, -1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "expected"),
+    [
+        ([1], 5, [5]),
+        ([1, 1], 5, [3, 2]),
+        ([1, 2], 128, [43, 85]),
+        ([0.5, 0.25, 0.25], 8, [4, 2, 2]),
+        ([1, 1, 1], 4, [2, 1, 1]),
+        ([100, 1, 1], 4, [2, 1, 1]),  # at least one of each
+        ([1e308, 1e308, 1e-320], 5, [2, 2, 1]),
+    ],
+)
+def test_windows_are_shared_by_weight(weights, count, expected):
+    assert shares(weights, count) == expected
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+def test_a_weight_is_a_positive_number(weight):
+    with pytest.raises(DataError, match="must be a positive number, got"):
+        shares([1, weight], 8)
+
+
+def test_each_text_needs_a_window():
+    with pytest.raises(DataError, match="2 windows of 3 texts: ask for more windows"):
+        shares([1, 1, 1], 2)
+
+
+def test_one_text_is_drawn_as_without_mixing():
+    stream = np.arange(1000, dtype=np.int32)
+    for first_token in (None, 7):
+        alone = calibration_windows(stream, 50, 8, 3, "s", first_token)
+        np.testing.assert_array_equal(mixed_windows([stream], [2.5], 50, 8, 3, ["s"], first_token), alone)
+    starts = np.random.default_rng(3).integers(0, 951, 8)
+    np.testing.assert_array_equal(mixed_windows([stream], [1], 50, 8, 3)[:, 0], starts)
+
+
+def test_texts_are_mixed_by_weight_and_spread():
+    texts = [np.arange(1000), np.arange(1000, 2000), np.arange(2000, 3000).reshape(10, 100)]
+    windows = mixed_windows(texts, [2, 1, 1], 20, 16, seed=0)
+    assert windows.shape == (16, 20)
+    assert np.all(np.diff(windows, axis=1) == 1)
+    of = windows[:, 0] // 1000
+    assert np.bincount(of).tolist() == [8, 4, 4]
+    for quarter in of.reshape(4, 4):
+        assert np.bincount(quarter).tolist() == [2, 1, 1]
+    np.testing.assert_array_equal(windows[of == 2], texts[2][:4, :20])  # ready-made ones in their order
+    np.testing.assert_array_equal(windows, mixed_windows(texts, [2, 1, 1], 20, 16, seed=0))
+    other = mixed_windows(texts, [2, 1, 1], 20, 16, seed=1)
+    assert not np.array_equal(windows[of < 2], other[of < 2])
+    twice = mixed_windows([texts[0], texts[0]], [1, 1], 20, 16, seed=0)
+    assert len(np.unique(twice[:, 0])) > 12  # a draw of its own for each
+
+
+def test_a_text_of_the_mixture_that_is_too_short_is_named():
+    with pytest.raises(DataError, match=r"b\.txt holds 10 tokens, less than one window of 20"):
+        mixed_windows([np.arange(1000), np.arange(10)], [1, 1], 20, 4, 0, ["a.txt", "b.txt"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("wikitext2", ("wikitext2", 1)),
+        ("code.jsonl=2", ("code.jsonl", 2)),
+        ("wikitext2:wiki.raw=0.5", ("wikitext2:wiki.raw", 0.5)),
+        ("code.jsonl#body=1e-3", ("code.jsonl#body", 0.001)),
+        ("lr=3", ("lr=3", 1)),
+        ("lr=3=4", ("lr=3", 4)),
+        ("lr=3#body", ("lr=3#body", 1)),
+        ("ptb:lr=3", ("ptb:lr=3", 1)),
+    ],
+)
+def test_weights_stand_behind_texts(tmp_path, monkeypatch, spec, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=3").write_text("a file whose name holds a sign")
+    (tmp_path / "code.jsonl").write_text("{}")
+    assert split_weight(spec) == expected
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e999", "abc", "", "2,5", "2x", "0x10"])
+def test_bad_weights_say_so(weight):
+    with pytest.raises(DataError, match="should be the text's weight, a positive number"):
+        split_weight(f"code.jsonl={weight}")
 
 
 def bad_files(folder):
@@ -70,6 +168,21 @@ def bad_files(folder):
     (folder / "empty.txt").write_text("")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (folder / "torn.npy").write_bytes(b"\x93NUMPY")
+    (folder / "nothing.npy").write_bytes(b"")
+    np.save(folder / "large.npy", np.array([1, 2**32 + 5]))
+    np.save(folder / "unsigned.npy", np.array([2**63 + 1], np.uint64))
+    np.save(folder / "flags.npy", np.array([True]))
+    np.save(folder / "none.npy", np.zeros((0, 4), int))
+    np.save(folder / "pair.npy", np.array([(1, 2)], [("a", "i4"), ("b", "i4")]))
+    np.save(folder / "short.npy", np.arange(1000))
+    (folder / "short.npy").write_bytes((folder / "short.npy").read_bytes()[:500])
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999,), }".ljust(117) + b"\n"
+    (folder / "liar.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header)
+    (folder / "header.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + b"{'descr': (((".ljust(117) + b"\n")
+    with (folder / "archive.npy").open("wb") as file:
+        np.savez(file, a=np.arange(3))
+    (folder / "text.npy").write_text("some text")
+    (folder / "folder.npy").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -80,8 +193,20 @@ def bad_files(folder):
         ("negative.npy", "negative"),
         ("objects.npy", "not an .npy file of numbers"),
         ("torn.npy", "not an .npy file"),
+        ("nothing.npy", "not an .npy file"),
+        ("large.npy", r"beyond 32 bits .largest 4294967301"),
+        ("unsigned.npy", "beyond 32 bits"),
+        ("flags.npy", "holds bool"),
+        ("none.npy", "shape .0, 4."),
+        ("pair.npy", "integer token ids"),
+        ("short.npy", "not an .npy file of numbers"),
+        ("liar.npy", "not an .npy file of numbers"),
+        ("header.npy", "not an .npy file of numbers"),
+        ("archive.npy", "archive of several arrays"),
+        ("text.npy", "not an .npy file of numbers"),
+        ("folder.npy", "cannot be read: Is a directory"),
         ("empty.txt", "no text"),
-        ("binary.txt", "not UTF-8"),
+        ("binary.txt", "not UTF-16-LE"),
         ("nowhere.npy", "does not exist"),
         ("nowhere", "expected a text file"),
     ],

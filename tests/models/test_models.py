@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from support.family_files import write_gguf
 from support.model_files import write_hf
 
 from spqr_jax import ModelError, forward
 from spqr_jax.blocks import collect
 from spqr_jax.models.decoder import random_decoder
-from spqr_jax.models.families import family_of_hf
+from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.models.hf import hf_config, hf_tensors, open_hf
 
@@ -142,11 +143,11 @@ def test_a_broken_gguf_is_refused(tmp_path):
             "Foo.*supported: llama .*adding-a-model",
         ),
         ({"hidden_act": "tanh"}, "tanh"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "mrope", "factor": 2.0}}, "mrope.*expected one of default, linear"),
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"model_type": "falcon", "alibi": True}, "alibi"),
         ({"model_type": "opt", "do_layer_norm_before": False, "ffn_dim": 8}, "do_layer_norm_before"),
-        ({"model_type": "gpt2"}, "lacks n_embd"),
+        ({"model_type": "gpt2", "n_embd": None}, "lacks n_embd"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9, "num_local_experts": 4}, "9 experts a token of 4"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
@@ -157,7 +158,66 @@ def test_what_we_do_not_run_is_refused(tiny_config, changes, says):
         family_of_hf(values).from_hf(values)
 
 
-def test_a_configuration_without_its_sizes_is_refused():
-    for kind in ("llama", "falcon", "gpt2", "opt", "mixtral"):
-        with pytest.raises(ModelError, match=r"config\.json lacks"):
-            family_of_hf({"model_type": kind}).from_hf({"model_type": kind})
+def test_sizes_that_the_file_leaves_out_on_purpose_have_no_default():
+    for kind in ("llama", "falcon", "opt", "mixtral"):
+        values = {"model_type": kind, "hidden_size": None}
+        with pytest.raises(ModelError, match=r"config\.json lacks hidden_size"):
+            family_of_hf(values).from_hf(values)
+
+
+@pytest.mark.parametrize("kind", [name for name in FAMILIES if name != "falcon"])
+def test_absent_entries_are_what_transformers_takes_for_them(kind):
+    theirs = transformers.CONFIG_MAPPING[kind]().to_dict()
+    ours = FAMILIES[kind].from_hf({"model_type": kind})
+    for name in ("bos_token_id", "eos_token_id"):  # several files tell of these
+        theirs.pop(name, None)
+    assert ours == FAMILIES[kind].from_hf(theirs)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "says"),
+    [
+        ("num_hidden_layers", "two", "num_hidden_layers is 'two', expected a whole number"),
+        ("num_attention_heads", 0, "num_attention_heads is 0"),
+        ("vocab_size", [256], r"vocab_size is \[256\]"),
+        ("hidden_size", 64.5, "hidden_size is 64.5"),
+        ("rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5', expected a finite number"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings is 'false', expected true or false"),
+        ("eos_token_id", ["</s>"], "eos_token_id is '</s>'"),
+        ("rope_parameters", 4.0, "rope_parameters is 4.0, expected an object"),
+        ("rope_theta", True, "rope_theta is True"),
+        ("architectures", {"a": 1}, "architectures is"),
+        ("hidden_act", ["silu"], "hidden_act is"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000"),
+    ],
+)
+def test_entries_of_a_wrong_type_are_named_with_their_file(tmp_path, tiny_model, entry, value, says):
+    config = hf_config(tiny_model.config)
+    if entry == "rope_theta":
+        del config["rope_parameters"]
+    write_hf(tmp_path / "m", tiny_model, config=config | {entry: value})
+    with pytest.raises(ModelError, match=says) as caught:
+        open_hf(tmp_path / "m", jnp.float32)
+    assert str(tmp_path / "m" / "config.json") in str(caught.value)
+
+
+def test_a_head_that_differs_from_the_embedding_is_kept_whatever_the_flag_says(tmp_path, tiny_model):
+    values = hf_config(tiny_model.config)
+    write_hf(tmp_path / "m", tiny_model, config=values | {"tie_word_embeddings": True})
+    with pytest.warns(UserWarning, match=r"lm_head\.weight is there and differs"):
+        loaded = collect(open_hf(tmp_path / "m", jnp.float32))
+    assert_same_tree(loaded, tiny_model)
+    tensors = hf_tensors(tiny_model)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_hf(tmp_path / "same", tiny_model, config=values | {"tie_word_embeddings": True}, tensors=tensors)
+    assert open_hf(tmp_path / "same", jnp.float32).config.tied_head  # pytest makes a warning an error
+
+
+def test_weights_beyond_the_type_asked_for_say_which_type_holds_them(tmp_path, tiny_model):
+    tensors = hf_tensors(tiny_model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name] * np.float32(1e7)
+    write_hf(tmp_path / "m", tiny_model, tensors=tensors)
+    with pytest.raises(ModelError, match=r"up_proj.*float16 cannot hold.*bfloat16"):
+        open_hf(tmp_path / "m", jnp.float16).block(0)
+    open_hf(tmp_path / "m", jnp.bfloat16).block(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gguf
@@ -126,38 +127,50 @@ def torch_model(variant: str) -> Any:
     return model
 
 
-def write_gguf(path: Any, model: Any, quantization: Any = None, keys: dict[str, Any] | None = None) -> Any:
-    """A GGUF file of a model, with the names of its family and `keys` in its header besides the common ones."""
+def write_gguf(
+    path: Any,
+    model: Any,
+    quantization: Any = None,
+    keys: dict[str, Any] | None = None,
+    part: Callable[[str], bool] = lambda tensor: True,
+) -> Any:
+    """A GGUF file of a model, with the names of its family.
+
+    Args:
+      keys: entries of the header besides the common ones, or in their place; those of the architecture without its
+        name; None leaves one out.
+      part: which tensors the file holds.
+    """
     config = model.config
     names = FAMILIES[config.family].gguf[0]
     writer = gguf.GGUFWriter(path, names.architecture)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    if config.norm == "rms":
-        writer.add_layer_norm_rms_eps(config.norm_eps)
-    else:
-        writer.add_layer_norm_eps(config.norm_eps)
+    epsilon = "attention.layer_norm_rms_epsilon" if config.norm == "rms" else "attention.layer_norm_epsilon"
+    entries: dict[str, Any] = {
+        "context_length": config.max_positions,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        epsilon: float(config.norm_eps),
+        "tokenizer.ggml.bos_token_id": config.bos_token_id,
+        "tokenizer.ggml.eos_token_id": config.eos_token_ids[0],
+    }
     if config.rope_theta is not None:
-        writer.add_rope_freq_base(config.rope_theta)
-        writer.add_rope_dimension_count(config.rotated)
-    if config.bos_token_id is not None:
-        writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_ids[0])
-    for key, value in (keys or {}).items():
-        put = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[type(value)]
-        put(f"{names.architecture}.{key}", value)
+        entries |= {"rope.freq_base": float(config.rope_theta), "rope.dimension_count": config.rotated}
+    for key, value in (entries | (keys or {})).items():
+        if value is not None:
+            put = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string,
+                   list: writer.add_array}[type(value)]  # fmt: skip
+            put(key if key.startswith(("general.", "tokenizer.", "split.")) else f"{names.architecture}.{key}", value)
     weights = {name: getattr(model.outer, name) for name in OUTER_NAMES}
     for index, block in enumerate(model.layers):
         weights |= {f"layers.{index}.{name}": weight for name, weight in block.items()}
     written: set[str] = set()
     for tensor, row in names.table.expand(config).items():
-        if written & set(row.paths):
+        if written & set(row.paths) or not part(tensor):
             continue
         written |= set(row.paths)
         value = np.ascontiguousarray(row.packing.join([np.asarray(weights[path]) for path in row.paths], config))

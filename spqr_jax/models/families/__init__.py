@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spqr_jax.errors import ModelError
+from spqr_jax.files import Entries
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families.falcon import FALCON
 from spqr_jax.models.families.family import Family, GGUFNames
@@ -28,19 +29,20 @@ FAMILIES: dict[str, Family] = {
 _HELP = "see docs/adding-a-model.md for how to add one"
 
 
-def family_of_hf(values: Mapping[str, Any]) -> Family:
+def family_of_hf(values: Entries | Mapping[str, Any]) -> Family:
     """The family that a ``config.json`` belongs to.
 
     Raises:
       ModelError: none that we have.
     """
-    kind, architectures = values.get("model_type"), values.get("architectures") or ()
+    entries = values if isinstance(values, Entries) else Entries(values, "config.json")
+    kind, architectures = entries.maybe_text("model_type"), entries.texts("architectures")
     for family in FAMILIES.values():
         if kind == family.name or kind in family.other_names or (kind is None and family.architecture in architectures):
             return family
-    named = ", ".join(architectures) or kind
+    named = ", ".join(architectures) or kind or "not named"
     known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
-    raise ModelError(f"architecture {named!r} is not supported; supported: {known}. {_HELP}")
+    raise ModelError(f"{entries.label}: architecture {named!r} is not supported; supported: {known}. {_HELP}")
 
 
 def names_of_gguf(header: Any) -> GGUFNames:
@@ -52,7 +54,7 @@ def names_of_gguf(header: Any) -> GGUFNames:
     Raises:
       ModelError: an architecture that we do not have.
     """
-    architecture = header.get("general.architecture")
+    architecture = header.entries.text("general.architecture")
     if architecture == "llama":
         return (MIXTRAL if is_mixtral(header) else LLAMA).gguf[0]
     known = {names.architecture: names for family in FAMILIES.values() for names in family.gguf}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from spqr_jax.errors import ModelError
+from spqr_jax.files import Entries
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import llama
 from spqr_jax.models.families.family import (
     Family,
     GGUFNames,
-    Values,
     activation,
     common_from_gguf,
     common_from_hf,
@@ -67,27 +66,27 @@ _TABLE = Table(
 )
 
 
-def _from_hf(values: Values) -> DecoderConfig:
+_OLDER = {"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+"""Names of the files from before transformers had the model."""
+
+
+def _from_hf(values: Entries) -> DecoderConfig:
     refuse(values, {"alibi": False})
-    # Names of the files from before transformers had the model.
-    older = {"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-    values = {**{name: values[theirs] for name, theirs in older.items() if theirs in values}, **values}
-    if missing := [name for name in older if name not in values]:
-        raise ModelError(f"config.json lacks {', '.join(missing)}")
-    new = bool(values.get("new_decoder_architecture"))
-    parallel = new or bool(values.get("parallel_attn", True))
-    norms = values.get("num_ln_in_parallel_attn") or (2 if new else 1)
-    heads = values["num_attention_heads"]
-    kv_heads = values.get("num_kv_heads") or values.get("n_head_kv") or heads
-    bias = bool(values.get("bias", False))
+    renamed = {name: values.raw(old) for name, old in _OLDER.items() if old in values and name not in values}
+    values = values.changed(renamed)
+    new = values.flag("new_decoder_architecture", False)
+    parallel = new or values.flag("parallel_attn", True)
+    norms = values.integer("num_ln_in_parallel_attn", 2 if new else 1, least=1, most=2)
+    heads = values.integer("num_attention_heads", least=1)
+    kv_heads = values.maybe_integer("num_kv_heads", least=1) or values.integer("n_head_kv", heads, least=1)
+    bias = values.flag("bias", False)
     return common_from_hf(
-        {**values, "num_key_value_heads": kv_heads if new or not values.get("multi_query", True) else 1},
+        values.changed({"num_key_value_heads": kv_heads if new or not values.flag("multi_query", True) else 1}),
         "falcon",
-        intermediate_size=values.get("ffn_hidden_size") or 4 * values["hidden_size"],
-        tied_head=bool(values.get("tie_word_embeddings", True)),
+        intermediate_size=values.integer("ffn_hidden_size", 4 * values.integer("hidden_size", least=1), least=1),
         norm="layer",
-        norm_eps=float(values.get("layer_norm_epsilon") or 1e-5),
-        activation=activation(values.get("activation") or "gelu"),
+        norm_eps=values.number("layer_norm_epsilon", 1e-5, least=0),
+        activation=activation(values, "activation", "gelu"),
         gated=False,
         parallel=parallel,
         shared_norm=parallel and norms == 1,
@@ -153,4 +152,12 @@ FALCON = Family(
     _TABLE,
     (GGUFNames("falcon", _from_gguf, _GGUF_TABLE),),
     other_names=("RefinedWebModel", "RefinedWeb"),
+    defaults={
+        "vocab_size": 65024,
+        "hidden_size": 4544,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 71,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
 )

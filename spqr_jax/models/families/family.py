@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spqr_jax.errors import ModelError
-from spqr_jax.models.config import Activation, DecoderConfig
-from spqr_jax.models.names import Table
+import numpy as np
 
-Values = Mapping[str, Any]
+from spqr_jax.errors import ModelError
+from spqr_jax.files import Entries
+from spqr_jax.models.config import MOST_LAYERS, Activation, DecoderConfig
+from spqr_jax.models.families.rope import gguf_rope, rope, rope_to_hf
+from spqr_jax.models.names import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +37,41 @@ class Family:
     Attributes:
       name: the ``model_type`` of a ``config.json``.
       architecture: the class that transformers has for it.
-      from_hf: maps a ``config.json``; raises ModelError on an option that we do not run.
+      read_config: maps a ``config.json``; raises ModelError on an option that we do not run.
       to_hf: back again: the entries that make transformers build the same model.
       table: names of the tensors in Hugging Face directories.
       gguf: the family in GGUF files, where it has one.
       other_names: further values of ``model_type``.
       starts_with_bos: made for texts that begin with the BOS token, and of no use without it.
+      defaults: what transformers' configuration class takes for entries that a ``config.json`` does not name.
     """
 
     name: str
     architecture: str
-    from_hf: Callable[[Values], DecoderConfig]
+    read_config: Callable[[Entries], DecoderConfig]
     to_hf: Callable[[DecoderConfig], dict[str, Any]]
     table: Table
     gguf: tuple[GGUFNames, ...] = ()
     other_names: tuple[str, ...] = ()
     starts_with_bos: bool = False
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def from_hf(self, values: Entries | Mapping[str, Any]) -> DecoderConfig:
+        """The configuration that a ``config.json`` describes.
+
+        Args:
+          values: its entries; of a plain mapping errors say ``config.json``.
+
+        Raises:
+          ModelError: names the file and the entry that is missing, of a wrong type, or an option that we do not run.
+        """
+        entries = values if isinstance(values, Entries) else Entries(values, "config.json")
+        with entries.blamed():
+            return self.read_config(entries.changed({}, defaults=self.defaults))
+
+    def ties(self, values: Entries) -> bool:
+        """Whether a ``config.json`` ties the output head to the embedding."""
+        return values.changed({}, defaults=self.defaults).flag("tie_word_embeddings", False)
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -67,64 +87,67 @@ _ACTIVATIONS: dict[str, Activation] = {
 _HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
-def activation(name: str) -> Activation:
-    """Ours for a name of transformers'.
+def activation(values: Entries, key: str, default: str) -> Activation:
+    """Ours for the name of transformers' that the entry `key` has.
 
     Raises:
       ModelError: one that we do not have.
     """
+    name = values.text(key, default)
     if name not in _ACTIVATIONS:
-        raise ModelError(f"activation {name!r} is not supported, expected one of {', '.join(_ACTIVATIONS)}")
+        values.refuse(key, f"one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def refuse(values: Values, expected: Mapping[str, Any]) -> None:
+def refuse(values: Entries, expected: Mapping[str, Any]) -> None:
     """Checks entries that we run with one value only; None and absent are fine.
 
     Raises:
       ModelError: names the first that has another value.
     """
     for name, value in expected.items():
-        if values.get(name) not in (None, value):
-            raise ModelError(f"a model with {name} = {values[name]!r} is not supported, expected {value!r}")
+        if name in values and values.raw(name) != value:
+            values.refuse(name, f"{value!r}, the only value that is supported")
 
 
-def common_from_hf(values: Values, family: str, **own: Any) -> DecoderConfig:
-    """A configuration from the entries that most families name alike; `own` replaces and adds to them.
+def common_from_hf(values: Entries, family: str, **special: Any) -> DecoderConfig:
+    """A configuration from the entries that most families name alike; `special` replaces and adds to them.
 
     Raises:
-      ModelError: an entry is missing, or is one that we do not run.
+      ModelError: an entry is missing or of a wrong type, or is one that we do not run.
     """
-    try:
-        heads, hidden = values["num_attention_heads"], values["hidden_size"]
-        head_dim = own.get("head_dim") or values.get("head_dim") or hidden // heads
-        eos = values.get("eos_token_id")
-        base: dict[str, Any] = {
-            "family": family,
-            "vocab_size": values["vocab_size"],
-            "hidden_size": hidden,
-            "num_layers": values["num_hidden_layers"],
-            "num_heads": heads,
-            "num_kv_heads": values.get("num_key_value_heads") or heads,
-            "head_dim": head_dim,
-            "max_positions": values.get("max_position_embeddings", 2048),
-            "tied_head": bool(values.get("tie_word_embeddings", False)),
-            "bos_token_id": values.get("bos_token_id"),
-            "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        }
-        if "norm_eps" not in own:
-            base["norm_eps"] = float(values.get("rms_norm_eps", 1e-6))
-        if "intermediate_size" not in own:
-            base["intermediate_size"] = values["intermediate_size"]
-        if "rope_theta" not in own:
-            base |= rope(values, head_dim)
-        return DecoderConfig(**(base | own))
-    except KeyError as error:
-        raise ModelError(f"config.json lacks {error}") from None
+    heads = values.integer("num_attention_heads", least=1)
+    hidden = values.integer("hidden_size", least=1)
+    head_dim = special.get("head_dim") or values.maybe_integer("head_dim", least=1) or hidden // heads
+    base: dict[str, Any] = {
+        "family": family,
+        "vocab_size": values.integer("vocab_size", least=1),
+        "hidden_size": hidden,
+        "num_layers": values.integer("num_hidden_layers", least=1, most=MOST_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": values.integer("num_key_value_heads", heads, least=1),
+        "head_dim": head_dim,
+        "max_positions": values.integer("max_position_embeddings", 2048, least=1),
+        "tied_head": values.flag("tie_word_embeddings", False),
+        "bos_token_id": token_id(values, "bos_token_id"),
+        "eos_token_ids": tuple(dict.fromkeys(values.integers("eos_token_id"))),
+    }
+    if "norm_eps" not in special:
+        base["norm_eps"] = values.number("rms_norm_eps", 1e-6, least=0)
+    if "intermediate_size" not in special:
+        base["intermediate_size"] = values.integer("intermediate_size", least=1)
+    if "rope_theta" not in special:
+        base |= rope(values, head_dim)
+    return DecoderConfig(**(base | special))
 
 
-def common_to_hf(config: DecoderConfig, architecture: str, **own: Any) -> dict[str, Any]:
-    """The entries of a ``config.json`` that most families name alike; `own` replaces and adds, with None leaves out."""
+def token_id(values: Entries, name: str) -> int | None:
+    """A token's id; of a list, the first."""
+    return next(iter(values.integers(name)), None)
+
+
+def common_to_hf(config: DecoderConfig, architecture: str, **special: Any) -> dict[str, Any]:
+    """The entries that most families name alike; `special` replaces and adds, with None leaves out."""
     values: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": config.family,
@@ -143,111 +166,29 @@ def common_to_hf(config: DecoderConfig, architecture: str, **own: Any) -> dict[s
         "eos_token_id": list(config.eos_token_ids) if len(config.eos_token_ids) != 1 else config.eos_token_ids[0],
         **rope_to_hf(config),
     }
-    return {name: value for name, value in (values | own).items() if value is not None}
-
-
-# ---- rotary embedding ---------------------------------------------------------------------------
-
-
-def rope(values: Values, head_dim: int, default_theta: float = 10000.0) -> dict[str, Any]:
-    """The rotary entries of a configuration, from ``rope_theta``, ``rope_scaling`` or ``rope_parameters``.
-
-    Raises:
-      ModelError: a way of scaling that we do not have.
-    """
-    entries = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    theta = float(values.get("rope_theta") or entries.get("rope_theta") or default_theta)
-    partial = entries.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
-    rotated = int(head_dim * partial)
-    found: dict[str, Any] = {"rope_theta": theta, "rope_dim": None if rotated == head_dim else rotated}
-    kind = entries.get("rope_type", entries.get("type", "default"))
-    if kind == "linear":
-        found["rope_factors"] = (float(entries["factor"]),) * (rotated // 2)
-    elif kind == "llama3":
-        found["rope_factors"] = _llama3_factors(entries, theta, rotated)
-    elif kind in ("longrope", "su"):
-        found |= _long_rope(values, entries, rotated)
-    elif kind != "default":
-        raise ModelError(f"rotary scaling {kind!r} is not supported, expected default, linear, llama3 or longrope")
-    return found
-
-
-def _llama3_factors(entries: Values, theta: float, rotated: int) -> tuple[float, ...]:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    factor, original = entries["factor"], entries["original_max_position_embeddings"]
-    low, high = entries["low_freq_factor"], entries["high_freq_factor"]
-    factors = []
-    for i in range(rotated // 2):
-        turns = original / (2 * math.pi * theta ** (2 * i / rotated))
-        blend = min(max((turns - low) / (high - low), 0.0), 1.0)
-        factors.append(1.0 / (blend + (1.0 - blend) / factor))
-    return tuple(factors)
-
-
-def _long_rope(values: Values, entries: Values, rotated: int) -> dict[str, Any]:
-    """LongRoPE (arXiv 2402.13753) as it is for texts up to the original context, which becomes the model's.
-
-    Beyond it other factors apply to the whole text at once, keys that are cached already included.
-    """
-    longest = values.get("max_position_embeddings", 2048)
-    original = entries.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
-    original = original or longest
-    if len(entries["short_factor"]) != rotated // 2:
-        raise ModelError(f"expected {rotated // 2} short rotary factors, got {len(entries['short_factor'])}")
-    scale = entries.get("attention_factor")
-    if scale is None:
-        stretch = entries.get("factor") or longest / original
-        scale = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-    return {
-        "rope_factors": tuple(float(factor) for factor in entries["short_factor"]),
-        "rope_scale": float(scale),
-        "max_positions": min(original, longest),
-    }
-
-
-def rope_entries(theta: float | None, factors: tuple[float, ...] | None, scale: float, context: int) -> dict[str, Any]:
-    """One ``rope_parameters``: any factors can be said as LongRoPE's."""
-    if factors is None and scale == 1.0:
-        return {"rope_type": "default", "rope_theta": theta}
-    own = list(factors) if factors is not None else []
-    return {
-        "rope_type": "longrope",
-        "rope_theta": theta,
-        "short_factor": own,
-        "long_factor": own,
-        "factor": 1.0,
-        "attention_factor": scale,
-        "original_max_position_embeddings": context,
-    }
-
-
-def rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The rotary entries of a ``config.json``."""
-    if config.rope_theta is None:
-        return {}
-    entries = rope_entries(config.rope_theta, config.rope_factors, config.rope_scale, config.max_positions)
-    if config.rope_dim is not None:
-        entries["partial_rotary_factor"] = config.rope_dim / config.head_dim
-    return {"rope_theta": config.rope_theta, "rope_parameters": entries}
+    return {name: value for name, value in (values | special).items() if value is not None}
 
 
 # ---- windows ------------------------------------------------------------------------------------
 
 
-def window(values: Values, local: Callable[[int], bool]) -> dict[str, Any]:
+_LOCAL = {"sliding_attention": True, "full_attention": False}
+
+
+def window(values: Entries, local: Callable[[int], bool]) -> dict[str, Any]:
     """The sliding window of a configuration.
 
     Args:
       values: ``config.json``; its ``layer_types`` decide if they are there.
       local: whether the block at an index is local, if they are not.
     """
-    size = values.get("sliding_window")
-    if not size or size >= values.get("max_position_embeddings", 2048):
+    count, types = values.integer("num_hidden_layers", least=1, most=MOST_LAYERS), values.texts("layer_types")
+    if types and (len(types) != count or not set(types) <= set(_LOCAL)):
+        values.refuse("layer_types", f"{count} values, each one of {', '.join(_LOCAL)}", types)
+    size = values.maybe_integer("sliding_window")
+    if not size or size >= values.integer("max_position_embeddings", 2048):
         return {}
-    count = values["num_hidden_layers"]
-    types = values.get("layer_types")
-    chosen = [types[i] == "sliding_attention" if types else local(i) for i in range(count)]
-    layers = tuple(i for i in range(count) if chosen[i])
+    layers = tuple(i for i in range(count) if (_LOCAL[types[i]] if types else local(i)))
     return {"sliding_window": size, "local_layers": layers} if layers else {}
 
 
@@ -259,67 +200,71 @@ def layer_types(config: DecoderConfig) -> list[str]:
 # ---- GGUF ---------------------------------------------------------------------------------------
 
 
-def common_from_gguf(header: Any, family: str, **own: Any) -> DecoderConfig:
-    """A configuration from a GGUF header; `own` replaces and adds to what all architectures name alike.
+def common_from_gguf(header: Any, family: str, **special: Any) -> DecoderConfig:
+    """A configuration from a GGUF header; `special` replaces and adds to what all architectures name alike.
 
     Args:
       header: a `spqr_jax.models.gguf.GGUFFile`.
 
     Raises:
-      ModelError: entries are missing, or a way of scaling that we do not have.
+      ModelError: entries that are missing or of a wrong type, or a way of scaling that we do not have.
     """
-    arch, shapes = header.get("general.architecture"), header.shapes()
-    needed = {
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "num_layers": "block_count",
-        "num_heads": "attention.head_count",
-        "max_positions": "context_length",
-    }
-    found = {ours: header.get(f"{arch}.{key}") for ours, key in needed.items() if ours not in own}
-    epsilon = "attention.layer_norm_epsilon" if own.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
-    found["norm_eps"] = header.get(f"{arch}.{epsilon}")
-    missing = [name for name, value in found.items() if value is None]
-    if missing or "token_embd.weight" not in shapes:
-        raise ModelError(f"{header.label}: the GGUF header lacks {', '.join(missing) or 'token_embd.weight'}")
-    heads = own.get("num_heads") or found["num_heads"]
-    head_dim = header.get(f"{arch}.attention.key_length") or (own.get("hidden_size") or found["hidden_size"]) // heads
-    rotated = header.get(f"{arch}.rope.dimension_count") or head_dim
-    ends = [header.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]  # of a text, of a turn
+    keys, shapes = header.entries, header.shapes()
+    arch = keys.text("general.architecture")
+    if len(embedding := shapes.get("token_embd.weight", ())) != 2:
+        raise ModelError(f"{header.label}: token_embd.weight has shape {embedding}, expected [vocab, hidden]")
+    layers = keys.integer(f"{arch}.block_count", least=1, most=MOST_LAYERS)
+    hidden = keys.integer(f"{arch}.embedding_length", least=1)
+    heads = special.get("num_heads") or per_block(header, f"{arch}.attention.head_count", layers)
+    head_dim = keys.maybe_integer(f"{arch}.attention.key_length", least=1) or hidden // heads
+    if keys.integer(f"{arch}.attention.value_length", head_dim) != head_dim:
+        keys.refuse(f"{arch}.attention.value_length", f"the same as that of keys, {head_dim}")
+    epsilon = "attention.layer_norm_epsilon" if special.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
     base: dict[str, Any] = {
-        **found,
         "family": family,
-        "vocab_size": shapes["token_embd.weight"][0],
-        "num_kv_heads": header.get(f"{arch}.attention.head_count_kv", heads),
+        "vocab_size": embedding[0],
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": per_block(header, f"{arch}.attention.head_count_kv", layers, heads),
         "head_dim": head_dim,
+        "norm_eps": keys.number(f"{arch}.{epsilon}", least=0),
+        "max_positions": keys.integer(f"{arch}.context_length", least=1),
         "tied_head": "output.weight" not in shapes,
-        "bos_token_id": header.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_ids": tuple(dict.fromkeys(end for end in ends if end is not None)),
+        "bos_token_id": keys.maybe_integer("tokenizer.ggml.bos_token_id"),
+        "eos_token_ids": gguf_end_ids(header),
     }
-    if "rope_theta" not in own:
-        base |= {
-            "rope_theta": float(header.get(f"{arch}.rope.freq_base", 10000.0)),
-            "rope_dim": None if rotated == head_dim else rotated,
-            "rope_factors": _gguf_rope_factors(header, arch, rotated),
-        }
-    return DecoderConfig(**(base | own))
+    if "intermediate_size" not in special:
+        base["intermediate_size"] = per_block(header, f"{arch}.feed_forward_length", layers)
+    if "rope_theta" not in special:
+        base |= gguf_rope(header, arch, head_dim)
+    with keys.blamed():
+        return DecoderConfig(**(base | special))
 
 
-def _gguf_rope_factors(header: Any, arch: str, rotated: int) -> tuple[float, ...] | None:
-    if "rope_freqs.weight" in header.shapes():
-        return tuple(float(factor) for factor in header.read("rope_freqs.weight", "float32"))
-    scaling = header.get(f"{arch}.rope.scaling.type", "none")
-    if scaling == "linear":
-        return (float(header.get(f"{arch}.rope.scaling.factor", 1.0)),) * (rotated // 2)
-    if scaling != "none":
-        raise ModelError(f"{header.label}: rotary scaling {scaling!r} is not supported, expected none or linear")
-    return None
+def per_block(header: Any, key: str, layers: int, default: int | None = None) -> int:
+    """A size that a header gives once, or for every block; all blocks must agree."""
+    keys = header.entries
+    if not isinstance(keys.raw(key), (list, np.ndarray)):
+        return keys.integer(key, default, least=1)
+    values = keys.integers(key, least=1)
+    if len(values) != layers or len(set(values)) != 1:
+        keys.refuse(key, f"one number, or the same number for each of {layers} blocks", values)
+    return values[0]
+
+
+def gguf_end_ids(header: Any) -> tuple[int, ...]:
+    """The ids that a header names as the end of a text, of a turn, or of a message."""
+    ids = (header.entries.maybe_integer(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(index for index in ids if index is not None))
 
 
 def gguf_window(header: Any, local: Callable[[int], bool]) -> dict[str, Any]:
     """The sliding window that a GGUF header names, of the blocks that `local` picks."""
-    arch = header.get("general.architecture")
-    size, count = header.get(f"{arch}.attention.sliding_window"), header.get(f"{arch}.block_count", 0)
-    if not size or size >= header.get(f"{arch}.context_length", 0):
+    keys = header.entries
+    arch = keys.text("general.architecture")
+    size = keys.maybe_integer(f"{arch}.attention.sliding_window")
+    if not size or size >= keys.integer(f"{arch}.context_length", 0):
         return {}
+    count = keys.integer(f"{arch}.block_count", least=1, most=MOST_LAYERS)
     return {"sliding_window": size, "local_layers": tuple(i for i in range(count) if local(i))}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from spqr_jax.errors import ModelError
+from spqr_jax.files import Entries
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import llama
 from spqr_jax.models.families.family import (
     Family,
     GGUFNames,
-    Values,
     activation,
     common_from_gguf,
     common_from_hf,
@@ -54,7 +53,7 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def _from_hf(values: Values) -> DecoderConfig:
+def _from_hf(values: Entries) -> DecoderConfig:
     refuse(
         values,
         {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -65,16 +64,14 @@ def _from_hf(values: Values) -> DecoderConfig:
         "num_attention_heads": "n_head",
         "max_position_embeddings": "n_positions",
     }
-    if missing := [theirs for theirs in ours.values() if theirs not in values]:
-        raise ModelError(f"config.json lacks {', '.join(missing)}")
+    sizes = {name: values.integer(theirs, least=1) for name, theirs in ours.items()}
     return common_from_hf(
-        {**values, **{name: values[theirs] for name, theirs in ours.items()}},
+        values.changed(sizes),
         "gpt2",
-        intermediate_size=values.get("n_inner") or 4 * values["n_embd"],
-        tied_head=bool(values.get("tie_word_embeddings", True)),
-        norm_eps=float(values.get("layer_norm_epsilon", 1e-5)),
-        activation=activation(values.get("activation_function", "gelu_new")),
-        learned_positions=values["n_positions"],
+        intermediate_size=values.integer("n_inner", 4 * sizes["hidden_size"], least=1),
+        norm_eps=values.number("layer_norm_epsilon", least=0),
+        activation=activation(values, "activation_function", "gelu_new"),
+        learned_positions=sizes["max_position_embeddings"],
         **_COMMON,
     )
 
@@ -113,4 +110,20 @@ _GGUF_TABLE = Table(
     + block_rows(_GGUF_BLOCK, {"attn_qkv.weight": _QKV, "attn_qkv.bias": _QKV_BIAS}, QKV_STACKED)
 )
 
-GPT2 = Family("gpt2", "GPT2LMHeadModel", _from_hf, _to_hf, _TABLE, (GGUFNames("gpt2", _from_gguf, _GGUF_TABLE),))
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    _from_hf,
+    _to_hf,
+    _TABLE,
+    (GGUFNames("gpt2", _from_gguf, _GGUF_TABLE),),
+    defaults={
+        "vocab_size": 50257,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from spqr_jax.files import Entries
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families.family import (
     Family,
     GGUFNames,
-    Values,
     activation,
     common_from_gguf,
     common_from_hf,
     common_to_hf,
     gguf_window,
     layer_types,
-    refuse,
     window,
 )
 from spqr_jax.models.families.packings import rotated_in_pairs
@@ -55,7 +54,7 @@ GGUF_MLP = {
     "ffn_norm.weight": "mlp_norm",
     **with_biases({f"ffn_{name}": f"{name}_proj" for name in ("gate", "up", "down")}),
 }
-GGUF_IGNORED = (r"rope_freqs\.weight",)  # goes into the configuration
+GGUF_IGNORED = (r"rope_(?:freqs|factors_long|factors_short)\.weight",)  # go into the configuration
 GGUF_ROWS = GGUF_OUTER + block_rows("blk.{layer}.", GGUF_ATTENTION | GGUF_MLP)
 GGUF_TABLE = Table(GGUF_ROWS, ignored=GGUF_IGNORED)
 
@@ -74,16 +73,27 @@ def _in_pairs(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 LLAMA_GGUF_ROWS = _in_pairs(GGUF_ROWS)
 
 
-def _llama_from_hf(values: Values) -> DecoderConfig:
-    refuse(values, {"pretraining_tp": 1})
-    bias = bool(values.get("attention_bias"))
+SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+"""Of transformers' ``LlamaConfig``, from which the classes of Mistral and Qwen were made."""
+
+
+def _llama_from_hf(values: Entries) -> DecoderConfig:
+    bias = values.flag("attention_bias", False)
     return common_from_hf(
         values,
         "llama",
-        activation=activation(values.get("hidden_act", "silu")),
+        activation=activation(values, "hidden_act", "silu"),
         qkv_bias=bias,
         o_bias=bias,
-        mlp_bias=bool(values.get("mlp_bias")),
+        mlp_bias=values.flag("mlp_bias", False),
     )
 
 
@@ -91,42 +101,39 @@ def _llama_to_hf(config: DecoderConfig) -> dict[str, Any]:
     return common_to_hf(config, "LlamaForCausalLM", attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
 
 
-def _mistral_from_hf(values: Values) -> DecoderConfig:
-    own = window(values, lambda index: True)
-    return common_from_hf(values, "mistral", activation=activation(values.get("hidden_act", "silu")), **own)
+def _mistral_from_hf(values: Entries) -> DecoderConfig:
+    local = window(values, lambda index: True)
+    return common_from_hf(values, "mistral", activation=activation(values, "hidden_act", "silu"), **local)
 
 
 def _mistral_to_hf(config: DecoderConfig) -> dict[str, Any]:
     return common_to_hf(config, "MistralForCausalLM") | {"sliding_window": config.sliding_window}
 
 
-def _qwen_window(values: Values) -> dict[str, Any]:
-    if not values.get("use_sliding_window"):
+def _qwen_window(values: Entries) -> dict[str, Any]:
+    if not values.flag("use_sliding_window", False):
         return {}
-    return window(values, lambda index: index >= values.get("max_window_layers", 28))
+    first = values.integer("max_window_layers", 28)
+    return window(values, lambda index: index >= first)
 
 
-def _qwen2_from_hf(values: Values) -> DecoderConfig:
-    own = _qwen_window(values)
-    return common_from_hf(
-        values, "qwen2", activation=activation(values.get("hidden_act", "silu")), qkv_bias=True, **own
-    )
+def _qwen2_from_hf(values: Entries) -> DecoderConfig:
+    local = _qwen_window(values)
+    return common_from_hf(values, "qwen2", activation=activation(values, "hidden_act", "silu"), qkv_bias=True, **local)
 
 
-def _qwen3_from_hf(values: Values) -> DecoderConfig:
-    bias = bool(values.get("attention_bias"))
-    own = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_qwen_window(values)}
-    head_dim = values.get("head_dim") or 128
-    return common_from_hf(
-        values, "qwen3", activation=activation(values.get("hidden_act", "silu")), head_dim=head_dim, **own
-    )
+def _qwen3_from_hf(values: Entries) -> DecoderConfig:
+    bias = values.flag("attention_bias", False)
+    special = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias, **_qwen_window(values)}
+    return common_from_hf(values, "qwen3", activation=activation(values, "hidden_act", "silu"), **special)
 
 
-def qwen_to_hf(config: DecoderConfig, architecture: str, **own: Any) -> dict[str, Any]:
+def qwen_to_hf(config: DecoderConfig, architecture: str, **special: Any) -> dict[str, Any]:
     """Of every Qwen."""
     if config.sliding_window is not None:
-        own |= {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": layer_types(config)}
-    return common_to_hf(config, architecture, **own)
+        window_entries = {"sliding_window": config.sliding_window, "layer_types": layer_types(config)}
+        special |= {"use_sliding_window": True, **window_entries}
+    return common_to_hf(config, architecture, **special)
 
 
 def _qwen2_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -139,8 +146,8 @@ def _qwen3_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 def _llama_from_gguf(header: Any) -> DecoderConfig:
     """Of Mistral and Yi, too; a Mistral with a window is one by name."""
-    found = gguf_window(header, lambda index: True)
-    return common_from_gguf(header, "mistral" if found else "llama", **found)
+    local = gguf_window(header, lambda index: True)
+    return common_from_gguf(header, "mistral" if local else "llama", **local)
 
 
 LLAMA = Family(
@@ -150,8 +157,24 @@ LLAMA = Family(
     _llama_to_hf,
     TABLE,
     (GGUFNames("llama", _llama_from_gguf, Table(LLAMA_GGUF_ROWS, ignored=GGUF_IGNORED)),),
+    defaults=SIZES,
 )
-MISTRAL = Family("mistral", "MistralForCausalLM", _mistral_from_hf, _mistral_to_hf, TABLE, LLAMA.gguf)
+_QWEN_SIZES = SIZES | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+MISTRAL = Family(
+    "mistral",
+    "MistralForCausalLM",
+    _mistral_from_hf,
+    _mistral_to_hf,
+    TABLE,
+    LLAMA.gguf,
+    defaults=SIZES
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+)
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
@@ -159,6 +182,7 @@ QWEN2 = Family(
     _qwen2_to_hf,
     TABLE,
     (GGUFNames("qwen2", lambda header: common_from_gguf(header, "qwen2", qkv_bias=True), GGUF_TABLE),),
+    defaults=_QWEN_SIZES | {"num_key_value_heads": 32, "sliding_window": 4096},
 )
 QWEN3 = Family(
     "qwen3",
@@ -167,4 +191,5 @@ QWEN3 = Family(
     _qwen3_to_hf,
     TABLE,
     (GGUFNames("qwen3", lambda header: common_from_gguf(header, "qwen3", qk_norm=True), GGUF_TABLE),),
+    defaults=_QWEN_SIZES | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
 )

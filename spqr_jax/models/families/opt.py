@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spqr_jax.errors import ModelError
+from spqr_jax.files import Entries
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.families.family import Family, Values, activation, common_from_hf, common_to_hf, refuse
+from spqr_jax.models.families.family import Family, activation, common_from_hf, common_to_hf, refuse
 from spqr_jax.models.names import Table, block_rows, outer_rows, with_biases
 
 _FIRST_POSITION = 2  # rows before it stand for padding in the library that OPT was made with
@@ -40,33 +40,30 @@ _TABLE = Table(
 )
 
 
-def _from_hf(values: Values) -> DecoderConfig:
+def _from_hf(values: Entries) -> DecoderConfig:
     refuse(
         values,
         {
             "do_layer_norm_before": True,
             "_remove_final_layer_norm": False,
             "layer_norm_elementwise_affine": True,
-            "word_embed_proj_dim": values.get("hidden_size"),
+            "word_embed_proj_dim": values.raw("hidden_size"),
         },
     )
-    if "ffn_dim" not in values:
-        raise ModelError("config.json lacks 'ffn_dim'")
-    bias = bool(values.get("enable_bias", True))
+    bias = values.flag("enable_bias", True)
     return common_from_hf(
         values,
         "opt",
-        intermediate_size=values["ffn_dim"],
-        tied_head=bool(values.get("tie_word_embeddings", True)),
+        intermediate_size=values.integer("ffn_dim", least=1),
         norm="layer",
         norm_eps=1e-5,
         rope_theta=None,
-        activation=activation(values.get("activation_function", "relu")),
+        activation=activation(values, "activation_function", "relu"),
         gated=False,
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=bias,
-        learned_positions=values.get("max_position_embeddings", 2048) + _FIRST_POSITION,
+        learned_positions=values.integer("max_position_embeddings", least=1) + _FIRST_POSITION,
         position_offset=_FIRST_POSITION,
     )
 
@@ -88,4 +85,19 @@ def _to_hf(config: DecoderConfig) -> dict[str, Any]:
     )
 
 
-OPT = Family("opt", "OPTForCausalLM", _from_hf, _to_hf, _TABLE)
+OPT = Family(
+    "opt",
+    "OPTForCausalLM",
+    _from_hf,
+    _to_hf,
+    _TABLE,
+    defaults={
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "ffn_dim": 3072,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+)

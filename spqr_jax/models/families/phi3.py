@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from spqr_jax.errors import ModelError
+from spqr_jax.files import Entries
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import llama
 from spqr_jax.models.families.family import (
     Family,
     GGUFNames,
-    Values,
     activation,
     common_from_gguf,
     common_from_hf,
@@ -47,14 +46,14 @@ _TABLE = Table(
 )
 _GGUF_TABLE = Table(
     llama.GGUF_OUTER + _rows("blk.{layer}.", llama.GGUF_ATTENTION | llama.GGUF_MLP, "attn_qkv.weight", "ffn_up.weight"),
-    ignored=(r"rope_factors_(?:long|short)\.weight",),
+    ignored=llama.GGUF_IGNORED,
 )
 
 
-def _from_hf(values: Values) -> DecoderConfig:
+def _from_hf(values: Entries) -> DecoderConfig:
     refuse(values, {"attention_bias": False})
-    own = window(values, lambda index: True)
-    return common_from_hf(values, "phi3", activation=activation(values.get("hidden_act", "silu")), **own)
+    local = window(values, lambda index: True)
+    return common_from_hf(values, "phi3", activation=activation(values, "hidden_act", "silu"), **local)
 
 
 def _to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -63,11 +62,23 @@ def _to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _from_gguf(header: Any) -> DecoderConfig:
-    if any(name.startswith("rope_factors") for name in header.shapes()):
-        raise ModelError(
-            f"{header.label}: a Phi-3 of long context is not read from GGUF; use its Hugging Face directory"
-        )
     return common_from_gguf(header, "phi3", **gguf_window(header, lambda index: True))
 
 
-PHI3 = Family("phi3", "Phi3ForCausalLM", _from_hf, _to_hf, _TABLE, (GGUFNames("phi3", _from_gguf, _GGUF_TABLE),))
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    _from_hf,
+    _to_hf,
+    _TABLE,
+    (GGUFNames("phi3", _from_gguf, _GGUF_TABLE),),
+    defaults=llama.SIZES
+    | {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from spqr_jax.models.config import DecoderConfig
+from spqr_jax.files import Entries
+from spqr_jax.models.config import MOST_LAYERS, DecoderConfig
 from spqr_jax.models.families import llama
 from spqr_jax.models.families.family import (
     Family,
     GGUFNames,
-    Values,
     activation,
     common_from_gguf,
     common_from_hf,
@@ -47,14 +47,14 @@ _GGUF_SPARSE = block_rows("blk.{layer}.", {"ffn_gate_inp.weight": "router"}) + t
 # ---- Mixtral ------------------------------------------------------------------------------------
 
 
-def _mixtral_from_hf(values: Values) -> DecoderConfig:
+def _mixtral_from_hf(values: Entries) -> DecoderConfig:
     return common_from_hf(
         values,
         "mixtral",
-        activation=activation(values.get("hidden_act", "silu")),
-        num_experts=values.get("num_local_experts", 8),
-        experts_per_token=values.get("num_experts_per_tok", 2),
-        expert_size=values.get("intermediate_size", 0),
+        activation=activation(values, "hidden_act", "silu"),
+        num_experts=values.integer("num_local_experts", least=1),
+        experts_per_token=values.integer("num_experts_per_tok", least=1),
+        expert_size=values.integer("intermediate_size", least=1),
         **window(values, lambda index: True),
     )
 
@@ -71,16 +71,17 @@ def _mixtral_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 def is_mixtral(header: Any) -> bool:
     """Whether a GGUF file of architecture ``llama`` is one."""
-    return bool(header.get("llama.expert_count"))
+    return header.entries.integer("llama.expert_count", 0) > 0
 
 
 def _mixtral_from_gguf(header: Any) -> DecoderConfig:
+    keys = header.entries
     return common_from_gguf(
         header,
         "mixtral",
-        num_experts=header.get("llama.expert_count"),
-        experts_per_token=header.get("llama.expert_used_count"),
-        expert_size=header.get("llama.feed_forward_length"),
+        num_experts=keys.integer("llama.expert_count", least=1),
+        experts_per_token=keys.integer("llama.expert_used_count", least=1),
+        expert_size=keys.integer("llama.feed_forward_length", least=1),
     )
 
 
@@ -91,29 +92,42 @@ MIXTRAL = Family(
     _mixtral_to_hf,
     _hf_table("block_sparse_moe.", {"w1.weight": "gate_proj", "w3.weight": "up_proj", "w2.weight": "down_proj"}),
     (GGUFNames("llama", _mixtral_from_gguf, Table(llama.LLAMA_GGUF_ROWS + _GGUF_SPARSE, ignored=llama.GGUF_IGNORED)),),
+    defaults=llama.SIZES
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 )
 
 
 # ---- Qwen3-MoE ----------------------------------------------------------------------------------
 
 
-def _qwen3_moe_from_hf(values: Values) -> DecoderConfig:
-    count, step = values.get("num_hidden_layers", 0), values.get("decoder_sparse_step") or 1
-    dense = set(values.get("mlp_only_layers") or ()) | {index for index in range(count) if (index + 1) % step}
-    bias = bool(values.get("attention_bias"))
+def _qwen3_moe_from_hf(values: Entries) -> DecoderConfig:
+    count, step = (
+        values.integer("num_hidden_layers", least=1, most=MOST_LAYERS),
+        values.integer("decoder_sparse_step", least=1),
+    )
+    dense = set(values.integers("mlp_only_layers", most=count - 1)) | {i for i in range(count) if (i + 1) % step}
+    bias = values.flag("attention_bias", False)
     return common_from_hf(
         values,
         "qwen3_moe",
-        activation=activation(values.get("hidden_act", "silu")),
+        activation=activation(values, "hidden_act", "silu"),
         qk_norm=True,
         qkv_bias=bias,
         o_bias=bias,
-        num_experts=values.get("num_experts") or values.get("num_local_experts") or 128,
-        experts_per_token=values.get("num_experts_per_tok", 8),
-        expert_size=values.get("moe_intermediate_size", 768),
-        normalize_experts=bool(values.get("norm_topk_prob", False)),
+        num_experts=values.maybe_integer("num_experts", least=1) or values.integer("num_local_experts", least=1),
+        experts_per_token=values.integer("num_experts_per_tok", least=1),
+        expert_size=values.integer("moe_intermediate_size", least=1),
+        normalize_experts=values.flag("norm_topk_prob", False),
         dense_layers=tuple(sorted(dense)),
-        **(window(values, lambda index: True) if values.get("use_sliding_window") else {}),
+        **(window(values, lambda index: True) if values.flag("use_sliding_window", False) else {}),
     )
 
 
@@ -132,13 +146,14 @@ def _qwen3_moe_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _qwen3_moe_from_gguf(header: Any) -> DecoderConfig:
+    keys = header.entries
     return common_from_gguf(
         header,
         "qwen3_moe",
         qk_norm=True,
-        num_experts=header.get("qwen3moe.expert_count"),
-        experts_per_token=header.get("qwen3moe.expert_used_count"),
-        expert_size=header.get("qwen3moe.expert_feed_forward_length"),
+        num_experts=keys.integer("qwen3moe.expert_count", least=1),
+        experts_per_token=keys.integer("qwen3moe.expert_used_count", least=1),
+        expert_size=keys.integer("qwen3moe.expert_feed_forward_length", least=1),
     )
 
 
@@ -148,5 +163,18 @@ QWEN3_MOE = Family(
     _qwen3_moe_from_hf,
     _qwen3_moe_to_hf,
     _hf_table("mlp.", {f"{name}_proj.weight": f"{name}_proj" for name in ("gate", "up", "down")}),
-    (GGUFNames("qwen3moe", _qwen3_moe_from_gguf, Table(llama.GGUF_ROWS + _GGUF_SPARSE)),),
+    (GGUFNames("qwen3moe", _qwen3_moe_from_gguf, Table(llama.GGUF_ROWS + _GGUF_SPARSE, ignored=llama.GGUF_IGNORED)),),
+    defaults=llama.SIZES
+    | {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_local_experts": 128,
+    },
 )

@@ -1,0 +1,117 @@
+"""Texts by name: corpora of the Hugging Face hub, and the one that every Python carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from spqr_jax.errors import DataError
+
+Split = Literal["calibration", "evaluation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A named corpus of the Hugging Face hub.
+
+    Attributes:
+      path, name: arguments of ``datasets.load_dataset``.
+      splits: dataset split for calibration and for evaluation.
+      column: field that holds the text.
+      join: what stands between documents.
+      limit: documents read (corpora too large to read whole are streamed).
+      files: data file for calibration and evaluation, where the protocol names one.
+      join_lines: how a local copy of the text, given as ``name:FILE``, is joined.
+    """
+
+    path: str
+    name: str | None
+    splits: tuple[str, str]
+    column: str
+    join: str
+    limit: int | None = None
+    files: tuple[str, str] | None = None
+    join_lines: Callable[[Iterable[str]], str] | None = None
+
+
+def join_wikitext(lines: Iterable[str]) -> str:
+    """WikiText as GPTQ joins it: a line keeps its newline, a blank one is empty, "\\n\\n" between."""
+    return "\n\n".join(line if line.strip() else "" for line in lines)
+
+
+def join_sentences(lines: Iterable[str]) -> str:
+    """Penn Treebank as here: stripped sentences, "\\n\\n" between."""
+    return "\n\n".join(line.strip() for line in lines)
+
+
+_C4_FILES = ("en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
+
+CORPORA = {
+    # GPTQ: the train split's documents joined by "\n\n"; test likewise.
+    "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-raw-v1", ("train", "test"), "text", "\n\n",
+                        join_lines=join_wikitext),
+    # GPTQ: train sentences joined by " ", validation by "\n\n"; "\n\n" for both here.
+    "ptb": Corpus("ptb-text-only/ptb_text_only", "penn_treebank", ("train", "validation"), "sentence", "\n\n",
+                  join_lines=join_sentences),
+    # GPTQ: first shard of train; the first 1100 documents of validation joined by " ".
+    "c4": Corpus("allenai/c4", None, ("train", "validation"), "text", " ", 1100, files=_C4_FILES),
+    # SpQR's calibration corpora: a sample of train, documents joined by "\n\n".
+    "redpajama": Corpus("togethercomputer/RedPajama-Data-1T-Sample", None, ("train", "train"), "text", "\n\n", 2000),
+    "refinedweb": Corpus("tiiuae/falcon-refinedweb", None, ("train", "train"), "content", "\n\n", 2000),
+    "pile": Corpus("monology/pile-uncopyrighted", None, ("train", "train"), "text", "\n\n", 2000),
+}  # fmt: skip
+
+
+def pydoc_text(split: Split) -> str:
+    """English prose that every Python carries: ``pydoc_data.topics``.
+
+    Topics in alphabetical order, their prose paragraphs once each (grammar, code
+    and tables are left out). The first half of the text is for calibration, the
+    second for evaluation; no paragraph is in both. The text differs a little
+    from one Python version to the next.
+    """
+    from pydoc_data.topics import topics  # about 0.5 MB: read only when asked for
+
+    seen: set[str] = set()
+    paragraphs = []
+    for name in sorted(topics):
+        for paragraph in re.split(r"\n\s*\n", topics[name]):
+            prose = " ".join(paragraph.split())
+            if prose not in seen and len(prose) >= 80 and re.search(r"[a-z]{3}.*[.:]$", prose) and "::=" not in prose:
+                seen.add(prose)
+                paragraphs.append(prose)
+    total, half, cut = sum(map(len, paragraphs)), 0, 0
+    while half < total / 2:
+        half += len(paragraphs[cut])
+        cut += 1
+    return "\n\n".join(paragraphs[:cut] if split == "calibration" else paragraphs[cut:])
+
+
+def read_corpus(name: str, split: Split) -> str:
+    """The text of a named corpus, from the hub or the hub's cache.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    import datasets  # the hub's own reader: caching, streaming, mirrors
+
+    corpus = CORPORA[name]
+    which = 0 if split == "calibration" else 1
+    options: dict[str, object] = {"split": corpus.splits[which], "streaming": corpus.limit is not None}
+    if corpus.files is not None:
+        options["data_files"] = {corpus.splits[which]: corpus.files[which]}
+    try:
+        rows = iter(datasets.load_dataset(corpus.path, corpus.name, **options))
+        documents = [row[corpus.column] or "" for row, _ in zip(rows, _counter(corpus.limit), strict=False)]
+    except Exception as error:  # the network, the hub and the reader fail in many ways
+        raise DataError(
+            f"{name} ({corpus.path}) could not be read from the hub: {type(error).__name__}: {error}; "
+            "without a network use 'pydoc' or a file"
+        ) from None
+    return corpus.join.join(documents)
+
+
+def _counter(limit: int | None) -> Iterator[int]:
+    return iter(range(limit if limit is not None else 1 << 62))
