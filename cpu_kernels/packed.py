@@ -186,7 +186,8 @@ def _plain_stats(scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
 def _pack_outliers(out: int, row_ptr: np.ndarray, cols: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
     """Start, counts, lanes, columns and values, as `csrc/matrix.h` has them."""
     tiles = -(-out // TILE)
-    if row_ptr.shape != (out + 1,) or row_ptr[0] != 0 or np.any(np.diff(row_ptr) < 0) or row_ptr[-1] > len(cols):
+    rising = row_ptr.shape == (out + 1,) and not np.any(row_ptr[1:] < row_ptr[:-1])  # differences may overflow
+    if not rising or row_ptr[0] != 0 or row_ptr[-1] > len(cols):
         raise ValueError(f"row_ptr does not rise from 0 to at most {len(cols)} in {out + 1} steps")
     counts = np.zeros(tiles * TILE, np.int64)
     counts[:out] = np.diff(row_ptr)

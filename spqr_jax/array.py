@@ -318,7 +318,7 @@ def _value_problems(array: SpQRArray) -> list[str]:
     out, inner = array.shape
     problems = []
     row_ptr = np.asarray(array.outlier_row_ptr)
-    if row_ptr[0] != 0 or row_ptr[out] != array.nnz or np.any(np.diff(row_ptr) < 0):
+    if row_ptr[0] != 0 or row_ptr[out] != array.nnz or np.any(row_ptr[1:] < row_ptr[:-1]):  # differences may overflow
         problems.append(f"outlier_row_ptr does not rise from 0 to nnz={array.nnz}")
     cols = np.asarray(array.outlier_cols).astype(np.int64)
     values = np.asarray(array.outlier_values)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from spqr_jax.errors import SpQRError
+from spqr_jax.files.entries import Entries, shown
+from spqr_jax.files.fields import read_fields
 
 Order = Literal["activation", "identity"]
 Fit = Literal["search", "minmax", "reference"]
@@ -61,8 +64,8 @@ class LayerRule:
     def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
-        except re.error as error:
-            raise SpQRError(f"layer rule {self.pattern!r} is not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:  # the latter two: too large, too deep
+            raise SpQRError(f"layer rule {shown(self.pattern)} is not a regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +154,7 @@ class SpQRConfig:
             ("bits", self.bits),
             head,
             *choices,
-            *((f"rule {r.pattern!r}: bits", r.bits) for r in self.rules),
+            *((f"rule {shown(r.pattern)}: bits", r.bits) for r in self.rules),
         ]:
             if bits is not None and not 2 <= bits <= 8:
                 problems.append(f"{name} must lie in 2..8, got {bits}")
@@ -302,24 +305,31 @@ class SpQRConfig:
         return values
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> SpQRConfig:
+    def from_json(cls, values: Mapping[str, Any], label: str = "the quantization config") -> SpQRConfig:
         """Reads what `to_json` wrote.
 
         Raises:
-          SpQRError: an unknown or unusable entry.
+          SpQRError: an unknown or unusable entry; names `label`.
         """
-        values = dict(values)
-        if values.pop("quantize_head", False):  # what `head_bits` was before
-            values["head_bits"] = values["bits"]
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise SpQRError(f"unknown entries in a quantization config: {', '.join(unknown)}")
-        if values.get("outlier_threshold", 0) is None:
-            values["outlier_threshold"] = math.inf
-        rules = []
-        for rule in values.pop("rules", []):
-            rule = dict(rule)
-            if rule.get("outlier_threshold") == "inf":
-                rule["outlier_threshold"] = math.inf
-            rules.append(LayerRule(**rule))
-        return cls(**values, rules=tuple(rules))
+        entries = Entries(values if isinstance(values, Mapping) else {"config": values}, label, error=SpQRError)
+        if not isinstance(values, Mapping):
+            entries.refuse("config", "an object with entries")
+        changed = {name: value for name, value in values.items() if name not in ("quantize_head", "rules")}
+        if "quantize_head" in values and entries.flag("quantize_head"):  # what `head_bits` was before
+            changed["head_bits"] = entries.integer("bits")
+        no_outliers = "outlier_threshold" in changed and changed["outlier_threshold"] is None  # JSON has no infinity
+        if no_outliers:
+            del changed["outlier_threshold"]
+        fields = read_fields(cls, changed, label, SpQRError) | ({"outlier_threshold": math.inf} if no_outliers else {})
+        if not isinstance(entries.raw("rules") or [], (list, tuple)):
+            entries.refuse("rules", "a list")
+        with entries.blamed():
+            rules = [_rule_from_json(rule, f"{label}: a rule") for rule in entries.raw("rules") or ()]
+            return cls(**fields, rules=tuple(rules))
+
+
+def _rule_from_json(values: Any, label: str) -> LayerRule:
+    if isinstance(values, Mapping) and values.get("outlier_threshold") == "inf":
+        finite = {name: value for name, value in values.items() if name != "outlier_threshold"}
+        return LayerRule(**read_fields(LayerRule, finite, label, SpQRError), outlier_threshold=math.inf)
+    return LayerRule(**read_fields(LayerRule, values, label, SpQRError))

@@ -147,11 +147,14 @@ def broken(array: SpQRArray):
     cols[0] = 60000
     pointers = np.asarray(array.outlier_row_ptr).copy()
     pointers[5] = -3
+    around = np.asarray(array.outlier_row_ptr).copy()
+    around[1:4] = 2**31 - 1, -(2**31), -1  # each differs from the next by what wraps to a positive number
     stats = np.asarray(array.tile_stats).copy()
     stats[0, 0, 0] = np.inf
     yield {"perm": perm}, "permutation"
     yield {"outlier_cols": cols}, "outlier_cols are not all in"
     yield {"outlier_row_ptr": pointers}, "outlier_row_ptr does not rise"
+    yield {"outlier_row_ptr": around}, "outlier_row_ptr does not rise"
     yield {"tile_stats": stats}, "not finite"
     yield {"nnz": array.nnz + 1}, "outlier_cols should be"
     yield {"tile_stats": np.asarray(array.tile_stats, np.float32)}, "tile_stats should be float16"

@@ -12,11 +12,17 @@ from spqr_jax._compat import orbax_v1
 from spqr_jax.blocks import collect
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, WeightSpec, fingerprint, orbax_context
 from spqr_jax.config import SpQRConfig
-from spqr_jax.errors import CheckpointError, ModelError, SpQRError
+from spqr_jax.errors import CheckpointError, SpQRError
+from spqr_jax.files.entries import Entries, is_number, plain, shown
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
+
+_MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
+"""Times that arrays are larger in memory than in files; bytes below which that does not matter."""
+
+_SHOWN = 10  # problems in one message
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -43,19 +49,23 @@ class CheckpointSource:
         if not is_checkpoint(self.path):
             raise CheckpointError(f"{path} is not a checkpoint of {FORMAT} (no model/ and layers/ in it)")
         self._header = header = _read_header(self.path / "model")
+        quantization = header.raw("quantization")
+        label = header.label
         try:
-            self._config = DecoderConfig.from_json(header["model"])
-            quantization = header["quantization"]
-            self.quantization = None if quantization is None else SpQRConfig.from_json(quantization)
-            self.provenance: dict[str, Any] = header["provenance"]
-            self.layer_stats: dict[str, dict[str, float]] = dict(header["layer_stats"])
-        except (KeyError, TypeError, ModelError, SpQRError) as error:
-            raise CheckpointError(f"{self.path / 'model'}: damaged configuration: {error}") from None
+            self._config = DecoderConfig.from_json(header.nested("model").to_dict(), f"{label}: model")
+            self.quantization = (
+                None if quantization is None else SpQRConfig.from_json(quantization, f"{label}: quantization")
+            )
+        except CheckpointError:
+            raise
+        except SpQRError as error:
+            raise CheckpointError(f"{error}: the configuration is damaged") from None
         self._config = with_named_tokens(self._config, self.path)  # which an older checkpoint may not know
+        self.provenance: dict[str, Any] = header.nested("provenance").to_dict()
+        self.layer_stats = _layer_stats(header, "")
         self._headers = [self._block_header(index) for index in range(self._config.num_layers)]
         for index, block_header in enumerate(self._headers):
-            stats = block_header.get("layer_stats", {})
-            self.layer_stats |= {f"layers.{index}.{name}": values for name, values in stats.items()}
+            self.layer_stats |= _layer_stats(block_header, f"layers.{index}.")
 
     @property
     def config(self) -> DecoderConfig:
@@ -72,27 +82,28 @@ class CheckpointSource:
     def _block_directory(self, index: int) -> Path:
         return self.path / "layers" / f"{index:05d}"
 
-    def _block_header(self, index: int) -> dict[str, Any]:
+    def _block_header(self, index: int) -> Entries:
         directory = self._block_directory(index)
         header = _read_header(directory)
-        if header.get("index") != index:
-            raise CheckpointError(f"{directory} says that it is block {header.get('index')}, expected {index}")
+        if header.integer("index") != index:
+            raise CheckpointError(f"{directory} says that it is block {header.integer('index')}, expected {index}")
         return header
 
-    def _read(self, directory: Path, header: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        try:
-            specs = {name: WeightSpec.from_json(spec) for name, spec in header["weights"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{directory}: damaged configuration: {error!r}") from None
-        if {name: spec.shape for name, spec in specs.items()} != expected:
-            raise CheckpointError(
-                f"{directory}: holds weights { ({n: s.shape for n, s in specs.items()}) }, expected {expected}"
-            )
+    def _read(self, directory: Path, header: Entries, expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        described = header.nested("weights")
+        for name in {**expected, **described.to_dict()}:
+            if name not in described:
+                raise described.lacks(name, f"a weight of shape {expected[name]}")
+            shape = described.nested(name).integers("shape")
+            if tuple(shape) != expected.get(name):
+                wanted = f"expected {list(expected[name])}" if name in expected else "which the model does not have"
+                raise CheckpointError(f"{directory}: it holds a weight {shown(name)} of shape {shown(shape)}, {wanted}")
+        specs = {name: WeightSpec.from_json(described.nested(name)) for name in described}
         tree = _read_tree(directory, specs)
         weights = {}
         for name, spec in specs.items():
             for leaf, value in tree[name].items():
-                if fingerprint(np.asarray(value)) != spec.leaves[leaf]:
+                if fingerprint(np.asarray(value))["sha256"] != spec.leaves[leaf].sha256:
                     raise CheckpointError(
                         f"{directory}: leaf {name}.{leaf} is not what was written (checksum differs): "
                         "the file is damaged or edited"
@@ -101,7 +112,18 @@ class CheckpointSource:
         return {name: weights[name] for name in expected}
 
 
-def _read_header(directory: Path) -> dict[str, Any]:
+def _layer_stats(header: Entries, prefix: str) -> dict[str, dict[str, float]]:
+    """What quantizing each weight did, by its path."""
+    stats = header.nested("layer_stats")
+    for name in stats:
+        values = stats.nested(name)
+        for key in values:
+            if not is_number(values.raw(key)):  # not a number (nan) is one: an error that was not measured
+                values.refuse(key, "a number")
+    return {prefix + name: stats.nested(name).to_dict() for name in stats}
+
+
+def _read_header(directory: Path) -> Entries:
     ocp = orbax_v1()
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is missing: the checkpoint is incomplete")
@@ -114,61 +136,73 @@ def _read_header(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} is not a checkpoint of {FORMAT}")
     if header.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{directory} has format version {header.get('format_version')}, this program reads {FORMAT_VERSION}: "
-            "use the version of spqr-jax that wrote it, or quantize the model again"
+            f"{directory} has format version {shown(header.get('format_version'))}, this program reads "
+            f"{FORMAT_VERSION}: use the version of spqr-jax that wrote it, or quantize the model again"
         )
-    return header
+    return Entries(header, str(directory), error=CheckpointError)
 
 
 def _read_tree(directory: Path, specs: dict[str, WeightSpec]) -> dict[str, dict[str, Any]]:
     """Reads the arrays; types and shapes are compared with the files' own first."""
     ocp = orbax_v1()
+    _refuse_bombs(directory, sum(spec.nbytes for spec in specs.values()))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        abstract = {
-            name: {
-                leaf: jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
-                for leaf, entry in spec.leaves.items()
-            }
-            for name, spec in specs.items()
+    abstract = {
+        name: {
+            leaf: jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=sharding)
+            for leaf, entry in spec.leaves.items()
         }
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory}: damaged configuration: {error!r}") from None
+        for name, spec in specs.items()
+    }
     try:
         with orbax_context():
-            stored = ocp.checkpointables_metadata(directory).metadata["params"]
+            stored = _flat(ocp.checkpointables_metadata(directory).metadata["params"])
     except Exception as error:
         raise CheckpointError(f"{directory}: the arrays' metadata cannot be read: {_first_line(error)}") from None
-    _compare(directory, abstract, stored)
+    _compare(directory, _flat(abstract), stored)
     try:
         with orbax_context():
             return ocp.load_checkpointables(directory, {"params": abstract})["params"]
     except Exception as error:
         bad = _unreadable_leaves(directory, abstract)
         raise CheckpointError(
-            f"{directory}: {', '.join(bad) or 'the arrays'} cannot be read, the files are truncated or damaged: "
-            f"{_first_line(error)}"
+            f"{directory}: {', '.join(bad[:_SHOWN]) or 'the arrays'} cannot be read, the files are truncated or "
+            f"damaged: {_first_line(error)}"
         ) from None
 
 
-def _compare(directory: Path, abstract: dict[str, Any], stored: Any) -> None:
-    def flat(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {
-            ".".join(str(getattr(key, "key", key)) for key in path): (tuple(leaf.shape), np.dtype(leaf.dtype))
-            for path, leaf in paths
-        }
+def _refuse_bombs(directory: Path, claimed: int) -> None:
+    """Refuses arrays far larger than their files: compression makes quantized arrays hardly smaller."""
+    stored = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    if claimed > _SMALL_ANYWAY and claimed > _MOST_COMPRESSED * stored:
+        raise CheckpointError(
+            f"{directory} tells of arrays of {claimed} bytes and holds {stored}: the files are truncated or edited"
+        )
 
-    expected, found = flat(abstract), flat(stored)
+
+_Leaves = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+def _flat(tree: Any) -> _Leaves:
+    """Shape and dtype of each leaf, by ``weight.leaf``."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        ".".join(str(getattr(key, "key", key)) for key in path): (tuple(leaf.shape), np.dtype(leaf.dtype))
+        for path, leaf in paths
+    }
+
+
+def _compare(directory: Path, expected: _Leaves, found: _Leaves) -> None:
     problems = [f"leaf {name} is missing" for name in expected if name not in found]
-    problems += [f"leaf {name} is unexpected" for name in found if name not in expected]
+    problems += [f"leaf {plain(name)} is unexpected" for name in found if name not in expected]
     problems += [
         f"leaf {name} is {found[name][1]} {found[name][0]}, expected {want[1]} {want[0]}"
         for name, want in expected.items()
         if name in found and found[name] != want
     ]
     if problems:
-        raise CheckpointError(f"{directory} is truncated, damaged or edited: " + "; ".join(problems))
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(f"{directory} is truncated, damaged or edited: {'; '.join(problems[:_SHOWN])}{more}")
 
 
 def _unreadable_leaves(directory: Path, abstract: dict[str, dict[str, Any]]) -> list[str]:

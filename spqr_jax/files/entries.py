@@ -156,7 +156,9 @@ class Entries:
         value = self.raw(name)
         if value is not None and not isinstance(value, Mapping):
             self.refuse(name, "an object with entries")
-        return Entries(value or {}, self.label, defaults=defaults, prefix=f"{self._prefix}{name}.", error=self._error)
+        return Entries(
+            value or {}, self.label, defaults=defaults, prefix=f"{self._prefix}{plain(name)}.", error=self._error
+        )
 
     # ---- errors ---------------------------------------------------------------------------------
 
@@ -170,14 +172,14 @@ class Entries:
         """
         found = self.raw(name) if found is None else found
         raise self._error(
-            f"{self.label}: {self._prefix}{name} is {shown(found)}, expected {expected}: "
+            f"{self.label}: {self._prefix}{plain(name)} is {shown(found)}, expected {expected}: "
             "correct the entry, or fetch the file again"
         )
 
     def lacks(self, name: str, expected: str) -> SpQRError:
         """The error of an entry that is absent and has no default."""
         return self._error(
-            f"{self.label} lacks {self._prefix}{name} ({expected}): add the entry, or fetch the file again"
+            f"{self.label} lacks {self._prefix}{plain(name)} ({expected}): add the entry, or fetch the file again"
         )
 
     @contextmanager
@@ -215,13 +217,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float)
 
 
+def plain(name: str) -> str:
+    """A name for a message: as it is, if it is short and can be printed."""
+    return name if name.isprintable() and len(name) <= _SHOWN else shown(name)
+
+
 def shown(value: Any) -> str:
     """A value for a message, shortened."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, dict) and len(value) > 5:
         return f"an object of {len(value)} entries"
-    text = " ".join(repr(value[:5] if isinstance(value, list) else value).split())
+    try:
+        text = " ".join(repr(value[:5] if isinstance(value, list) else value).split())
+    except (RecursionError, ValueError):  # ValueError: a whole number too long to write
+        return "something nested too deeply, or too long, to be shown"
     if isinstance(value, list) and len(value) > 5:
         text = f"{text[:-1]}, ...] ({len(value)} values)"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

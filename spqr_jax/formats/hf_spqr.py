@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.errors import SpQRError
+from spqr_jax.files.entries import shown
 from spqr_jax.layout import column_dtype
 from spqr_jax.packing import pack_codes, unpack_codes
 
@@ -143,18 +144,22 @@ def _fields(matrix: WordMatrix) -> _Fields:
 
 
 def _check_sizes(matrix: WordMatrix) -> None:
-    out, inner = matrix.shape
-    wanted = {"dense_weights": ((out * inner // TILE,), np.int64), "in_perm": ((inner // 2,), np.int32)}
-    for name, (shape, dtype) in wanted.items():
-        found = getattr(matrix, name)
-        if found.shape != shape or found.dtype != dtype:
-            raise SpQRError(f"{name} must be {np.dtype(dtype)} {shape}, is {found.dtype} {found.shape}")
-    if out % TILE or inner % TILE:
-        raise SpQRError(f"sizes must be multiples of {TILE}, got {matrix.shape}")
+    """Types and sizes of all tensors, before anything is computed from them."""
+    out, inner = matrix.shape if len(matrix.shape) == 2 else (0, 0)
+    if out < TILE or inner < TILE or out % TILE or inner % TILE or inner > MOST_COLUMNS:
+        raise SpQRError(
+            f"sizes must be two multiples of {TILE}, at most {MOST_COLUMNS} inputs, got {shown(list(matrix.shape))}"
+        )
+    sizes = {"dense_weights": out * inner // TILE, "in_perm": inner // 2}
+    for name, value in matrix.tensors().items():
+        dtype, size = np.dtype(np.int64 if name == "dense_weights" else np.int32), sizes.get(name)
+        if value.dtype != dtype or value.ndim != 1 or size not in (None, value.size):
+            wanted = "a list" if size is None else f"({size},)"
+            raise SpQRError(f"{name} must be {dtype} {wanted}, is {value.dtype} {value.shape}")
     offsets = matrix.row_offsets
-    if offsets.shape not in ((out + 1,), (out // TILE + 1,)):
-        raise SpQRError(f"row_offsets must have {out + 1} or {out // TILE + 1} entries, has {offsets.shape}")
-    if offsets[0] != 0 or np.any(np.diff(offsets) < 0) or offsets[-1] > matrix.col_vals.size:
+    if offsets.size not in (out + 1, out // TILE + 1):
+        raise SpQRError(f"row_offsets must have {out + 1} or {out // TILE + 1} entries, has {offsets.size}")
+    if offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1]) or offsets[-1] > matrix.col_vals.size:
         raise SpQRError(f"row_offsets do not rise from 0 to the {matrix.col_vals.size} entries of col_vals")
 
 
@@ -198,15 +203,15 @@ def unpack_words(matrix: WordMatrix) -> SpQRArray:
     ss, zs, sz, zz = np.moveaxis(fields.stats, -1, 0)
     rows, columns, values = _outliers(matrix)
     perm, nnz = matrix.in_perm.view(np.uint16), len(rows)
-    return SpQRArray(
-        codes=jnp.asarray(pack_codes(fields.codes.reshape(out, inner), BITS)),
-        scale_codes=jnp.asarray(pack_codes(np.ascontiguousarray(fields.scale_codes.T), BITS)),
-        zero_codes=jnp.asarray(pack_codes(np.ascontiguousarray(fields.zero_codes.T), BITS)),
-        tile_stats=jnp.asarray(np.stack([ss, sz, zs, zz], axis=-1)),
-        outlier_cols=jnp.asarray((columns if nnz else np.zeros(1)).astype(column_dtype(inner))),
-        outlier_values=jnp.asarray(values if nnz else np.zeros(1, np.float16)),
-        outlier_row_ptr=jnp.asarray(np.searchsorted(rows, np.arange(out + 1)), jnp.int32),
-        perm=None if np.array_equal(perm, np.arange(inner)) else jnp.asarray(perm.astype(column_dtype(inner))),
+    array = SpQRArray(
+        codes=pack_codes(fields.codes.reshape(out, inner), BITS),
+        scale_codes=pack_codes(np.ascontiguousarray(fields.scale_codes.T), BITS),
+        zero_codes=pack_codes(np.ascontiguousarray(fields.zero_codes.T), BITS),
+        tile_stats=np.stack([ss, sz, zs, zz], axis=-1),
+        outlier_cols=(columns if nnz else np.zeros(1)).astype(column_dtype(inner)),
+        outlier_values=values if nnz else np.zeros(1, np.float16),
+        outlier_row_ptr=np.searchsorted(rows, np.arange(out + 1)).astype(np.int32),
+        perm=None if np.array_equal(perm, np.arange(inner)) else perm.astype(column_dtype(inner)),
         shape=matrix.shape,
         bits=BITS,
         group_size=TILE,
@@ -214,7 +219,8 @@ def unpack_words(matrix: WordMatrix) -> SpQRArray:
         scale_bits=BITS,
         zero_bits=BITS,
         nnz=nnz,
-    ).validate()
+    )
+    return jax.device_put(array.validate())
 
 
 def dequantize_words(matrix: WordMatrix) -> np.ndarray:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.errors import ModelError, SpQRError
-from spqr_jax.files import read_json
+from spqr_jax.files.entries import plain
+from spqr_jax.files.json_file import read_json, read_object
 from spqr_jax.files.safetensors_file import SafetensorsReader
+from spqr_jax.formats.dense_part import dense_part
 from spqr_jax.formats.hf_spqr import BITS, TENSORS, TILE, WordMatrix, unpack_words
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
-from spqr_jax.models.names import Row
+from spqr_jax.models.names import AS_IT_IS, Row, with_the_head_that_is_there
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import Block, Outer, block_shapes, outer_shapes, weight_shapes
 
@@ -24,7 +25,8 @@ def is_hf_spqr(directory: Path) -> bool:
     path = directory / "config.json"
     if not path.is_file():
         return False
-    quantization = read_json(path).get("quantization_config")
+    values = read_json(path)
+    quantization = values.get("quantization_config") if isinstance(values, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == "spqr"
 
 
@@ -40,14 +42,15 @@ class HFSpQRSource:
     """
 
     def __init__(self, directory: Path, dtype: Any) -> None:
-        values = read_json(directory / "config.json")
-        quantization = values["quantization_config"]
-        found = {name: quantization.get(name) for name in ("bits", "beta1", "beta2")}
-        if found != {"bits": BITS, "beta1": TILE, "beta2": TILE}:
-            raise ModelError(f"{directory}: expected SpQR of {BITS} bits in tiles of {TILE} x {TILE}, got {found}")
+        values = read_object(directory / "config.json")
+        quantization = values.nested("quantization_config")
+        for name, expected in {"bits": BITS, "beta1": TILE, "beta2": TILE}.items():
+            if quantization.integer(name) != expected:
+                quantization.refuse(name, f"{expected} (SpQR of {BITS} bits in tiles of {TILE} x {TILE})")
         family = family_of_hf(values)
-        self._config, self._dtype = with_named_tokens(family.from_hf(values), directory), dtype
-        self._reader = SafetensorsReader(directory)
+        self._reader, self._dtype = SafetensorsReader(directory), dtype
+        config = with_named_tokens(family.from_hf(values), directory)
+        self._config = with_the_head_that_is_there(self._reader, family.table, config)
         self._rows = {path: row for row in family.table.expand(self._config).values() for path in row.paths}
         self._shapes = weight_shapes(self._config)
         self._check()
@@ -75,27 +78,26 @@ class HFSpQRSource:
             expected |= {f"{module}.{name}" for name in TENSORS} if self._in_words(row) else {row.tensor}
         known = expected | ({"lm_head.weight"} if self._config.tied_head else set())
         problems = [f"missing tensor {name}" for name in sorted(expected - present)]
-        problems += [f"unexpected tensor {name}" for name in sorted(present - known)]
+        problems += [f"unexpected tensor {plain(name)}" for name in sorted(present - known)]
         if problems:
-            shown = "\n  ".join(problems[:40])
-            raise ModelError(f"{self._reader.label} does not hold the model that its config.json describes:\n  {shown}")
+            listed = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" * (len(problems) > 20))
+            raise ModelError(
+                f"{self._reader.label} does not hold the model that its config.json describes:\n  {listed}"
+            )
 
     def _weight(self, path: str) -> Any:
         row, shape = self._rows[path], self._shapes[path]
-        try:
-            if self._in_words(row):
-                module = row.tensor.removesuffix(".weight")
-                parts = {name: self._reader.read(f"{module}.{name}") for name in TENSORS}
-                return unpack_words(WordMatrix(**_as_integers(parts), shape=(shape[0], shape[1])))
+        if not self._in_words(row):
             tensor = self._reader.read(row.tensor, self._dtype)
-            part = row.packing.split(tensor, self._config)[row.paths.index(path)]
+            return dense_part(tensor, row, path, shape, self._config, self._dtype, self._reader.label)
+        module = row.tensor.removesuffix(".weight")
+        try:
+            if len(shape) != 2 or len(row.paths) > 1 or row.packing is not AS_IT_IS:
+                raise SpQRError("words hold one matrix, and this tensor is none or holds several")
+            parts = {name: self._reader.read(f"{module}.{name}") for name in TENSORS}
+            return unpack_words(WordMatrix(**_as_integers(parts), shape=(shape[0], shape[1])))
         except SpQRError as error:
             raise ModelError(f"{self._reader.label}: {row.tensor}: {error}") from None
-        if part.shape != shape or not np.all(np.isfinite(part)):
-            raise ModelError(
-                f"{self._reader.label}: {row.tensor} has shape {part.shape}, expected {shape} of finite values"
-            )
-        return jnp.asarray(part)
 
 
 def _as_integers(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from spqr_jax.array import SpQRArray
-from spqr_jax.config import SpQRConfig
+from spqr_jax.config import UNQUANTIZED_STATS_BITS, SpQRConfig
 from spqr_jax.errors import CheckpointError, ModelError, SpQRError
-from spqr_jax.files import read_json
+from spqr_jax.files.entries import Entries, shown
+from spqr_jax.files.json_file import read_object
+from spqr_jax.formats.dense_part import dense_part
 from spqr_jax.formats.torch_file import SparseTensor, read_torch_file
-from spqr_jax.layout import array_layout, column_dtype
+from spqr_jax.layout import array_layout, column_dtype, round_up
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import family_of_hf
 from spqr_jax.models.names import Row
@@ -41,11 +44,11 @@ def is_legacy(folder: Path) -> bool:
     return (folder / _REST).is_file() and (folder / _ARGS).is_file()
 
 
-def array_from_saved(saved: dict[str, Any], bits: int, stats_bits: int, outliers: Outliers = "replaced") -> SpQRArray:
+def array_from_saved(saved: Any, bits: int, stats_bits: int, outliers: Outliers = "replaced") -> SpQRArray:
     """One saved matrix.
 
     Args:
-      saved: the dictionary that the original saves.
+      saved: what the original saves: a dictionary of tensors.
       bits: of a code.
       stats_bits: of a scale's or zero's code; 16 if they were not quantized.
       outliers: see `Outliers`.
@@ -53,44 +56,48 @@ def array_from_saved(saved: dict[str, Any], bits: int, stats_bits: int, outliers
     Raises:
       SpQRError: entries are missing, misshapen or beyond their range.
     """
-    try:
-        out, inner = (int(n) for n in saved["weight_shape"])
-        group_size, perm = int(saved["groupsize"]), np.asarray(saved["perm"], np.int64)
-        codes = np.asarray(saved["quant_weights"])
-        second_level = len(saved["quant_layer_scale_qq_scale"]) > 0
-        if saved["keep_last_columns"]:
-            raise SpQRError("columns that were left dense (keep_last_columns) are not supported")
-        first = [np.stack([np.ravel(one) for one in saved[f"quant_layer_{kind}"]]) for kind in ("scale", "zeros")]
-        second = [
-            np.stack([np.ravel(one) for one in saved[f"quant_layer_{kind}_qq_{part}"]], axis=1)
-            for kind in ("scale", "zero")
-            for part in ("scale", "zero")
-            if second_level
-        ]
-        sparse = saved["outliers_matrix"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise SpQRError(f"no matrix as the original saves it: {type(error).__name__}: {error}") from None
-    if codes.shape != (out, inner) or codes.min() < 0 or codes.max() >= 1 << bits:
-        raise SpQRError(f"codes must be [{out}, {inner}] of {bits} bits, are {codes.shape} up to {codes.max()}")
-    tile = out // second[0].shape[0] if second_level else 16
-    layout = array_layout((out, inner), group_size, tile if second_level else None)
-    padded = np.zeros((out, layout.padded_in), np.uint8)
-    padded[:, :inner] = codes
-    scale_codes = zero_codes = None
+    if not isinstance(saved, Mapping):
+        raise SpQRError(f"no matrix as the original saves it: it holds {shown(saved)}")
+    entries = Entries(saved, "a matrix of the original", error=SpQRError)
+    sizes = entries.integers("weight_shape", least=1)
+    if len(sizes) != 2:
+        entries.refuse("weight_shape", "two sizes")
+    out, inner = sizes
+    group_size = entries.integer("groupsize", least=8, most=round_up(inner, 16))
+    if entries.maybe_integer("keep_last_columns"):
+        raise SpQRError("columns that were left dense (keep_last_columns) are not supported")
+    layout = array_layout((out, inner), group_size, None)
+    codes = _whole_numbers(entries, "quant_weights", (out, inner), 1 << bits)
+    perm = _whole_numbers(entries, "perm", (inner,), inner)
+    second_level = isinstance(entries.raw(_SECOND[0]), list) and len(entries.raw(_SECOND[0])) > 0
+    first = [_by_groups(entries, name, layout.groups) for name in ("quant_layer_scale", "quant_layer_zeros")]
+    if any(each.shape[1] != out for each in first):
+        raise SpQRError(f"scales and zeros of {[each.shape[1] for each in first]} rows for a matrix of {out}")
+    tile, scale_codes, zero_codes = 16, None, None
     if second_level:
+        second = [_by_groups(entries, name, layout.groups) for name in _SECOND]
+        tiles = second[0].shape[1]
+        if any(each.shape[1] != tiles for each in second) or not tiles or out % tiles or out // tiles < 8:
+            raise SpQRError(f"second-level statistics of {[each.shape[1] for each in second]} tiles for {out} rows")
+        tile = out // tiles
+        layout = array_layout((out, inner), group_size, tile)
         scale_codes, zero_codes = (_packed_statistics(each, layout.padded_out, stats_bits) for each in first)
-        stats = np.stack(second, axis=-1)
+        stats = np.stack([each.T for each in second], axis=-1)
     else:
         stats = np.stack([each.T for each in first], axis=-1)
+    padded = np.zeros((out, layout.padded_in), np.uint8)
+    padded[:, :inner] = codes
+    with np.errstate(over="ignore"):  # infinities are refused below
+        stats = stats.astype(np.float16)
     dense = SpQRArray(
-        codes=jnp.asarray(pack_codes(padded, bits)),
+        codes=pack_codes(padded, bits),
         scale_codes=scale_codes,
         zero_codes=zero_codes,
-        tile_stats=jnp.asarray(stats.astype(np.float16)),
-        outlier_cols=jnp.zeros(1, column_dtype(inner)),
-        outlier_values=jnp.zeros(1, jnp.float16),
-        outlier_row_ptr=jnp.zeros(out + 1, jnp.int32),
-        perm=jnp.asarray(perm.astype(column_dtype(inner))),
+        tile_stats=stats,
+        outlier_cols=np.zeros(1, column_dtype(inner)),
+        outlier_values=np.zeros(1, np.float16),
+        outlier_row_ptr=np.zeros(out + 1, np.int32),
+        perm=perm.astype(column_dtype(inner)),
         shape=(out, inner),
         bits=bits,
         group_size=group_size,
@@ -99,38 +106,67 @@ def array_from_saved(saved: dict[str, Any], bits: int, stats_bits: int, outliers
         zero_bits=stats_bits,
         nnz=0,
     ).validate()
-    return _with_outliers(dense, sparse, outliers)
+    return jax.device_put(_with_outliers(dense, codes, entries.raw("outliers_matrix"), outliers))
 
 
-def _packed_statistics(codes: np.ndarray, padded_out: int, bits: int) -> Any:
-    if codes.min() < 0 or codes.max() >= 1 << bits:
+_SECOND = tuple(f"quant_layer_{kind}_qq_{part}" for kind in ("scale", "zero") for part in ("scale", "zero"))
+
+
+def _whole_numbers(entries: Entries, name: str, shape: tuple[int, ...], end: int) -> np.ndarray:
+    """A tensor of whole numbers from 0 to `end` - 1."""
+    value = entries.raw(name)
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or value.shape != shape:
+        found = f"a tensor {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else shown(value)
+        raise SpQRError(f"{name} is {found}, expected a tensor of whole numbers {shape}")
+    if value.min() < 0 or value.max() >= end:
+        raise SpQRError(f"{name} must lie in 0..{end - 1}, reaches from {value.min()} up to {value.max()}")
+    return value
+
+
+def _by_groups(entries: Entries, name: str, groups: int) -> np.ndarray:
+    """A list of a tensor for each group of columns, [groups, elements], in float32."""
+    values = entries.raw(name)
+    arrays = values if isinstance(values, list) else []
+    if len(arrays) != groups or not all(isinstance(each, np.ndarray) for each in arrays):
+        entries.refuse(name, f"a list of {groups} tensors")
+    if len({each.size for each in arrays}) != 1:
+        raise SpQRError(f"{name} holds tensors of different sizes")
+    return np.stack([each.reshape(-1).astype(np.float32) for each in arrays])
+
+
+def _packed_statistics(codes: np.ndarray, padded_out: int, bits: int) -> np.ndarray:
+    """Codes [groups, rows], which stand there as floats, packed along the rows."""
+    if not np.all((codes >= 0) & (codes < 1 << bits)):  # NaN is none either
         raise SpQRError(f"scale and zero codes must have {bits} bits, reach from {codes.min()} to {codes.max()}")
     padded = np.zeros((codes.shape[0], padded_out), np.uint8)
     padded[:, : codes.shape[1]] = codes
-    return jnp.asarray(pack_codes(padded, bits))
+    return pack_codes(padded, bits)
 
 
-def _with_outliers(array: SpQRArray, sparse: SparseTensor, meaning: Outliers) -> SpQRArray:
+def _with_outliers(array: SpQRArray, codes: np.ndarray, sparse: Any, meaning: Outliers) -> SpQRArray:
+    """The array with outliers; `codes` [out, in] are its own."""
     out, inner = array.shape
-    indices, values = np.asarray(sparse.indices, np.int64), np.asarray(sparse.values, np.float32)
-    if sparse.shape != (out, inner) or indices.shape != (2, len(values)):
-        raise SpQRError(f"outliers of shape {sparse.shape} for a matrix {array.shape}")
-    order = np.lexsort((indices[1], indices[0]))
-    rows, cols, values = indices[0, order], indices[1, order], values[order]
-    there = values != 0  # an entry of 0 replaces nothing in the original either
-    rows, cols, values = rows[there], cols[there], values[there]
-    if len(rows) and (indices.min() < 0 or rows.max() >= out or cols.max() >= inner):
+    if not isinstance(sparse, SparseTensor) or sparse.shape != (out, inner):
+        found = f"of shape {sparse.shape}" if isinstance(sparse, SparseTensor) else shown(sparse)
+        raise SpQRError(f"outliers {found} for a matrix {array.shape}")
+    (rows, cols), values = sparse.indices, sparse.values.astype(np.float32)
+    if len(rows) and (min(rows.min(), cols.min()) < 0 or rows.max() >= out or cols.max() >= inner):
         raise SpQRError(f"outliers lie outside of a matrix {array.shape}")
-    if meaning == "replaced":
-        values = values - np.asarray(array.to_dense())[:, np.asarray(array.perm)][rows, cols]
-    nnz = len(rows)
-    if not nnz:
+    order = np.lexsort((cols, rows))
+    order = order[values[order] != 0]  # an entry of 0 replaces nothing in the original either
+    rows, cols, values = rows[order], cols[order], values[order]
+    if not (nnz := len(rows)):
         return array
+    if meaning == "replaced":
+        scale, zero = (part[rows, cols // array.group_size] for part in array.statistics())
+        values = values - scale * (codes[rows, cols].astype(np.float32) - zero)
+    with np.errstate(over="ignore"):  # infinities are refused below
+        values = values.astype(np.float16)
     return dataclasses.replace(
         array,
-        outlier_cols=jnp.asarray(cols.astype(column_dtype(inner))),
-        outlier_values=jnp.asarray(values.astype(np.float16)),
-        outlier_row_ptr=jnp.asarray(np.searchsorted(rows, np.arange(out + 1)), jnp.int32),
+        outlier_cols=cols.astype(column_dtype(inner)),
+        outlier_values=values,
+        outlier_row_ptr=np.searchsorted(rows, np.arange(out + 1)).astype(np.int32),
         nnz=nnz,
     ).validate()
 
@@ -152,40 +188,42 @@ class LegacySource:
     def __init__(self, folder: Path, base: Path, dtype: Any, outliers: Outliers = "replaced") -> None:
         if not is_legacy(folder):
             raise ModelError(f"{folder} is no folder of the original's main.py --save: no {_REST} and {_ARGS} in it")
-        values = read_json(base / "config.json")
+        values = read_object(base / "config.json")
         family = family_of_hf(values)
         self._folder, self._dtype, self._outliers = folder, dtype, outliers
         self._config = with_named_tokens(family.from_hf(values), base)
-        self._rest: dict[str, np.ndarray] = read_torch_file(folder / _REST)
-        arguments = read_torch_file(folder / _ARGS)
-        if not isinstance(arguments, dict) or "wbits" not in arguments:
-            raise ModelError(f"{folder / _ARGS} does not name the bits of a code (wbits)")
-        self._bits = int(arguments["wbits"])
-        levels = {arguments.get("qq_scale_bits"), arguments.get("qq_zero_bits")}
-        if len(levels) > 1:
-            raise ModelError(f"{folder}: scales and zeros of different widths {levels} are not supported")
-        (level,) = levels
-        self._stats_bits = 16 if level is None else int(level)
+        self._rest = _named_tensors(folder / _REST)
+        self.arguments = _arguments(folder / _ARGS)
+        self._bits = self.arguments.integer("wbits", least=2, most=8)
+        scale_bits, zero_bits = (self.arguments.maybe_integer(f"qq_{kind}_bits", least=1) for kind in ("scale", "zero"))
+        if scale_bits != zero_bits:
+            raise ModelError(f"{folder}: scales and zeros of different widths, {scale_bits} and {zero_bits} bits")
+        self._stats_bits = UNQUANTIZED_STATS_BITS if scale_bits is None else scale_bits
         self._rows = {path: row for row in family.table.expand(self._config).values() for path in row.paths}
         self._shapes = weight_shapes(self._config)
-        self.arguments: dict[str, Any] = arguments
 
     @property
     def config(self) -> DecoderConfig:
         return self._config
 
     def settings(self) -> SpQRConfig:
-        """How the folder says that it was quantized."""
+        """How the folder says that it was quantized.
+
+        Raises:
+          SpQRError: entries of another type, or out of range.
+        """
         given = self.arguments
-        return SpQRConfig.reference(
-            bits=self._bits,
-            group_size=given.get("groupsize"),
-            stats_bits=self._stats_bits,
-            stats_group_size=given.get("qq_groupsize") or 16,
-            outlier_threshold=float(given.get("outlier_threshold", math.inf)),
-            damping=float(given.get("percdamp", 1.0)),
-            order="activation" if given.get("permutation_order") == "act_order" else "identity",
-        )
+        threshold = given.raw("outlier_threshold")
+        with given.blamed():
+            return SpQRConfig.reference(
+                bits=self._bits,
+                group_size=given.maybe_integer("groupsize"),
+                stats_bits=self._stats_bits,
+                stats_group_size=given.maybe_integer("qq_groupsize") or 16,
+                outlier_threshold=math.inf if threshold in (None, math.inf) else given.number("outlier_threshold"),
+                damping=given.number("percdamp", 1.0),
+                order="activation" if given.maybe_text("permutation_order") == "act_order" else "identity",
+            )
 
     def outer(self) -> Outer:
         return Outer(**{name: self._weight(name) for name in outer_shapes(self._config)})
@@ -197,10 +235,8 @@ class LegacySource:
     def _weight(self, path: str) -> Any:
         row, shape = self._rows[path], self._shapes[path]
         if row.tensor in self._rest:
-            part = row.packing.split(self._rest[row.tensor], self._config)[row.paths.index(path)]
-            if part.shape != shape:
-                raise ModelError(f"{self._folder / _REST}: {row.tensor} has shape {part.shape}, expected {shape}")
-            return jnp.asarray(part, self._dtype)
+            tensor, label = self._rest[row.tensor], str(self._folder / _REST)
+            return dense_part(tensor, row, path, shape, self._config, self._dtype, label)
         return self._quantized(path, row, shape)
 
     def _quantized(self, path: str, row: Row, shape: tuple[int, ...]) -> SpQRArray:
@@ -219,3 +255,17 @@ class LegacySource:
         if array.shape != shape:
             raise ModelError(f"{file} holds a matrix {array.shape}, expected {shape}")
         return array
+
+
+def _named_tensors(path: Path) -> dict[str, np.ndarray]:
+    saved = read_torch_file(path)
+    if not isinstance(saved, dict) or not all(isinstance(each, np.ndarray) for each in saved.values()):
+        raise ModelError(f"{path} holds something else than tensors by name: is it the original's?")
+    return saved
+
+
+def _arguments(path: Path) -> Entries:
+    saved = read_torch_file(path)
+    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
+        raise ModelError(f"{path} holds something else than options by name: is it the original's?")
+    return Entries(saved, str(path))

@@ -7,16 +7,21 @@ does or leaves out. `spqr_jax.models.families` maps other people's files to it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from spqr_jax.errors import ModelError
-
-MOST_LAYERS = 4096
-"""Blocks of a model at most: more is a damaged file."""
+from spqr_jax.files.entries import LARGEST, is_number, shown
+from spqr_jax.files.fields import read_fields
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+MOST_LAYERS, MOST_EXPERTS, MOST_HEAD_DIM = 4096, 4096, 65536
+MOST_LAYERS_TIMES_EXPERTS = 50_000
+"""More than any model has (Kimi K2: 61 x 384). A damaged file that tells of more would take seconds and gigabytes
+for the names of its weights alone."""
 
 
 class BlockKind(NamedTuple):
@@ -118,20 +123,73 @@ class DecoderConfig:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for problem in self._size_problems():  # first: the others compute with sizes
+            raise ModelError(problem)
         for problem in self._problems():
             raise ModelError(problem)
 
+    def _size_problems(self) -> Iterator[str]:
+        """Values that are no numbers, or out of every model's range."""
+        for name, (least, most) in self._ranges().items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                yield f"{name} must be a whole number from {least} to {most}, got {shown(value)}"
+        for name, positive in _REALS.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not is_number(value) or not math.isfinite(value) or (positive and not value > 0):
+                yield f"{name} must be a finite number{' above 0' * positive}, got {shown(value)}"
+        for name, kind in (("norm", Norm), ("activation", Activation)):
+            if getattr(self, name) not in get_args(kind):
+                yield f"{name} must be one of {', '.join(get_args(kind))}, got {shown(getattr(self, name))}"
+        for factor in self.rope_factors or ():
+            if not is_number(factor) or not math.isfinite(factor) or not factor > 0:
+                yield f"rope_factors must be finite numbers above 0, got {shown(factor)}"
+        for name in ("local_layers", "dense_layers", "eos_token_ids"):
+            values = getattr(self, name)
+            if len(values) > MOST_LAYERS:
+                yield f"{name} must hold at most {MOST_LAYERS} numbers, has {len(values)}"
+            for value in values:
+                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+                    yield f"{name} must hold whole numbers from 0 to {LARGEST}, got {shown(value)}"
+
+    def _ranges(self) -> dict[str, tuple[int, int]]:
+        """Least and greatest value of each whole number."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "max_positions")
+        experts = (1, LARGEST) if self.num_experts else (0, LARGEST)
+        return dict.fromkeys(sizes, (1, LARGEST)) | {
+            "num_layers": (1, MOST_LAYERS),
+            "head_dim": (1, MOST_HEAD_DIM),
+            "rope_dim": (1, MOST_HEAD_DIM),
+            "bos_token_id": (0, LARGEST),
+            "learned_positions": (1, LARGEST),
+            "position_offset": (0, LARGEST),
+            "sliding_window": (1, LARGEST),
+            "num_experts": (0, MOST_EXPERTS),
+            "experts_per_token": (0, MOST_EXPERTS),
+            "expert_size": experts,
+        }
+
     def _problems(self) -> list[str]:
         problems = []
+        if self.num_heads * self.head_dim > LARGEST:
+            problems.append(f"{self.num_heads} heads of {self.head_dim} are more than {LARGEST} in all")
+        if self.num_layers * self.num_experts > MOST_LAYERS_TIMES_EXPERTS:
+            problems.append(
+                f"{self.num_experts} experts in each of {self.num_layers} layers are more than "
+                f"{MOST_LAYERS_TIMES_EXPERTS} in all"
+            )
+        if self.rotated > self.head_dim:
+            problems.append(f"{self.rotated} of a head's {self.head_dim} dimensions cannot be rotated")
         if self.num_heads % self.num_kv_heads:
             problems.append(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads evenly")
         if self.rope_theta is not None and self.rotated % 2:
             problems.append(f"rotary embedding needs an even head size, got {self.rotated}")
         if self.rope_factors is not None and len(self.rope_factors) != self.rotated // 2:
             problems.append(f"expected {self.rotated // 2} rotary factors, got {len(self.rope_factors)}")
-        for name, kind in (("norm", Norm), ("activation", Activation)):
-            if getattr(self, name) not in get_args(kind):
-                problems.append(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.learned_positions is not None and self.learned_positions < self.max_positions + self.position_offset:
             problems.append(
                 f"{self.learned_positions} learned positions are too few for {self.max_positions} tokens "
@@ -167,14 +225,33 @@ class DecoderConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> DecoderConfig:
+    def from_json(cls, values: Mapping[str, Any], label: str = "the decoder configuration") -> DecoderConfig:
         """Reads what `to_json` wrote.
 
         Raises:
-          ModelError: entries of another version, or that contradict each other.
+          ModelError: entries of another version, of another type, or that contradict each other; names `label`.
         """
-        known: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        fields = read_fields(cls, values, label)
         try:
-            return cls(**known)
-        except TypeError as error:
-            raise ModelError(f"not a decoder configuration of this version: {error}") from None
+            return cls(**fields)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from None
+
+
+_REALS = {
+    "norm_eps": True,
+    "rope_theta": True,
+    "norm_offset": False,
+    "query_scale": False,
+    "attention_softcap": True,
+    "logit_softcap": True,
+    "embedding_scale": False,
+    "rope_scale": False,
+    "local_rope_theta": True,
+}
+"""Fields that are real numbers, and whether these must be above 0."""
+
+_MAY_BE_NONE = {
+    *("rope_theta", "bos_token_id", "query_scale", "attention_softcap", "logit_softcap", "embedding_scale"),
+    *("learned_positions", "rope_dim", "sliding_window", "local_rope_theta"),
+}

@@ -30,7 +30,8 @@ def open_hf(directory: Path, dtype: Any) -> TensorSource:
     values = read_object(directory / "config.json")
     tensors = open_tensors(directory, values)
     family = family_of_hf(values)
-    return TensorSource(tensors, family.table, with_named_tokens(family.from_hf(values), directory), dtype)
+    config = with_named_tokens(family.from_hf(values), directory)
+    return TensorSource(tensors, family.table, config, dtype)
 
 
 # ---- writing ----------------------------------------------------------------------------

@@ -156,7 +156,7 @@ class TensorSource:
     """
 
     def __init__(self, reader: TensorReader, table: Table, config: DecoderConfig, dtype: Any) -> None:
-        config = _with_the_head_that_is_there(reader, table, config)
+        config = with_the_head_that_is_there(reader, table, config)
         self._reader, self._config, self._dtype = reader, config, dtype
         self._found = _match(reader, table, config)
         self.note: str | None = getattr(reader, "note", None)  # what the user should know of the tensors
@@ -211,7 +211,7 @@ def _joined_shape(packing: Packing, shapes: tuple[tuple[int, ...], ...], config:
     return packing.join([np.empty(shape, np.int8) for shape in shapes], config).shape
 
 
-def _with_the_head_that_is_there(reader: TensorReader, table: Table, config: DecoderConfig) -> DecoderConfig:
+def with_the_head_that_is_there(reader: TensorReader, table: Table, config: DecoderConfig) -> DecoderConfig:
     """The configuration with `tied_head` as the weights have it: a different head in the file goes before the flag."""
     if not config.tied_head:
         return config

@@ -12,6 +12,7 @@ import pytest
 
 from spqr_jax import CheckpointError, SpQRArray, SpQRConfig, load, quantize, save
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
+from spqr_jax.checkpoint.reading import _read_header
 
 
 @pytest.fixture(scope="module")
@@ -97,23 +98,64 @@ def test_types_and_shapes_are_compared_before_reading(copy, field, value):
         values["weights"]["up_proj"]["leaves"]["tile_stats"][field] = value
 
     edit_header(copy / "layers" / "00000", change)
-    with pytest.raises(CheckpointError, match=r"up_proj\.tile_stats"):
+    with pytest.raises(CheckpointError, match=r"up_proj\..*tile_stats"):
         load(copy)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("bits", 4, "codes should be"),
-        ("nnz", 0, "outlier"),
+        ("bits", 4, r"codes\.shape is \[96, 12\], expected \[96, 16\]"),
+        ("bits", "4", r"up_proj\.bits is '4', expected a whole number"),
+        ("nnz", 0, r"outlier_cols\.shape"),
+        ("group_size", 2**40, "group_size is"),
         ("shape", [64, 32], "expected"),
-        ("kind", "huh", "unknown kind"),
+        ("shape", 5, "expected"),
+        ("kind", "huh", "kind is 'huh', expected 'spqr' or 'dense'"),
+        ("leaves", ["codes"], "leaves is"),
+        ("leaves", {"codes": {"dtype": "V1000000", "shape": [1], "sha256": "0"}}, "dtype is 'V1000000'"),
     ],
 )
 def test_an_edited_description_is_refused(copy, key, value, says):
     edit_header(copy / "layers" / "00000", lambda values: values["weights"]["up_proj"].update({key: value}))
     with pytest.raises(CheckpointError, match=says):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("provenance", 5, "provenance is 5"),
+        ("layer_stats", {"lm_head": 1.0}, r"layer_stats\.lm_head is 1.0"),
+        ("layer_stats", {"\ud800": {"output_error": "small"}}, "output_error is 'small'"),
+        ("model", None, "lacks vocab_size"),
+        ("model", {"vocab_size": [1]}, "lacks hidden_size|vocab_size is"),
+        ("quantization", {"bits": 3.5}, "bits is 3.5"),
+        ("quantization", {"rules": [{"pattern": "(("}]}, "not a regular expression"),
+        ("format_version", 99, "format version 99"),
+    ],
+)
+def test_an_edited_configuration_is_refused(copy, key, value, says):
+    edit_header(copy / "model", lambda values: values.update({key: value}))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        CheckpointSource(copy)
+    assert str(copy) in str(caught.value)
+    str(caught.value).encode()  # it can be printed
+
+
+def test_arrays_far_larger_than_their_files_are_not_read(copy):
+    """A description that is consistent in itself, of 64 GB in a few files."""
+    size = 1 << 17
+
+    def change(values):
+        values["weights"]["lm_head"]["shape"] = [size, size]
+        values["weights"]["lm_head"]["leaves"]["values"]["shape"] = [size, size]
+
+    edit_header(copy / "model", change)
+    header = _read_header(copy / "model")
+    expected = {"embed_tokens": (256, 64), "final_norm": (64,), "lm_head": (size, size)}
+    with pytest.raises(CheckpointError, match=r"68719.* bytes"):
+        CheckpointSource(copy)._read(copy / "model", header, expected)
 
 
 def data_files(directory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from spqr_jax import CheckpointError, ModelError, SpQRArray, SpQRError
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.app import app
 from spqr_jax.formats.legacy import LegacySource, array_from_saved
-from spqr_jax.formats.torch_file import read_torch_file
+from spqr_jax.formats.torch_file import _sparse_tensor, read_torch_file
 from spqr_jax.models.families import FAMILIES
 from spqr_jax.models.hf import hf_config, hf_tensors
 from spqr_jax.packing import unpack_codes
@@ -93,15 +94,12 @@ def test_a_matrix_is_what_the_original_reads(tmp_path, stats_bits):
     assert loaded.nnz == array.nnz
 
 
-def test_outliers_may_be_added_instead():
-    array = random_array((32, 32), outliers=0.05)
-    saved = {k: v for k, v in as_saved(array).items() if k != "outliers_matrix"}
-    sparse = as_saved(array)["outliers_matrix"].coalesce()
-    from spqr_jax.formats.torch_file import SparseTensor
-
-    saved["outliers_matrix"] = SparseTensor(sparse.indices().numpy(), sparse.values().numpy(), (32, 32))
-    added = array_from_saved(saved, 3, 3, "added")
-    np.testing.assert_array_equal(np.asarray(added.outlier_values), sparse.values().numpy().astype(np.float16))
+def test_outliers_may_be_added_instead(tmp_path):
+    saved = as_saved(random_array((32, 32), outliers=0.05))
+    torch.save(saved, tmp_path / "w")
+    added = array_from_saved(read_torch_file(tmp_path / "w"), 3, 3, "added")
+    values = saved["outliers_matrix"].coalesce().values().numpy()
+    np.testing.assert_array_equal(np.asarray(added.outlier_values), values.astype(np.float16))
 
 
 def write_folder(folder, model, arrays):
@@ -172,10 +170,19 @@ def test_what_is_missing_is_named(folder):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"perm": None}, "no matrix as the original saves it"),
+        ({"perm": None}, "perm is None, expected a tensor"),
+        ({"perm": np.arange(64) + 2**16}, "perm must lie in 0..63"),
         ({"keep_last_columns": 4}, "keep_last_columns"),
-        ({"weight_shape": (48, 64)}, "codes must be"),
+        ({"weight_shape": (48, 64)}, "quant_weights is a tensor int8"),
+        ({"weight_shape": "3264"}, "weight_shape is '3264'"),
         ({"quant_weights": np.full((32, 64), 9, np.int8)}, "up to 9"),
+        ({"groupsize": 2**30}, "groupsize is"),
+        ({"quant_layer_scale": [np.zeros((2, 16))] * 3}, "a list of 4 tensors"),
+        ({"quant_layer_scale": [np.zeros((3, 16))] * 4}, "of .48, 32. rows"),
+        ({"quant_layer_zeros": [np.full((2, 16), np.nan)] * 4}, "must have 3 bits"),
+        ({"quant_layer_scale_qq_zero": [np.zeros((5, 1))] * 4}, "tiles for 32 rows"),
+        ({"quant_layer_scale_qq_scale": [np.full((2, 1), 1e9)] * 4}, "not finite"),
+        ({"outliers_matrix": 3}, "outliers 3 for a matrix"),
     ],
 )
 def test_bad_matrices_are_refused(tmp_path, change, says):
@@ -216,6 +223,13 @@ ATTACKS = {
     "state set on an array": b"\x80\x02]q\x00}q\x01b.",
     "an extension": b"\x80\x02\x82\x01.",
     "a storage that is none": b"\x80\x02X\x04\x00\x00\x00evilQ.",
+    "a place in the memo that needs gigabytes": b"\x80\x02]r\xff\xff\xff\x7f0h\x00.",
+    "a key that takes for ever to hash": b"\x80\x02})q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"Ns.",
+    "a tuple too deep to hash": b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.",
+    "items for a function": b"\x80\x02ccollections\nOrderedDict\n]a.",
+    "a call of a number": b"\x80\x02K\x05)R.",
+    "arguments of other types": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NNNNtR.",
+    "a text as sizes": b"\x80\x02ctorch\nSize\nX\x02\x00\x00\x0012\x85R.",
 }
 
 
@@ -238,6 +252,50 @@ def test_tensors_stay_within_their_storage(tmp_path):
     np.testing.assert_array_equal(read_torch_file(tmp_path / "good")["a"], np.arange(6.0))
     with pytest.raises(CheckpointError, match="beyond its storage"):
         read_torch_file(tmp_path / "bad")
+
+
+def test_tensors_take_no_more_memory_than_their_storage(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "w")
+    with pytest.raises(CheckpointError, match="1099511627776 elements in a storage of 1"):
+        read_torch_file(tmp_path / "w")
+
+
+def test_an_archive_that_unfolds_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02N.")
+        archive.writestr("x/data/0", bytes(1 << 24))
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_torch_file(tmp_path / "w")
+
+
+def test_members_that_share_their_bytes_are_refused(tmp_path):
+    """Central directories may name one place a thousand times."""
+    write_archive(tmp_path / "w", b"\x80\x02N.", bytes(1 << 20))
+    with zipfile.ZipFile(tmp_path / "w", "a") as archive:
+        for index in range(100):
+            again = copy.copy(archive.getinfo("x/data/0"))
+            again.filename = f"x/data/{index + 1}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    with pytest.raises(CheckpointError, match="claim more bytes"):
+        read_torch_file(tmp_path / "w")
+
+
+def test_sparse_tensors_are_checked():
+    rows, columns, values = np.array([0, 1, 2]), np.array([0, 1]), np.ones(2, np.float32)
+    shape = (2, 2)
+    assert _sparse_tensor("torch.sparse_csr", (rows, columns, values, shape)).indices.tolist() == [[0, 1], [0, 1]]
+    for layout, data in [
+        ("torch.sparse_csr", (np.array([0, 2**60, 2]), columns, values, shape)),
+        ("torch.sparse_csr", (np.array([0, 1, 9]), columns, values, shape)),
+        ("torch.sparse_csr", (rows, columns, values, "22")),
+        ("torch.sparse_coo", (np.zeros((3, 2), int), values, shape)),
+        ("torch.sparse_coo", (np.zeros((2, 2)), values, shape)),
+        ("torch.sparse_bsr", (rows, columns, values, shape)),
+        (["torch.sparse_coo"], (rows, columns, values, shape)),
+    ]:
+        with pytest.raises(CheckpointError, match="sparse tensor"):
+            _sparse_tensor(layout, data)
 
 
 def test_views_types_and_sparse_tensors_are_read(tmp_path):

@@ -21,6 +21,7 @@ import cpu_kernels
 import spqr_jax
 from cpu_kernels import build
 from spqr_jax import SpQRConfig, SpQRError, linear, prepare, quantize_weight
+from spqr_jax.checkpoint.description import DATA_FIELDS
 from spqr_jax.linear import linear_all, pack_for_cpu, take_rows
 
 needs_library = pytest.mark.skipif(
@@ -310,6 +311,10 @@ def test_without_the_library_xla_takes_over():
 DAMAGE = {
     "column past the end": ("outlier_cols", lambda a: a.at[0].set(60000)),
     "row pointers that fall": ("outlier_row_ptr", lambda a: a.at[3].set(10**6)),
+    "row pointers whose differences overflow": (
+        "outlier_row_ptr",
+        lambda a: a.at[1:4].set(jnp.array([2**31 - 1, -(2**31), -1])),
+    ),
     "row pointers past the entries": ("outlier_row_ptr", lambda a: a.at[-1].add(5)),
     "columns out of order": ("outlier_cols", lambda a: a[::-1]),
     "permutation past the end": ("perm", lambda a: a.at[0].set(65535)),
@@ -326,6 +331,47 @@ def test_a_damaged_array_is_not_packed(damage):
     array = random_array((40, 64), outliers=0.1)
     with pytest.raises(SpQRError, match="cannot be prepared"):
         pack_for_cpu(dataclasses.replace(array, **{name: change(getattr(array, name))}))
+
+
+def damaged(array, rng):
+    """One to three numbers of one leaf are others, from a small step to what its type can hold."""
+    name = rng.choice([field for field in DATA_FIELDS if getattr(array, field) is not None])
+    leaf = np.array(getattr(array, name))
+    numbers = leaf.reshape(-1)
+    for at in rng.integers(0, numbers.size, rng.integers(1, 4)):
+        if leaf.dtype.kind == "f":
+            numbers[at] = rng.choice([np.inf, np.nan, 0.0, -0.0, 65504.0, -65504.0, 6e-8])
+        else:
+            low, high = np.iinfo(leaf.dtype).min, np.iinfo(leaf.dtype).max
+            near = int(numbers[at]) + int(rng.integers(-2, 3))
+            numbers[at] = min(max(int(rng.choice([low, high, 0, array.shape[0], array.shape[1], near])), low), high)
+    return dataclasses.replace(array, **{name: leaf})
+
+
+def test_what_validation_accepts_is_safe_to_multiply():
+    """Of arrays that a damaged file could hold: refused by name, or the kernels compute what the formula says.
+
+    What lies behind it is tested in `test_fuzzed_under_sanitizers`: the library checks the packed
+    arrays itself (`csrc/problem.cc`), and with any that it accepts no kernel leaves its buffers.
+    """
+    rng = np.random.default_rng(0)
+    arrays = [jax.tree.map(np.asarray, random_array((32, 64), outliers=0.05, seed=seed)) for seed in range(3)]
+    multiply = jax.jit(lambda x, packed: cpu_kernels.matmul(x, packed))
+    x = activations(4, 64)
+    accepted = refused = 0
+    for index in range(600):
+        array = damaged(arrays[index % 3], rng)
+        try:
+            array.validate()
+        except SpQRError:
+            refused += 1
+            continue
+        accepted += 1
+        w = dense(array)
+        with np.errstate(all="ignore"):
+            assert error(multiply(x, pack_for_cpu(array)), x @ w.T) < 1e-5
+    assert accepted > 100
+    assert refused > 100
 
 
 HEADER_DAMAGE = {

@@ -203,6 +203,8 @@ def layer_types(config: DecoderConfig) -> list[str]:
 def common_from_gguf(header: Any, family: str, **special: Any) -> DecoderConfig:
     """A configuration from a GGUF header; `special` replaces and adds to what all architectures name alike.
 
+    Of the tokens that begin and end a text `spqr_jax.models.stops` tells.
+
     Args:
       header: a `spqr_jax.models.gguf.GGUFFile`.
 
@@ -231,8 +233,6 @@ def common_from_gguf(header: Any, family: str, **special: Any) -> DecoderConfig:
         "norm_eps": keys.number(f"{arch}.{epsilon}", least=0),
         "max_positions": keys.integer(f"{arch}.context_length", least=1),
         "tied_head": "output.weight" not in shapes,
-        "bos_token_id": keys.maybe_integer("tokenizer.ggml.bos_token_id"),
-        "eos_token_ids": gguf_end_ids(header),
     }
     if "intermediate_size" not in special:
         base["intermediate_size"] = per_block(header, f"{arch}.feed_forward_length", layers)
@@ -251,12 +251,6 @@ def per_block(header: Any, key: str, layers: int, default: int | None = None) ->
     if len(values) != layers or len(set(values)) != 1:
         keys.refuse(key, f"one number, or the same number for each of {layers} blocks", values)
     return values[0]
-
-
-def gguf_end_ids(header: Any) -> tuple[int, ...]:
-    """The ids that a header names as the end of a text, of a turn, or of a message."""
-    ids = (header.entries.maybe_integer(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(index for index in ids if index is not None))
 
 
 def gguf_window(header: Any, local: Callable[[int], bool]) -> dict[str, Any]:
