@@ -85,8 +85,8 @@ def model_card(
 
 def _facts(summary: dict[str, Any], origin: dict[str, Any]) -> list[tuple[str, str]]:
     calibration = origin.get("calibration")
-    text = "none"
-    if calibration:
+    text = "none" if not calibration else str(calibration)  # anybody may have written it, with other entries
+    if isinstance(calibration, dict) and {"windows", "seqlen", "data", "seed"} <= set(calibration):
         text = "{windows} windows of {seqlen} tokens of {data}, seed {seed}".format(**calibration)
     head = summary["head_bits"]
     return [
@@ -106,7 +106,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _command(origin: dict[str, Any]) -> list[str]:
     command = origin.get("command")
-    return ["```bash", command, "```", ""] if command else []
+    return ["```bash", str(command), "```", ""] if command else []
 
 
 def _perplexities(results: Sequence[dict[str, Any]]) -> list[str]:

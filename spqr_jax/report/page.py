@@ -224,9 +224,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             ("size", f"{summary['bytes'] / 1e6:.1f} MB, dense {summary['dense_bytes'] / 1e6:.1f} MB"),
         ]
     for name, values in (("calibration", origin.get("calibration")), ("analysis", run.setting.get("calibration"))):
-        if values:
+        if isinstance(values, dict) and {"windows", "seqlen", "data", "seed"} <= set(values):
             text = "{windows} windows of {seqlen} tokens of {name}, seed {seed}"
-            facts.append((name, text.format(name=_short(values["data"]), **values)))
+            facts.append((name, text.format(**{**values, "name": _short(str(values["data"]))})))
+        elif values:  # anybody may have written it, with other entries
+            facts.append((name, str(values)))
     for result in run.results:
         if "perplexity" in result:
             text = f"{result['perplexity']:.4f} on {result['windows']} windows of {result['seqlen']} tokens"

@@ -356,6 +356,13 @@ def test_bad_export_options(checkpoint, tmp_path, options, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("calibration", ["wikitext2", {"data": "wikitext2"}, 5, ["a"]])
+def test_a_card_shows_a_calibration_that_others_described(calibration):
+    facts = {"ideal_bits": 3.0, "stored_bits": 3.5, "outlier_percent": 1.0, "head_bits": None, "bytes": 1}
+    summary = facts | {"dense_bytes": 8, "quantization": {}, "provenance": {"calibration": calibration, "command": 5}}
+    assert f"| Calibration | {calibration} |" in model_card("x", "dense", summary, [], "llama")
+
+
 def test_a_card_says_what_was_not_measured(quantized):
     summary = dict.fromkeys(("ideal_bits", "stored_bits", "outlier_percent", "bytes", "dense_bytes"), 1.0)
     card = model_card("x", "dense", summary | {"head_bits": None, "provenance": {}, "quantization": {}})
