@@ -17,7 +17,7 @@ from spqr_jax.models.special_tokens import tokenizer_settings
 
 _LONGEST_TEMPLATE = 1 << 20  # characters; the longest of known models has some 30 000
 _LONGEST_TEXT = 1 << 24
-_SECONDS = 1.5
+_SECONDS = 1.5  # that a template may take: known ones take milliseconds
 _TEMPLATE_CODE = "<template>"  # as Jinja calls the file of a template's code
 
 # ---- where they come from -----------------------------------------------------------------------
