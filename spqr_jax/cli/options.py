@@ -17,11 +17,23 @@ from spqr_jax.config import BASELINES, DEFAULT_PRESET, DEFAULT_STEPS, LayerRule,
 from spqr_jax.data import DATA_HELP, Split, load_tokens
 from spqr_jax.errors import SpQRError
 from spqr_jax.models.tokenizer import encode_stream
+from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
 from spqr_jax.tune import Tune, TuneConfig
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
+
+
+def _checked_file(path: Path | None) -> Path | None:
+    """Says before the work that a result could not be written."""
+    if path is not None:
+        check_file(path)
+    return path
+
+
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the result to this file as JSON.", callback=_checked_file)
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help=f"Type of the dense weights: {', '.join(DTYPES)}. Default: float32 on CPU, else bfloat16."),

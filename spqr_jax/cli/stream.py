@@ -64,12 +64,17 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], chat: bool) -> list[l
     return [tokenizer(prompt)["input_ids"] for prompt in prompts]
 
 
-def converse(tokenizer: Any, answer: Callable[[list[int], TextStream], Generation]) -> None:
+def converse(
+    tokenizer: Any,
+    answer: Callable[[list[int], TextStream], Generation],
+    describe_end: Callable[[Generation], str] = lambda result: "",
+) -> None:
     """Talks with the user at the terminal until Ctrl-D or an empty line.
 
     Args:
       tokenizer: with a chat template.
       answer: generates from token ids, putting tokens into the stream.
+      describe_end: why an answer ended; said where that is not at a stop token.
     """
     say("an empty line or Ctrl-D ends the conversation")
     messages: list[Message] = []
@@ -79,6 +84,8 @@ def converse(tokenizer: Any, answer: Callable[[list[int], TextStream], Generatio
         result = answer(encode_chat(tokenizer, messages), stream)
         reply = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
         stream.finish([text], [reply])
+        if result.ended != ["stop"]:
+            say(describe_end(result))
         messages.append({"role": "assistant", "content": reply})
 
 
@@ -120,5 +127,5 @@ class TextStream:
             sys.stdout.flush()
             return
         for prompt, text in zip(prompts, texts, strict=True):
-            console.print(prompt, style="dim", markup=False)
-            console.print(text + "\n", markup=False)
+            console.print(prompt, style="dim")
+            console.print(text + "\n")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spqr_jax.blocks import collect
-from spqr_jax.cli.display import console, number, progress_bar, say, table, write_json
+from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
 from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.errors import SpQRError
 from spqr_jax.resolve import open_model
@@ -53,7 +53,7 @@ def evaluate(
         seed=seed,
     )
     table(model, ["task", "metric", "value", "±", "questions"], task_rows(found))
-    console.print(f"[dim]lm-eval {found['harness']}; ± is the harness's standard error[/dim]")
+    tell((f"lm-eval {found['harness']}; ± is the harness's standard error", "dim"))
     write_json(json, {"model": model, "num_fewshot": num_fewshot, "limit": limit, "seed": seed, **found})
 
 
