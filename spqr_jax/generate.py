@@ -25,6 +25,7 @@ Cache = tuple[KVCache, ...]
 
 _AT_ONCE = 16  # tokens of a prompt that one call decodes at most: each call costs Python and XLA time of its own
 _SHOWN_EVERY = 0.1  # seconds: a slow model decodes fewer at once, so that text appears as it is made
+_SEEDS = 1 << 63
 _NO_TOKEN = -1  # drawn where the scores are not finite
 
 
@@ -181,6 +182,8 @@ class Generator:
         """Continues prompts; arguments, result and errors as :func:`generate`."""
         config = self.config
         lengths = _checked_prompts(prompts, config, max_new_tokens)
+        if not -_SEEDS <= seed < _SEEDS:
+            raise DataError(f"seed must be a 64-bit number, got {seed}")
         stops = frozenset(config.eos_token_ids if stop_tokens is None else stop_tokens)
         steps = min(max_new_tokens, config.max_positions - max(lengths))
         width = min(_bucket(max(lengths)), config.max_positions - steps)
@@ -328,8 +331,8 @@ def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) 
       on_token: called with (prompt index, token) as tokens are made.
 
     Raises:
-      DataError: no prompt, an empty one, one that fills the model's context, or
-        ids outside the vocabulary.
+      DataError: no prompt, an empty one, one that fills the model's context, ids
+        outside the vocabulary, or a seed beyond 64 bits.
       NotFiniteError: the scores of a next token are not finite; says where that begins.
     """
     return Generator(params)(prompts, **options)

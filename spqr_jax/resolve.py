@@ -22,6 +22,7 @@ from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.models.hf import open_hf
 from spqr_jax.models.packaged import PACKAGED, packaged_model
 from spqr_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
+from spqr_jax.output import unfinished_note
 
 MODEL_HELP = (
     "'demo' (SmolLM2-135M-Instruct), 'gemma3-270m', a GGUF file, a Hugging Face directory (config.json and "
@@ -90,9 +91,9 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
                 f"'spqr import {spec} --base DIRECTORY_OF_THE_MODEL --out OUT'"
             )
         return _open_hf_directory(spec, path, weights_dtype)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not unfinished_note(path):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype)
-    raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}")
+    raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}{unfinished_note(path)}")
 
 
 def _open_hf_directory(spec: str, path: Path, dtype: Any) -> OpenedModel:

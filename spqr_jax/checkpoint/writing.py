@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +91,20 @@ class CheckpointSink(AtomicDirectory):
         tree, specs = _describe(weights)
         config = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "weights": specs}
         ocp = orbax_v1()
-        with self._claim.writing(), orbax_context():
-            ocp.save_checkpointables(self.partial / part, {"params": tree, "config": config})
+        with self._claim.writing(), _without_patterns(self.partial) as folder, orbax_context():
+            ocp.save_checkpointables(folder / part, {"params": tree, "config": config})
+
+
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """The folder by a name that glob takes literally: Orbax looks for parts by patterns that begin with it."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="spqr-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def _describe(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

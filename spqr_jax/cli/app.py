@@ -91,7 +91,7 @@ def quantize(
     calib: Data = None,
     nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     seqlen: SeqLen = 2048,
-    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.", min=0)] = 0,
     preset: Annotated[
         str | None,
         typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -32,7 +33,7 @@ def run(command: Callable[[], Any]) -> None:
     interrupt.install()
     if problem := keep_programs():
         say(problem)
-    with _warnings_as_notes():
+    with _warnings_as_notes(), _quiet_libraries():
         try:
             command()
         except SystemExit as end:
@@ -114,6 +115,20 @@ def _leave_pipe() -> None:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes as it exits
     sys.exit(BROKEN_PIPE)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Orbax logs the tracebacks of its threads; what they mean is said in our own message."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def fidelity_rows(result: Fidelity) -> list[list[str]]:
     """The table of `spqr compare`: what, value, standard error."""
 
     def percent(share: float, digits: int = 2) -> str:
-        return f"{100 * share:.{digits}f}%"
+        return f"{100 * share:.{digits}f}%" if math.isfinite(share) else "–"
 
     rows = [
         ["perplexity", number(result.perplexity, 4), number(result.perplexity_stderr, 4)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -41,6 +42,8 @@ Dtype = Annotated[
 Data = Annotated[str | None, typer.Option(help=f"Text: {DATA_HELP}. Default: wikitext2, or pydoc without a network.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a window.", min=2)]
 
+_DIGITS = re.compile("[0-9]{1,9}")
+
 METHOD_HELP = (
     "spqr, gptq, rtn (round to nearest), reference (the original SpQR's choices), or another to compare with: "
     f"{', '.join(BASELINES)}."
@@ -72,7 +75,7 @@ def parse_rule(text: str) -> LayerRule:
     pattern, separator, action = text.rpartition("=")
     if separator and pattern and action == "skip":
         return LayerRule(pattern, skip=True)
-    if separator and pattern and action.isdigit():
+    if separator and pattern and _DIGITS.fullmatch(action):
         return LayerRule(pattern, bits=int(action))
     raise SpQRError(f"rule {text!r}: expected PATTERN=skip or PATTERN=BITS, such as 'down_proj=4'")
 
@@ -82,7 +85,7 @@ _CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "seq
 
 
 def _whole_number(option: str, text: str, otherwise: str) -> int:
-    if not text.isdigit():
+    if not _DIGITS.fullmatch(text):
         raise SpQRError(f"{option}: expected a number or {otherwise}, got {text!r}")
     return int(text)
 

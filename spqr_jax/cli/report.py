@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import re
 import shlex
 import sys
 import time
@@ -22,7 +23,7 @@ from spqr_jax.cli.display import progress_bar, say, table, tell
 from spqr_jax.cli.options import Data, Dtype, Model, default_corpus, read_tokens
 from spqr_jax.config import SpQRConfig
 from spqr_jax.data import calibration_windows
-from spqr_jax.errors import DataError, ModelError
+from spqr_jax.errors import DataError, ModelError, SpQRError
 from spqr_jax.inspection import summarize
 from spqr_jax.output import Claim, check_file, refuse_existing, write_file
 from spqr_jax.quantize import quantizable_paths
@@ -42,7 +43,7 @@ def analyze(
     calib: Data = None,
     nsamples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the draw of windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw of windows.", min=0)] = 0,
     dense: Annotated[
         str | None, typer.Option(help="The dense model of a quantized one. Default: the one it says it was made from.")
     ] = None,
@@ -56,6 +57,7 @@ def analyze(
     dtype: Dtype = None,
 ) -> None:
     """Measure how sensitive each weight is to rounding, and find patterns among the most sensitive."""
+    _check_pattern(maps)
     claim = context.with_resource(Claim(out, overwrite))
     _need_plots()
     measured = [read_result(path) for path in results or ()]
@@ -145,6 +147,13 @@ def read_result(path: Path) -> dict[str, Any]:
 def _need_plots() -> None:
     """Says what is missing before work is done."""
     figures.heat({"layers.0.q_proj": 1.0}, "")
+
+
+def _check_pattern(maps: str) -> None:
+    try:
+        re.compile(maps)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SpQRError(f"--maps {maps!r} is not a regular expression: {error}") from None
 
 
 def _quantization(opened: OpenedModel) -> tuple[SpQRConfig, dict[str, Any]]:

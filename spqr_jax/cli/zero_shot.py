@@ -32,7 +32,7 @@ def evaluate(
         str | None, typer.Option(help="Settings of generation tasks, such as max_gen_toks=64.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="About how many tokens to read at a time.", min=1)] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the choice of worked examples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of worked examples.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:

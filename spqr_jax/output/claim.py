@@ -111,7 +111,7 @@ class Claim:
         if not isinstance(error, OSError):
             return False
         name = error.filename if isinstance(error.filename, str) else os.fspath(error.filename or "")
-        return errno_of(error) in FULL or str(name).startswith(str(self.partial))
+        return errno_of(error) in (*FULL, errno.EFBIG) or str(name).startswith(str(self.partial))
 
     def give_name(self) -> Path:
         """Makes the directory appear under its name, with all that was written on the disk.

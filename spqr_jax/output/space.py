@@ -7,9 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No room, no quota, a file larger than is allowed."""
-_NAMED_IN_TEXTS = (*FULL, errno.EROFS, errno.EIO, errno.EACCES)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""No room, no quota."""
+_NAMED_IN_TEXTS = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 _MOST = 300  # characters of another library's message
 
 
@@ -51,6 +51,8 @@ def why_not(error: BaseException, path: Path) -> str:
         reason = os.strerror(number)
     else:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:_MOST]
+    if number == errno.EFBIG:
+        reason += " for this place or for the limit that the shell sets (ulimit -f)"
     if number in FULL and (room := describe_free(path)):
         reason += f"; {room}: make room, or choose another place"
     return reason

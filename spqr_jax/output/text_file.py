@@ -19,16 +19,17 @@ def check_file(path: Path) -> None:
       CheckpointError: with the reason.
     """
     with explained(path):
-        place = Path(os.path.realpath(path))
-        if place.is_dir():
+        if path.is_dir():
             raise CheckpointError(f"cannot write {path}: it is a directory; give the name of a file")
+        if _is_device(path):
+            if not os.access(path, os.W_OK):
+                raise CheckpointError(f"cannot write {path}: it may not be written to")
+            return
+        place = Path(os.path.realpath(path))
         if not place.parent.is_dir():
             raise CheckpointError(f"cannot write {path}: there is no folder {path.parent}; make it first")
         if place.exists():
-            if not os.access(place, os.W_OK):
-                raise CheckpointError(f"cannot write {path}: it may not be written to")
-            if place.is_file():
-                os.close(os.open(place, os.O_WRONLY | os.O_APPEND))
+            os.close(os.open(place, os.O_WRONLY | os.O_APPEND))
         else:
             with interruptions_wait():
                 os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -46,9 +47,9 @@ def write_file(path: Path, text: str) -> None:
     data = text.encode("utf-8", "backslashreplace")
     with explained(path), interruptions_wait():
         place = Path(os.path.realpath(path))
-        partial = None if place.exists() and not place.is_file() else _beside(place)
+        partial = None if _is_device(path) else _beside(place)
         if partial is None:
-            place.write_bytes(data)
+            path.write_bytes(data)
             return
         try:
             with open(partial, "wb") as file:
@@ -59,6 +60,11 @@ def write_file(path: Path, text: str) -> None:
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _is_device(path: Path) -> bool:
+    """A pipe or terminal, such as /dev/stdout: it is written to, never replaced."""
+    return path.exists() and not path.is_file()
 
 
 def _beside(place: Path) -> Path | None:
