@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from spqr_jax.budget import Plan
+from spqr_jax.cli import interrupt
 from spqr_jax.output import write_file
 from spqr_jax.quantize import LayerReport
 
@@ -74,9 +75,15 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
         ),
         console=errors,
     )
+    interrupt.check()
     with bar:
         task = bar.add_task(label, total=total, note="")
-        yield lambda note: bar.update(task, advance=1, note=note)
+
+        def advance(note: str) -> None:
+            interrupt.check()
+            bar.update(task, advance=1, note=note)
+
+        yield advance
 
 
 class QuantizeProgress:

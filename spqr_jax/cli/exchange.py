@@ -14,7 +14,6 @@ from spqr_jax.cli.display import progress_bar, say, size, tell
 from spqr_jax.cli.options import Dtype
 from spqr_jax.errors import DataError, ModelError, SpQRError
 from spqr_jax.estimate import exported_bytes, quantized_bytes
-from spqr_jax.files import read_object
 from spqr_jax.formats.card import model_card
 from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.formats.export import export_dense, export_hf_spqr
@@ -22,6 +21,7 @@ from spqr_jax.formats.legacy import LegacySource, Outliers
 from spqr_jax.inspection import summarize
 from spqr_jax.models.tokenizer import load_tokenizer
 from spqr_jax.output import Claim
+from spqr_jax.report import read_result
 from spqr_jax.resolve import DTYPES, default_dtype
 
 FORMATS = ("dense", "hf-spqr")
@@ -135,16 +135,11 @@ def _generation_config(source: CheckpointSource) -> dict[str, Any]:
 
 def _read_result(path: Path) -> dict[str, Any]:
     """What a model card says of a measured perplexity."""
-    entries = read_object(path, DataError)
-    if "perplexity" not in entries:
+    result = read_result(path)
+    if "perplexity" not in result:
         raise DataError(f"{path} is not what 'spqr perplexity --json' writes: it has no perplexity")
-    return {
-        "data": entries.text("data"),
-        "windows": entries.integer("windows", least=1),
-        "seqlen": entries.integer("seqlen", least=1),
-        "perplexity": entries.number("perplexity", least=0),
-        "stderr": entries.number("stderr", math.nan, least=0),  # null where there was one window
-    }
+    result.setdefault("stderr", math.nan)  # there was one window
+    return result
 
 
 def _push(folder: Path, repository: str, private: bool) -> None:

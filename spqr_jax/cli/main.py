@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ def run(command: Callable[[], Any]) -> None:
         except SystemExit as end:
             if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
                 errors.print("stopped; nothing is left half-written", style="yellow")
+                _cancel_timers()
             raise
         except BrokenPipeError:
             _leave_pipe()
@@ -108,6 +110,13 @@ def _write_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="backslashreplace")
+
+
+def _cancel_timers() -> None:
+    """Timers of libraries that were interrupted before they could cancel them: Python would wait minutes for them."""
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
 
 
 def _leave_pipe() -> None:

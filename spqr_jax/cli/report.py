@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 import re
 import shlex
 import sys
@@ -23,11 +22,11 @@ from spqr_jax.cli.display import progress_bar, say, table, tell
 from spqr_jax.cli.options import Data, Dtype, Model, default_corpus, read_tokens
 from spqr_jax.config import SpQRConfig
 from spqr_jax.data import calibration_windows
-from spqr_jax.errors import DataError, ModelError, SpQRError
+from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.inspection import summarize
 from spqr_jax.output import Claim, check_file, refuse_existing, write_file
 from spqr_jax.quantize import quantizable_paths
-from spqr_jax.report import Run, figures, read_run, render_page, write_analysis
+from spqr_jax.report import Run, figures, read_result, read_run, render_page, write_analysis
 from spqr_jax.resolve import OpenedModel, open_model
 
 Results = Annotated[
@@ -131,17 +130,6 @@ def structure_table(found: ModelAnalysis) -> tuple[list[str], list[list[str]]]:
             line.append(f"{count}: {share:.0f}%" if count else "–")
         lines.append([*line, f"{100 * np.mean([s.shares['unstructured'] for s in own]):.0f}%"])
     return columns, lines
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """What a command wrote with --json."""
-    try:
-        values = json_module.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no JSON file that spqr wrote ({error})") from None
-    if not isinstance(values, dict) or not ({"perplexity", "results"} & set(values)):
-        raise DataError(f"{path} is no result of 'spqr perplexity', 'compare' or 'eval'")
-    return values
 
 
 def _need_plots() -> None:

@@ -86,8 +86,10 @@ def model_card(
 def _facts(summary: dict[str, Any], origin: dict[str, Any]) -> list[tuple[str, str]]:
     calibration = origin.get("calibration")
     text = "none"
-    if calibration:
+    if isinstance(calibration, dict) and {"windows", "seqlen", "data", "seed"} <= set(calibration):
         text = "{windows} windows of {seqlen} tokens of {data}, seed {seed}".format(**calibration)
+    elif calibration:
+        text = str(calibration)
     head = summary["head_bits"]
     return [
         ("Method", str(origin.get("method", "unknown"))),
@@ -106,7 +108,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _command(origin: dict[str, Any]) -> list[str]:
     command = origin.get("command")
-    return ["```bash", command, "```", ""] if command else []
+    return ["```bash", str(command), "```", ""] if command else []
 
 
 def _perplexities(results: Sequence[dict[str, Any]]) -> list[str]:
