@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from spqr_jax.cli.display import console, number, size, table
+from spqr_jax.cli.display import console, number, size, table, tell
 
 SPQR = Path(sys.executable).with_name("spqr")
 CALIBRATION = "--calib pydoc --nsamples 16 --seqlen 1024 --seed 0"
@@ -29,7 +29,7 @@ PROMPTS = ["Why is the sky blue? Answer in two sentences.", "Write one sentence 
 def spqr(command: str, *extra: str) -> dict[str, Any]:
     """Runs a `spqr` command in view and returns its JSON result."""
     words = [*shlex.split(command), *extra]
-    console.print(f"\n[bold cyan]$[/bold cyan] [bold]spqr {shlex.join(words)}[/bold]")
+    tell(("\n$ ", "bold cyan"), (f"spqr {shlex.join(words)}", "bold"))
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         if subprocess.run([SPQR, *words, "--json", result], check=False).returncode:
@@ -81,9 +81,8 @@ def main() -> None:
         "calibrated on 16 of its other half. Bits are for the blocks' matrices; size is the whole model, "
         "whose embedding has 8 bits in all four (30 MB).",
     )
-    console.print(
-        f"\nTalk to it: [bold]{SPQR} generate {directory_of(out, next(iter(METHODS)))} --chat --prompt 'Hello!'[/bold]"
-    )
+    command = f"{SPQR} generate {directory_of(out, next(iter(METHODS)))} --chat --prompt 'Hello!'"
+    tell("\nTalk to it: ", (command, "bold"))
 
 
 if __name__ == "__main__":

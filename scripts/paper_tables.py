@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kept_rows import file_name, kept_or_made, markdown_table, measured
+from rich.text import Text
 
 from spqr_jax import SpQRError
 from spqr_jax.cli.display import console, number, table
@@ -95,7 +96,7 @@ DRY = Protocol(2, 128, (("pydoc", 2),), ("--rule", r"layers\.([2-9]|\d\d)\.=skip
 
 def spqr(*words: str) -> dict[str, float]:
     """Runs a `spqr` command in view."""
-    console.print(f"[bold cyan]$[/bold cyan] spqr {shlex.join(words)}", soft_wrap=True)
+    console.print(Text.assemble(("$", "bold cyan"), f" spqr {shlex.join(words)}"), soft_wrap=True)
     return measured([sys.executable, "-m", "spqr_jax", *words])
 
 

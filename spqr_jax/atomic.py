@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
-from spqr_jax.errors import CheckpointError
+from spqr_jax.output import Claim
 
 
 class AtomicDirectory:
@@ -18,21 +15,26 @@ class AtomicDirectory:
     gives it its name; leaving it with one, Ctrl-C included, removes every trace.
 
     Args:
-      path: directory to make.
-      overwrite: replace an existing one, once the new one is whole.
+      path: directory to make, or a `Claim` on it.
+      overwrite: replace an existing one, once the new one is whole; a claim has its own.
 
     Attributes:
       partial: where to write.
+      path: as given; afterwards, where the directory lies, which is elsewhere if
+        something appeared under that name meanwhile.
 
     Raises:
-      CheckpointError: `path` exists and `overwrite` is not set.
+      CheckpointError: it cannot be written, with the reason: `path` exists and
+        `overwrite` is not set, another run writes to it, the disk is full.
     """
 
-    def __init__(self, path: Path | str, overwrite: bool = False) -> None:
-        self._path = Path(path).absolute()
-        refuse_existing(self._path, overwrite)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.partial-", dir=self._path.parent))
+    def __init__(self, path: Path | str | Claim, overwrite: bool = False) -> None:
+        self._claim = path if isinstance(path, Claim) else Claim(path, overwrite)
+        self.partial = self._claim.partial
+
+    @property
+    def path(self) -> Path:
+        return self._claim.path
 
     def __enter__(self) -> Self:
         return self
@@ -40,30 +42,13 @@ class AtomicDirectory:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
             if kind is None:
-                self.finish()
-                self._give_name()
+                with self._claim.writing():
+                    self.finish()
+                self._claim.give_name()
+            elif self._claim.is_failure(error):
+                raise self._claim.failure(error) from None
         finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._claim.release()
 
     def finish(self) -> None:
         """Writes what remains, or refuses to; for those that build on this."""
-
-    def _give_name(self) -> None:
-        self.partial.chmod(0o755)  # mkdtemp's own is for this user alone
-        if self._path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.old-", dir=self._path.parent))
-            os.replace(self._path, old / "old")
-            os.replace(self.partial, self._path)
-            shutil.rmtree(old)
-        else:
-            os.replace(self.partial, self._path)
-
-
-def refuse_existing(path: Path | str, overwrite: bool) -> None:
-    """Says at once what an `AtomicDirectory` would say, before work is done for it.
-
-    Raises:
-      CheckpointError: `path` exists and `overwrite` is not set.
-    """
-    if Path(path).exists() and not overwrite:
-        raise CheckpointError(f"{path} exists already: choose another directory, or ask to overwrite it")

@@ -12,18 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.errors import DataError
+from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.layout import round_up
 from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, State, embed, logits, run_block
+from spqr_jax.models.finite import not_finite
 from spqr_jax.sampling import Draw, Sampling, sample
 
 Cache = tuple[KVCache, ...]
 
 _AT_ONCE = 16  # tokens of a prompt that one call decodes at most: each call costs Python and XLA time of its own
 _SHOWN_EVERY = 0.1  # seconds: a slow model decodes fewer at once, so that text appears as it is made
+_SEEDS = 1 << 63
+_NO_TOKEN = -1  # drawn where the scores are not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Generation:
       first_token_seconds: until the first token, without compilation.
       decode_tokens_per_second: tokens a second after the first, all prompts
         together (nan if there were none).
+      ended: why the text of each prompt ended: "stop" at a stop token or as `stop_when` asked,
+        "length" after `max_new_tokens`, "context" where the model's context was full (of several
+        prompts, that of the longest).
     """
 
     tokens: list[list[int]]
@@ -46,6 +52,7 @@ class Generation:
     prefill_seconds: float
     first_token_seconds: float
     decode_tokens_per_second: float
+    ended: list[str]
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
@@ -95,7 +102,7 @@ class _Progress:
     Attributes:
       tokens: int32 [batch, n], what the next step reads: the prompt, or the last token drawn.
       start: int32, position of the first of them.
-      running: bool [batch], whether a row has not met a stop token.
+      running: bool [batch], whether a row has not met a stop token, nor scores that are not finite.
     """
 
     tokens: jax.Array
@@ -104,10 +111,11 @@ class _Progress:
 
 
 def _step(params: Decoder, cache: Cache, progress: _Progress, rest: _Rest) -> tuple[Cache, _Progress]:
-    """Reads the tokens at hand and draws the next one of each row."""
+    """Reads the tokens at hand and draws the next one of each row: `_NO_TOKEN` where its scores are not finite."""
     scores, cache = _forward(params, cache, progress.tokens, rest.padding, progress.start)
     drawn = sample(scores, jax.random.fold_in(rest.key, progress.start), rest.draw)
-    running = progress.running & ~jnp.isin(drawn, rest.stops)
+    drawn = jnp.where(jnp.all(jnp.isfinite(scores), axis=-1), drawn, _NO_TOKEN)  # no family masks a token's score
+    running = progress.running & (drawn != _NO_TOKEN) & ~jnp.isin(drawn, rest.stops)
     return cache, _Progress(drawn[:, None], progress.start + progress.tokens.shape[1], running)
 
 
@@ -174,6 +182,8 @@ class Generator:
         """Continues prompts; arguments, result and errors as :func:`generate`."""
         config = self.config
         lengths = _checked_prompts(prompts, config, max_new_tokens)
+        if not -_SEEDS <= seed < _SEEDS:
+            raise DataError(f"seed must be a 64-bit number, got {seed}")
         stops = frozenset(config.eos_token_ids if stop_tokens is None else stop_tokens)
         steps = min(max_new_tokens, config.max_positions - max(lengths))
         width = min(_bucket(max(lengths)), config.max_positions - steps)
@@ -194,7 +204,8 @@ class Generator:
 
         begun = time.perf_counter()
         cache, progress = prefill(self._params, cache, progress, rest)
-        text = _Text(progress.tokens, stops, stop_when, on_token)
+        text = _Text(prompts, stops, stop_when, on_token, self._not_finite)
+        text.begin(progress.tokens)
         first_token_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
         self._decode_into(text, decode, cache, progress, rest, steps - 1)
@@ -206,7 +217,12 @@ class Generator:
             prefill_seconds=first_token_seconds,
             first_token_seconds=first_token_seconds,
             decode_tokens_per_second=text.decoded / seconds if text.decoded else float("nan"),
+            ended=text.ended("length" if steps == max_new_tokens else "context"),
         )
+
+    def _not_finite(self, row: int, tokens: Sequence[int]) -> SpQRError:
+        """The error of a row whose next token cannot be drawn, after `tokens`."""
+        return not_finite(f"the next token of prompt {row}", self._params, np.asarray([tokens], np.int32))
 
     def _decode_into(
         self, text: _Text, decode: Any, cache: Cache, progress: _Progress, rest: _Rest, steps: int
@@ -238,6 +254,12 @@ class Generator:
 class _Text:
     """Tokens made so far, row by row.
 
+    Args:
+      prompts: what is continued.
+      stops: tokens that end a row.
+      stop_when, on_token: as in `generate`.
+      not_finite: makes the error of a row (its index, and its tokens so far) that has no next token.
+
     Attributes:
       rows: new tokens of each prompt, without the stop token.
       running: rows that met no stop token.
@@ -247,17 +269,22 @@ class _Text:
 
     def __init__(
         self,
-        first: jax.Array,
+        prompts: Sequence[Sequence[int]],
         stops: frozenset[int],
         stop_when: Callable[[list[int]], bool] | None,
         on_token: Callable[[int, int], None] | None,
+        not_finite: Callable[[int, Sequence[int]], SpQRError],
     ) -> None:
-        self.rows: list[list[int]] = [[] for _ in range(first.shape[0])]
-        self.running = set(range(first.shape[0]))
+        self._prompts, self._not_finite = prompts, not_finite
         self._stops, self._stop_when, self._on_token = stops, stop_when, on_token
+        self.rows: list[list[int]] = [[] for _ in prompts]
+        self.running = set(range(len(prompts)))
         self.steps = self.decoded = 0
+
+    def begin(self, first: jax.Array) -> None:
+        """Takes the first token of each row, [batch, 1]; only what comes after it is timed."""
         self.add(np.asarray(first))
-        self.steps = self.decoded = 0  # only what comes after the first token is timed
+        self.steps = self.decoded = 0
 
     def add(self, made: np.ndarray) -> None:
         """Takes what was drawn in some steps, [batch, steps]."""
@@ -267,7 +294,13 @@ class _Text:
             for row in sorted(self.running):
                 self._add_token(row, int(drawn[row]))
 
+    def ended(self, otherwise: str) -> list[str]:
+        """Why each row ended; `otherwise` for those that still run."""
+        return [otherwise if row in self.running else "stop" for row in range(len(self.rows))]
+
     def _add_token(self, row: int, token: int) -> None:
+        if token == _NO_TOKEN:
+            raise self._not_finite(row, [*self._prompts[row], *self.rows[row]])
         if token in self._stops:
             self.running.discard(row)
             return
@@ -298,8 +331,9 @@ def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) 
       on_token: called with (prompt index, token) as tokens are made.
 
     Raises:
-      DataError: no prompt, an empty one, one that fills the model's context, or
-        ids outside the vocabulary.
+      DataError: no prompt, an empty one, one that fills the model's context, ids
+        outside the vocabulary, or a seed beyond 64 bits.
+      NotFiniteError: the scores of a next token are not finite; says where that begins.
     """
     return Generator(params)(prompts, **options)
 

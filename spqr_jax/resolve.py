@@ -23,6 +23,7 @@ from spqr_jax.models.gguf import GGUFFile, is_gguf, open_gguf
 from spqr_jax.models.hf import open_hf
 from spqr_jax.models.packaged import PACKAGED, packaged_model
 from spqr_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
+from spqr_jax.output import unfinished_note
 
 MODEL_HELP = (
     "'demo' (SmolLM2-135M-Instruct), 'gemma3-270m', a GGUF file, a Hugging Face directory (config.json and "
@@ -102,9 +103,9 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
                 raise ModelError(f"{spec} holds several GGUF models: {names}; name one of them")
             return _open_gguf(spec, models[0], weights_dtype, say)
         return _open_hf_directory(spec, path, weights_dtype, say)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not unfinished_note(path):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
-    raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}")
+    raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}{unfinished_note(path)}")
 
 
 def _open_gguf(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 LAYERS = [
     ["errors", "_compat", "compile_cache"],
     ["files"],
+    ["output"],
     ["atomic"],
     ["packing"],
     ["layout"],
@@ -28,7 +29,7 @@ LAYERS = [
     ["sensitivity"],
     ["budget", "tune", "brecq", "analysis"],
     ["quantize", "generate"],
-    ["speed", "integrations"],
+    ["speed", "integrations", "estimate"],
     ["checkpoint", "formats"],
     ["resolve", "inspection"],
     ["report"],

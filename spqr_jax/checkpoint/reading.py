@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
+from spqr_jax.output import unfinished_note
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
 """Times that arrays are larger in memory than in files; bytes below which that does not matter."""
@@ -46,6 +48,8 @@ class CheckpointSource:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()  # Orbax takes no other
+        if not os.path.lexists(self.path):
+            raise CheckpointError(f"{path} does not exist{unfinished_note(self.path)}")
         if not is_checkpoint(self.path):
             raise CheckpointError(f"{path} is not a checkpoint of {FORMAT} (no model/ and layers/ in it)")
         self._header = header = _read_header(self.path / "model")

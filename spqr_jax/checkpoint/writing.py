@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from spqr_jax._compat import orbax_v1
@@ -17,13 +22,14 @@ from spqr_jax.errors import CheckpointError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import OUTER_NAMES
+from spqr_jax.output import Claim
 
 
 class CheckpointSink(AtomicDirectory):
     """A `BlockSink` that writes a checkpoint as it goes, a context manager as `AtomicDirectory` is.
 
     Args:
-      path: directory to make.
+      path: directory to make, or a `Claim` on it.
       config: of the model.
       quantization: how it was quantized, or None for a dense model.
       tokenizer: a transformers tokenizer to keep beside the weights, or None.
@@ -31,12 +37,12 @@ class CheckpointSink(AtomicDirectory):
       overwrite: replace an existing directory (once the new one is whole).
 
     Raises:
-      CheckpointError: `path` exists and `overwrite` is not set.
+      CheckpointError: as `AtomicDirectory`; or parts were never put.
     """
 
     def __init__(
         self,
-        path: Path | str,
+        path: Path | str | Claim,
         config: DecoderConfig,
         quantization: SpQRConfig | None = None,
         *,
@@ -59,7 +65,7 @@ class CheckpointSink(AtomicDirectory):
         weights = dict(block)
         stats = {n: s for n in weights if (s := self._layer_stats.get(f"layers.{index}.{n}")) is not None}
         header = {"index": index, "layer_stats": stats}
-        _write(self.partial / "layers" / f"{index:05d}", weights, header)
+        self._write(Path("layers") / f"{index:05d}", weights, header)
         self._blocks.add(index)
 
     def put_outer(self, outer: Outer) -> None:
@@ -70,7 +76,7 @@ class CheckpointSink(AtomicDirectory):
             "layer_stats": {n: s for n in weights if (s := self._layer_stats.get(n)) is not None},
             "provenance": self._provenance,
         }
-        _write(self.partial / "model", weights, header)
+        self._write(Path("model"), weights, header)
         self._has_outer = True
 
     def finish(self) -> None:
@@ -81,9 +87,28 @@ class CheckpointSink(AtomicDirectory):
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(self.partial)
 
+    def _write(self, part: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:
+        tree, specs = _describe(weights)
+        config = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "weights": specs}
+        ocp = orbax_v1()
+        with self._claim.writing(), _without_patterns(self.partial) as folder, orbax_context():
+            ocp.save_checkpointables(folder / part, {"params": tree, "config": config})
 
-def _write(directory: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:
-    ocp = orbax_v1()
+
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """The folder by a name that glob takes literally: Orbax looks for parts by patterns that begin with it."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="spqr-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
+def _describe(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of each weight, and what the checkpoint says of them."""
     tree, specs = {}, {}
     for name, weight in weights.items():
         leaves = leaves_of(weight)
@@ -95,9 +120,7 @@ def _write(directory: Path, weights: dict[str, Any], header: dict[str, Any]) -> 
         }
         if isinstance(weight, SpQRArray):
             specs[name] |= {field: getattr(weight, field) for field in META_FIELDS}
-    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "weights": specs}
-    with orbax_context():
-        ocp.save_checkpointables(directory, {"params": tree, "config": config})
+    return tree, specs
 
 
 def save(
@@ -108,12 +131,19 @@ def save(
     tokenizer: Any = None,
     provenance: dict[str, Any] | None = None,
     overwrite: bool = False,
-) -> None:
-    """Writes a model in memory; arguments and errors as :class:`CheckpointSink`."""
+) -> Path:
+    """Writes a model in memory; arguments and errors as :class:`CheckpointSink`.
+
+    Returns:
+      Where it lies: `path`, unless something else appeared there meanwhile.
+    """
     source = TreeSource(params)
-    with CheckpointSink(
-        path, params.config, quantization, tokenizer=tokenizer, provenance=provenance, overwrite=overwrite
-    ) as sink:
+    with (
+        Claim(path, overwrite) as claim,
+        CheckpointSink(claim, params.config, quantization, tokenizer=tokenizer, provenance=provenance) as sink,
+    ):
+        claim.need(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
         for index in range(params.config.num_layers):
             sink.put_block(index, source.block(index))
         sink.put_outer(source.outer())
+    return sink.path

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import typer
 
-from spqr_jax.atomic import refuse_existing
 from spqr_jax.blocks import TreeSink
 from spqr_jax.budget import plan_budget
 from spqr_jax.calibrate import batched
@@ -21,18 +20,20 @@ from spqr_jax.cli import interrupt
 from spqr_jax.cli.bench import bench
 from spqr_jax.cli.display import (
     QuantizeProgress,
-    console,
     describe_head,
-    errors,
     number,
     progress_bar,
     say,
     show_plan,
     size,
     table,
+    tell,
     write_json,
 )
 from spqr_jax.cli.exchange import export, import_original
+from spqr_jax.cli.generate import generate
+from spqr_jax.cli.help import PlainTyper
+from spqr_jax.cli.main import run
 from spqr_jax.cli.measure import compare, perplexity
 from spqr_jax.cli.options import (
     METHOD_HELP,
@@ -48,21 +49,19 @@ from spqr_jax.cli.options import (
     read_calibration,
 )
 from spqr_jax.cli.report import analyze, report
-from spqr_jax.cli.stream import TextStream, converse, describe_products, encode_prompts, load_generator, read_prompts
+from spqr_jax.cli.stream import describe_products
 from spqr_jax.cli.zero_shot import evaluate
-from spqr_jax.compile_cache import keep_programs
 from spqr_jax.config import DEFAULT_PRESET, PRESETS
-from spqr_jax.errors import ModelError, SpQRError
-from spqr_jax.generate import Generation
+from spqr_jax.errors import ModelError
+from spqr_jax.estimate import quantized_bytes
 from spqr_jax.inspection import summarize
-from spqr_jax.models.tokenizer import pick_template
+from spqr_jax.output import Claim
 from spqr_jax.quantize import quantizable_paths, quantize_blocks
-from spqr_jax.resolve import OpenedModel, open_model
-from spqr_jax.sampling import Sampling
+from spqr_jax.resolve import OpenedModel, default_dtype, open_model
 from spqr_jax.tune import TuneConfig
 from spqr_jax.tune import tune as tune_model
 
-app = typer.Typer(
+app = PlainTyper(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -73,6 +72,7 @@ app = typer.Typer(
 app.command()(perplexity)
 app.command()(compare)
 app.command("eval")(evaluate)
+app.command()(generate)
 app.command()(bench)
 app.command()(analyze)
 app.command()(report)
@@ -82,13 +82,14 @@ app.command("import")(import_original)
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write the quantized model to.")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "spqr",
     calib: Calibration = None,
     nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     seqlen: SeqLen = 2048,
-    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.", min=0)] = 0,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -164,10 +165,11 @@ def quantize(
         rules=tuple(parse_rule(text) for text in rule or ()),
         head_bits=head_bits,
     )
-    refuse_existing(out, overwrite)
+    claim = context.with_resource(Claim(out, overwrite))
     opened = open_model(model, dtype, say)
     if opened.quantized:
         raise ModelError(f"{model} is quantized already: quantize the original model")
+    claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
     batches, calibration, windows = None, None, None
     if config.needs_calibration or tuning is not None:
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
@@ -188,12 +190,11 @@ def quantize(
         provenance["target_bits"] = plan.target_bits
     memory = TreeSink(opened.source.config)
     with CheckpointSink(
-        out,
+        claim,
         opened.source.config,
         config,
         tokenizer=_tokenizer_or_none(opened),
         provenance=provenance,
-        overwrite=overwrite,
     ) as sink:
         with progress_bar("quantizing", len(paths)) as advance:
             view = QuantizeProgress(advance)
@@ -212,11 +213,12 @@ def quantize(
             provenance["tuned"] = dataclasses.asdict(tuning)
             _tune_into(sink, memory, opened, windows, tuning)
     seconds = time.perf_counter() - begun
-    summary = summarize(CheckpointSource(out))
-    console.print(
-        f"[bold]{out}[/bold]: {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
+    summary = summarize(CheckpointSource(sink.path))
+    tell(
+        (str(sink.path), "bold"),
+        f": {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in all "
-        f"({size(summary['dense_bytes'])} dense), {seconds:.0f} s"
+        f"({size(summary['dense_bytes'])} dense), {seconds:.0f} s",
     )
     write_json(
         json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
@@ -250,78 +252,6 @@ def _tokenizer_or_none(opened: OpenedModel) -> Any:
 
 
 @app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue; repeatable. Default: read from stdin.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option(help="The prompt is a user's message: apply the model's chat template.")
-    ] = False,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(help="With --chat: name of one of the model's chat templates, or path of a Jinja file."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens up to this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
-    int8_activations: Annotated[
-        bool, typer.Option(help="On a CPU, round activations to 8 bits: faster, at some 0.5% of error a product.")
-    ] = False,
-    dtype: Dtype = None,
-    json: Json = None,
-) -> None:
-    """Continue a prompt, or answer it with --chat; at a terminal, --chat alone is a conversation."""
-    sampling = Sampling(temperature, top_k, top_p)
-    if chat_template is not None and not chat:
-        raise SpQRError("--chat-template is for --chat: add it, or leave the template out")
-    opened = open_model(model, dtype, say)
-    tokenizer = opened.tokenizer()
-    template = pick_template(tokenizer, chat_template) if chat else None
-
-    def answer(ids: list[list[int]], stream: TextStream) -> Generation:
-        return generator(
-            ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            on_token=lambda row, token: stream.put(token),
-        )
-
-    if chat and not prompt and sys.stdin is not None and sys.stdin.isatty():
-        generator = load_generator(opened.source, int8_activations)
-        converse(tokenizer, lambda ids, stream: answer([ids], stream), template)
-        return
-    prompts = read_prompts(prompt)
-    ids = encode_prompts(tokenizer, prompts, chat, template)
-    generator = load_generator(opened.source, int8_activations)
-    stream = TextStream(tokenizer, live=len(prompts) == 1)
-    result = answer(ids, stream)
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in result.tokens]
-    stream.finish(prompts, texts)
-    say(
-        f"{sum(map(len, result.tokens))} tokens, {number(result.decode_tokens_per_second, 1)} tokens/s; "
-        f"prompt of {max(result.prompt_tokens)} in {result.prefill_seconds:.2f} s "
-        f"(and {result.compile_seconds:.1f} s to compile)"
-    )
-    several = len(prompts) > 1
-    write_json(
-        json,
-        {
-            "text": texts if several else texts[0],
-            "prompt_tokens": result.prompt_tokens if several else result.prompt_tokens[0],
-            "new_tokens": [len(t) for t in result.tokens] if several else len(result.tokens[0]),
-            "prefill_seconds": result.prefill_seconds,
-            "decode_tokens_per_second": result.decode_tokens_per_second,
-            "first_token_seconds": result.first_token_seconds,
-            "compile_seconds": result.compile_seconds,
-        },
-    )
-
-
-@app.command()
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A directory that spqr wrote.", show_default=False)],
     json: Json = None,
@@ -342,33 +272,17 @@ def inspect(
         for path, layer in summary["layers"].items()
     ]
     table(str(directory), ["weight", "shape", "bits", "ideal", "stored", "outliers", "output error"], rows)
-    console.print(
+    tell(
         f"{summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a quantized weight, "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}\n"
         f"{size(summary['bytes'])} in all: {size(summary['quantized_bytes'])} quantized, "
         f"{size(summary['bytes'] - summary['quantized_bytes'])} dense (norms and what was left out); "
         f"{size(summary['dense_bytes'])} before"
     )
-    console.print(describe_products(), markup=False)
+    tell(describe_products())
     write_json(json, summary)
 
 
-_INTERRUPTED = 130
-
-
 def main() -> None:
-    """Runs the command line: bad input exits with 2 and one message, Ctrl-C with 130."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
-    interrupt.install()
-    if problem := keep_programs():
-        say(problem)
-    try:
-        app()
-    except SpQRError as error:
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False)
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C
-            errors.print("stopped; nothing is left half-written", style="yellow")
-        raise
+    """Runs the command line: bad input exits with 2 and one message, Ctrl-C with 130; see `spqr_jax.cli.main`."""
+    run(app)

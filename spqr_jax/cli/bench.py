@@ -42,7 +42,7 @@ def bench(
         )
     bandwidth = read_bandwidth()
     processors = f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}"
-    console.print(f"{processors}, {bandwidth:.1f} GB/s of memory; {describe_products()}", markup=False)
+    console.print(f"{processors}, {bandwidth:.1f} GB/s of memory; {describe_products()}")
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, prompt_tokens).tolist()
     rivals = {name: generating(Generator(params)) for name, params in models.items()}
     with progress_bar("generating", (turns + 1) * len(rivals)) as advance:

@@ -1,4 +1,8 @@
-"""What the terminal shows: progress, tables, messages. `rich` does the drawing."""
+"""What the terminal shows: progress, tables, messages. `rich` does the drawing.
+
+Text is never markup here: paths, model names and texts may hold brackets. What is to be
+bold or dim is given as such, see `tell`.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,27 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from spqr_jax.budget import Plan
-from spqr_jax.errors import SpQRError
+from spqr_jax.cli import interrupt
+from spqr_jax.output import write_file
 from spqr_jax.quantize import LayerReport
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def tell(*parts: str | tuple[str, str]) -> None:
+    """Prints a result: texts, and (text, style) where one is to stand out, such as ``(name, "bold")``."""
+    console.print(Text.assemble(*parts))
 
 
 def say(message: str) -> None:
     """One dim line of what is going on."""
-    errors.print(message, style="dim", markup=False)
+    errors.print(message, style="dim", soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """The one message of a command that cannot do what was asked."""
+    errors.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -51,16 +66,24 @@ class _TimeLeft(ProgressColumn):
 def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     """A bar with time left; yields a function that advances it by one and notes what is done."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _TimeLeft(),
-        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn(
+            "{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
+        ),
         console=errors,
     )
+    interrupt.check()
     with bar:
         task = bar.add_task(label, total=total, note="")
-        yield lambda note: bar.update(task, advance=1, note=note)
+
+        def advance(note: str) -> None:
+            interrupt.check()
+            bar.update(task, advance=1, note=note)
+
+        yield advance
 
 
 class QuantizeProgress:
@@ -146,7 +169,4 @@ def write_json(path: Path | None, values: dict[str, Any]) -> None:
             return [clean(entry) for entry in value]
         return value
 
-    try:
-        path.write_text(json.dumps(clean(values), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SpQRError(f"cannot write {path}: {error.strerror}") from None
+    write_file(path, json.dumps(clean(values), indent=2) + "\n")

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import json as json_module
+import math
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import jax.numpy as jnp
 import typer
 
-from spqr_jax.atomic import refuse_existing
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
-from spqr_jax.cli.display import console, progress_bar, say, size
+from spqr_jax.cli.display import progress_bar, say, size, tell
 from spqr_jax.cli.options import Dtype
 from spqr_jax.errors import DataError, ModelError, SpQRError
+from spqr_jax.estimate import exported_bytes, quantized_bytes
 from spqr_jax.formats.card import model_card
 from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.formats.export import export_dense, export_hf_spqr
 from spqr_jax.formats.legacy import LegacySource, Outliers
 from spqr_jax.inspection import summarize
 from spqr_jax.models.tokenizer import load_tokenizer
+from spqr_jax.output import Claim
+from spqr_jax.report import read_result
 from spqr_jax.resolve import DTYPES, default_dtype
 
 FORMATS = ("dense", "hf-spqr")
 
 
 def export(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="A directory that spqr wrote.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Directory to write to.")],
     form: Annotated[
@@ -54,10 +57,11 @@ def export(
         raise SpQRError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
     if dtype not in DTYPES or (form == "hf-spqr" and dtype != "float16"):
         raise SpQRError(f"--dtype must be one of {', '.join(DTYPES)}, and float16 for hf-spqr, got {dtype!r}")
-    refuse_existing(out, overwrite)
+    claim = context.with_resource(Claim(out, overwrite))
     results = [_read_result(path) for path in perplexity or ()]
     source = CheckpointSource(directory)
-    with HFDirectory(out, overwrite=overwrite) as target:
+    claim.need(exported_bytes(source, form, jnp.dtype(dtype).itemsize))
+    with HFDirectory(claim) as target:
         with progress_bar("exporting", source.config.num_layers + 1) as advance:
             if form == "dense":
                 export_dense(source, target, jnp.dtype(dtype), advance)
@@ -70,14 +74,15 @@ def export(
             say(f"no tokenizer is exported: {error}")
         card = model_card(push or out.name, form, summarize(source), results, source.config.family)
         target.write_text("README.md", card)
-    files = sorted(path for path in out.iterdir() if path.is_file())
+    files = sorted(path for path in target.path.iterdir() if path.is_file())
     total = sum(path.stat().st_size for path in files)
-    console.print(f"[bold]{out}[/bold]: {', '.join(path.name for path in files)}; {total / 1e6:.1f} MB")
+    tell((str(target.path), "bold"), f": {', '.join(path.name for path in files)}; {size(total)}")
     if push is not None:
-        _push(out, push, private)
+        _push(target.path, push, private)
 
 
 def import_original(
+    context: typer.Context,
     folder: Annotated[
         Path, typer.Argument(help="A folder that the original's main.py --save wrote.", show_default=False)
     ],
@@ -96,8 +101,9 @@ def import_original(
     """Read a folder of the original implementation, safely, and write it as a model of ours."""
     if outliers not in get_args(Outliers):
         raise SpQRError(f"--outliers must be one of {', '.join(get_args(Outliers))}, got {outliers!r}")
-    refuse_existing(out, overwrite)
+    claim = context.with_resource(Claim(out, overwrite))
     source = LegacySource(folder, base, jnp.dtype(dtype or default_dtype()), cast(Outliers, outliers))
+    claim.need(quantized_bytes(source, source.settings(), jnp.dtype(dtype or default_dtype()).itemsize))
     tokenizer = None
     try:
         tokenizer = load_tokenizer(base)
@@ -105,19 +111,18 @@ def import_original(
         say(f"no tokenizer is kept: {error}")
     provenance = {"model": str(base), "method": "original", "calibration": None, "folder": str(folder)}
     with (
-        CheckpointSink(
-            out, source.config, source.settings(), tokenizer=tokenizer, provenance=provenance, overwrite=overwrite
-        ) as sink,
+        CheckpointSink(claim, source.config, source.settings(), tokenizer=tokenizer, provenance=provenance) as sink,
         progress_bar("importing", source.config.num_layers) as advance,
     ):
         for index in range(source.config.num_layers):
             sink.put_block(index, source.block(index))
             advance(f"block {index}")
         sink.put_outer(source.outer())
-    summary = summarize(CheckpointSource(out))
-    console.print(
-        f"[bold]{out}[/bold]: {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
-        f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in all"
+    summary = summarize(CheckpointSource(sink.path))
+    tell(
+        (str(sink.path), "bold"),
+        f": {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
+        f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in all",
     )
 
 
@@ -129,12 +134,12 @@ def _generation_config(source: CheckpointSource) -> dict[str, Any]:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    wanted = ("data", "windows", "seqlen", "perplexity", "stderr")
-    try:
-        result = json_module.loads(path.read_text(encoding="utf-8"))
-        return {name: result[name] for name in wanted}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not what 'spqr perplexity --json' writes: {type(error).__name__} {error}") from None
+    """What a model card says of a measured perplexity."""
+    result = read_result(path)
+    if "perplexity" not in result:
+        raise DataError(f"{path} is not what 'spqr perplexity --json' writes: it has no perplexity")
+    result.setdefault("stderr", math.nan)  # there was one window
+    return result
 
 
 def _push(folder: Path, repository: str, private: bool) -> None:
@@ -151,4 +156,4 @@ def _push(folder: Path, repository: str, private: bool) -> None:
             f"{str(error).splitlines()[0] if str(error) else ''}; log in with 'hf auth login' and upload it with "
             f"'hf upload {repository} {folder}'"
         ) from None
-    console.print(f"uploaded: {found}")
+    tell(f"uploaded: {found}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from spqr_jax.blocks import collect
-from spqr_jax.cli.display import console, number, progress_bar, say, table, write_json
+from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
 from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
 from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import Fidelity
@@ -39,21 +40,24 @@ def perplexity(
     tokens = _windows(opened, data, seqlen, windows)
     if dense is not None:
         result = _compare(dense, opened, tokens, batch_size)
-        console.print(
-            f"perplexity [bold]{result.perplexity:.4f}[/bold] ± {number(result.perplexity_stderr, 4)} on {data}, "
+        tell(
+            "perplexity ",
+            (f"{result.perplexity:.4f}", "bold"),
+            f" ± {number(result.perplexity_stderr, 4)} on {data}, "
             f"{result.windows} windows of {tokens.shape[1]}, {result.seconds:.1f} s\n"
             f"{against}: {result.dense_perplexity:.4f}; ratio {result.perplexity_ratio:.4f} ± "
             f"{number(result.perplexity_ratio_stderr, 4)}, KL {result.kl_mean:.4f} nats, "
-            f"same top token {100 * result.same_top:.2f}%"
+            f"same top token {100 * result.same_top:.2f}%",
         )
         write_json(json, result.to_json() | _setting(model, data, tokens) | {"against": against})
         return
     params = collect(opened.source)
     with progress_bar("perplexity", len(tokens)) as advance:
         alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
-    console.print(
-        f"perplexity [bold]{alone.perplexity:.4f}[/bold] ± {number(alone.stderr, 4)} on {data}, "
-        f"{alone.windows} windows of {tokens.shape[1]}, {alone.seconds:.1f} s"
+    tell(
+        "perplexity ",
+        (f"{alone.perplexity:.4f}", "bold"),
+        f" ± {number(alone.stderr, 4)} on {data}, {alone.windows} windows of {tokens.shape[1]}, {alone.seconds:.1f} s",
     )
     write_json(
         json,
@@ -88,10 +92,8 @@ def compare(
         f"{quantized} beside {dense}: {result.windows} windows of {tokens.shape[1]} of {data}, {result.tokens} tokens"
     )
     table(title, ["", "", "±"], fidelity_rows(result))
-    console.print(
-        "[dim]± is the standard error, from the spread between windows. Sure: its likeliest token has 50% or more. "
-        f"{result.seconds:.1f} s[/dim]"
-    )
+    text = "± is the standard error, from the spread between windows. Sure: its likeliest token has 50% or more."
+    tell((f"{text} {result.seconds:.1f} s", "dim"))
     write_json(json, result.to_json() | _setting(quantized, data, tokens) | {"against": dense})
 
 
@@ -99,7 +101,7 @@ def fidelity_rows(result: Fidelity) -> list[list[str]]:
     """The table of `spqr compare`: what, value, standard error."""
 
     def percent(share: float, digits: int = 2) -> str:
-        return f"{100 * share:.{digits}f}%"
+        return f"{100 * share:.{digits}f}%" if math.isfinite(share) else "–"
 
     rows = [
         ["perplexity", number(result.perplexity, 4), number(result.perplexity_stderr, 4)],

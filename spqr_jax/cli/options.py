@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,11 +20,23 @@ from spqr_jax.data import DATA_HELP, Split, load_tokens, mixed_windows, shares, 
 from spqr_jax.errors import SpQRError
 from spqr_jax.evaluate.perplexity import checked_windows
 from spqr_jax.models.tokenizer import encode_stream, render_chat
+from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
 from spqr_jax.tune import Tune, TuneConfig
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
+
+
+def _checked_file(path: Path | None) -> Path | None:
+    """Says before the work that a result could not be written."""
+    if path is not None:
+        check_file(path)
+    return path
+
+
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the result to this file as JSON.", callback=_checked_file)
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help=f"Type of the dense weights: {', '.join(DTYPES)}. Default: float32 on CPU, else bfloat16."),
@@ -37,6 +50,8 @@ Calibration = Annotated[
     ),
 ]
 SeqLen = Annotated[int, typer.Option(help="Tokens a window.", min=2)]
+
+_DIGITS = re.compile("[0-9]{1,9}")
 
 METHOD_HELP = (
     "spqr, gptq, rtn (round to nearest), reference (the original SpQR's choices), or another to compare with: "
@@ -113,7 +128,7 @@ def parse_rule(text: str) -> LayerRule:
     pattern, separator, action = text.rpartition("=")
     if separator and pattern and action == "skip":
         return LayerRule(pattern, skip=True)
-    if separator and pattern and action.isdigit():
+    if separator and pattern and _DIGITS.fullmatch(action):
         return LayerRule(pattern, bits=int(action))
     raise SpQRError(f"rule {text!r}: expected PATTERN=skip or PATTERN=BITS, such as 'down_proj=4'")
 
@@ -123,7 +138,7 @@ _CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "seq
 
 
 def _whole_number(option: str, text: str, otherwise: str) -> int:
-    if not text.isdigit():
+    if not _DIGITS.fullmatch(text):
         raise SpQRError(f"{option}: expected a number or {otherwise}, got {text!r}")
     return int(text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
+import re
 import shlex
 import sys
 import time
@@ -15,16 +15,17 @@ import typer
 
 from spqr_jax.analysis import ModelAnalysis
 from spqr_jax.analysis import analyze as analyze_model
-from spqr_jax.atomic import AtomicDirectory, refuse_existing
+from spqr_jax.atomic import AtomicDirectory
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.cli.display import console, progress_bar, say, table
+from spqr_jax.cli.display import progress_bar, say, table, tell
 from spqr_jax.cli.options import Calibration, Dtype, Model, read_calibration
 from spqr_jax.config import SpQRConfig
-from spqr_jax.errors import DataError, ModelError, SpQRError
+from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.inspection import summarize
+from spqr_jax.output import Claim, check_file, refuse_existing, write_file
 from spqr_jax.quantize import quantizable_paths
-from spqr_jax.report import Run, figures, read_run, render_page, write_analysis
+from spqr_jax.report import Run, figures, read_result, read_run, render_page, write_analysis
 from spqr_jax.resolve import OpenedModel, open_model
 
 Results = Annotated[
@@ -34,12 +35,13 @@ Results = Annotated[
 
 
 def analyze(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write to: report.html, analysis.json, figures.")],
     calib: Calibration = None,
     nsamples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the draw of windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw of windows.", min=0)] = 0,
     dense: Annotated[
         str | None, typer.Option(help="The dense model of a quantized one. Default: the one it says it was made from.")
     ] = None,
@@ -53,7 +55,8 @@ def analyze(
     dtype: Dtype = None,
 ) -> None:
     """Measure how sensitive each weight is to rounding, and find patterns among the most sensitive."""
-    refuse_existing(out, overwrite)
+    _check_pattern(maps)
+    claim = context.with_resource(Claim(out, overwrite))
     _need_plots()
     measured = [read_result(path) for path in results or ()]
     opened = open_model(model, dtype, say)
@@ -74,17 +77,18 @@ def analyze(
         found = analyze_model(original.source, batched(windows), config, maps=maps, progress=advance)
     setting["seconds"] = time.perf_counter() - begun
     run = Run(model, summary, found, setting, tuple(r for r in measured if str(r.get("model")) == model))
-    with AtomicDirectory(out, overwrite) as folder:
+    with AtomicDirectory(claim) as folder:
         write_analysis(folder.partial, model, found, summary, setting)
         page = render_page([run], f"{model}: which weights matter", setting["command"])
-        (folder.partial / "report.html").write_text(page, encoding="utf-8")
+        (folder.partial / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
         _write_figures(folder.partial / "figures", run)
     table(f"{model}: the costliest 1% of weights", *structure_table(found))
-    console.print(
-        "[dim]What they carry of the cost; how many rows, columns, heads and rotary pairs they form in all blocks, and "
-        "what share of them lies there. Means over blocks.[/dim]"
+    text = (
+        "What they carry of the cost; how many rows, columns, heads and rotary pairs they form in all blocks, and "
+        "what share of them lies there. Means over blocks."
     )
-    console.print(f"[bold]{out}/report.html[/bold], {setting['seconds']:.0f} s")
+    tell((text, "dim"))
+    tell((f"{folder.path}/report.html", "bold"), f", {setting['seconds']:.0f} s")
 
 
 def report(
@@ -97,7 +101,8 @@ def report(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write one self-contained HTML page on quantized models: tables, figures, settings and commands."""
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, directory=False)
+    check_file(out)
     _need_plots()
     measured = [read_result(path) for path in results or ()]
     runs = [read_run(directory, measured) for directory in directories]
@@ -105,11 +110,8 @@ def report(
         if not any(result in run.results for run in runs):
             say(f"{path}: of {result.get('model')!r}, which is none of the models given; left out")
     page = render_page(runs, title, shlex.join(["spqr", *sys.argv[1:]]))
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise SpQRError(f"cannot write {out}: {error.strerror}") from None
-    console.print(f"[bold]{out}[/bold], {len(page) / 1e6:.1f} MB, {len(runs)} models")
+    write_file(out, page)
+    tell((str(out), "bold"), f", {len(page) / 1e6:.1f} MB, {len(runs)} models")
 
 
 def structure_table(found: ModelAnalysis) -> tuple[list[str], list[list[str]]]:
@@ -127,20 +129,16 @@ def structure_table(found: ModelAnalysis) -> tuple[list[str], list[list[str]]]:
     return columns, lines
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """What a command wrote with --json."""
-    try:
-        values = json_module.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no JSON file that spqr wrote ({error})") from None
-    if not isinstance(values, dict) or not ({"perplexity", "results"} & set(values)):
-        raise DataError(f"{path} is no result of 'spqr perplexity', 'compare' or 'eval'")
-    return values
-
-
 def _need_plots() -> None:
     """Says what is missing before work is done."""
     figures.heat({"layers.0.q_proj": 1.0}, "")
+
+
+def _check_pattern(maps: str) -> None:
+    try:
+        re.compile(maps)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SpQRError(f"--maps {maps!r} is not a regular expression: {error}") from None
 
 
 def _quantization(opened: OpenedModel) -> tuple[SpQRConfig, dict[str, Any]]:

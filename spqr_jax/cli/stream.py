@@ -118,7 +118,10 @@ def _some(ids: list[int]) -> list[int]:
 
 
 def converse(
-    tokenizer: Any, answer: Callable[[list[int], TextStream], Generation], template: str | None = None
+    tokenizer: Any,
+    answer: Callable[[list[int], TextStream], Generation],
+    template: str | None = None,
+    describe_end: Callable[[Generation], str] = lambda result: "",
 ) -> None:
     """Talks with the user at the terminal until Ctrl-D or an empty line.
 
@@ -126,6 +129,7 @@ def converse(
       tokenizer: with a chat template.
       answer: generates from token ids, putting tokens into the stream.
       template: a chat template; None for the tokenizer's own.
+      describe_end: why an answer ended; said where that is not at a stop token.
     """
     say("an empty line or Ctrl-D ends the conversation")
     messages: list[Message] = []
@@ -135,6 +139,8 @@ def converse(
         result = answer(encode_chat(tokenizer, messages, template), stream)
         reply = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
         stream.finish([text], [reply])
+        if result.ended != ["stop"]:
+            say(describe_end(result))
         messages.append({"role": "assistant", "content": reply})
 
 
@@ -181,5 +187,5 @@ class TextStream:
             sys.stdout.flush()
             return
         for prompt, text in zip(prompts, texts, strict=True):
-            console.print(prompt, style="dim", markup=False)
-            console.print(text + "\n", markup=False)
+            console.print(prompt, style="dim")
+            console.print(text + "\n")

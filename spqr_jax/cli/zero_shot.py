@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spqr_jax.blocks import collect
-from spqr_jax.cli.display import console, number, progress_bar, say, table, write_json
+from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
 from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.errors import SpQRError
 from spqr_jax.resolve import open_model
@@ -32,7 +32,7 @@ def evaluate(
         str | None, typer.Option(help="Settings of generation tasks, such as max_gen_toks=64.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="About how many tokens to read at a time.", min=1)] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the choice of worked examples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of worked examples.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
@@ -53,7 +53,7 @@ def evaluate(
         seed=seed,
     )
     table(model, ["task", "metric", "value", "±", "questions"], task_rows(found))
-    console.print(f"[dim]lm-eval {found['harness']}; ± is the harness's standard error[/dim]")
+    tell((f"lm-eval {found['harness']}; ± is the harness's standard error", "dim"))
     write_json(json, {"model": model, "num_fewshot": num_fewshot, "limit": limit, "seed": seed, **found})
 
 

@@ -85,9 +85,11 @@ def model_card(
 
 def _facts(summary: dict[str, Any], origin: dict[str, Any]) -> list[tuple[str, str]]:
     calibration = origin.get("calibration")
-    text = "none" if not calibration else str(calibration)  # anybody may have written it, with other entries
+    text = "none"
     if isinstance(calibration, dict) and {"windows", "seqlen", "data", "seed"} <= set(calibration):
         text = "{windows} windows of {seqlen} tokens of {data}, seed {seed}".format(**calibration)
+    elif calibration:
+        text = str(calibration)
     head = summary["head_bits"]
     return [
         ("Method", str(origin.get("method", "unknown"))),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.atomic import AtomicDirectory
+from spqr_jax.output import Claim
 
 _SHARD_BYTES = 4 << 30
 
@@ -18,15 +19,15 @@ class HFDirectory(AtomicDirectory):
     """A directory of config.json and safetensors, sharded if it is large; a context manager as `AtomicDirectory` is.
 
     Args:
-      path: directory to make.
+      path: directory to make, or a `Claim` on it.
       shard_bytes: bytes of tensors a file, about.
       overwrite: replace an existing directory, once the new one is whole.
 
     Raises:
-      CheckpointError: `path` exists and `overwrite` is not set.
+      CheckpointError: as `AtomicDirectory`.
     """
 
-    def __init__(self, path: Path, *, shard_bytes: int = _SHARD_BYTES, overwrite: bool = False) -> None:
+    def __init__(self, path: Path | Claim, *, shard_bytes: int = _SHARD_BYTES, overwrite: bool = False) -> None:
         super().__init__(path, overwrite)
         self._shard_bytes = shard_bytes
         self._waiting: dict[str, np.ndarray] = {}
@@ -43,21 +44,24 @@ class HFDirectory(AtomicDirectory):
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """A JSON file beside the weights."""
-        (self.partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        self.write_text(name, json.dumps(values, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """A text file beside the weights."""
-        (self.partial / name).write_text(text, encoding="utf-8")
+        with self._claim.writing():
+            (self.partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def save_tokenizer(self, tokenizer: Any) -> None:
         """A transformers tokenizer beside the weights."""
-        tokenizer.save_pretrained(self.partial)
+        with self._claim.writing():
+            tokenizer.save_pretrained(self.partial)
 
     def _write_shard(self) -> None:
         from safetensors.numpy import save_file
 
         self._shards.append(list(self._waiting))
-        save_file(self._waiting, self.partial / f"{len(self._shards)}.part", metadata={"format": "pt"})
+        with self._claim.writing():
+            save_file(self._waiting, self.partial / f"{len(self._shards)}.part", metadata={"format": "pt"})
         self._waiting = {}
 
     def finish(self) -> None:

@@ -17,7 +17,7 @@ from spqr_jax.models.special_tokens import tokenizer_settings
 
 _LONGEST_TEMPLATE = 1 << 20  # characters; the longest of known models has some 30 000
 _LONGEST_TEXT = 1 << 24
-_SECONDS = 10.0  # that a template may take: known ones take milliseconds
+_SECONDS = 1.5  # that a template may take: known ones take milliseconds
 _TEMPLATE_CODE = "<template>"  # as Jinja calls the file of a template's code
 
 # ---- where they come from -----------------------------------------------------------------------
@@ -101,8 +101,8 @@ def pick_template(tokenizer: Any, choice: str | None = None) -> str:
     if choice is None:
         if not templates:
             raise ModelError(
-                f"{label} has no chat template: leave out --chat, give one with --chat-template FILE, or use an "
-                "instruction-tuned model"
+                f"{label} has no chat template: use text without messages (and without --chat), give one with "
+                "--chat-template FILE, or use an instruction-tuned model"
             )
         if "default" not in templates:
             raise ModelError(

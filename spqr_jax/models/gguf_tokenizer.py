@@ -145,8 +145,8 @@ def _merges_by_score(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[
     ranked: list[tuple[float, int, int, tuple[str, str]]] = []
     for token, score in zip(vocabulary.tokens, scores, strict=True):
         for cut in range(1, len(token)):
-            left, right = ids.get(token[:cut]), ids.get(token[cut:])
-            if left is not None and right is not None:
+            left = ids.get(token[:cut])
+            if left is not None and (right := ids.get(token[cut:])) is not None:
                 ranked.append((-score, left, right, (token[:cut], token[cut:])))
     ranked.sort(key=lambda entry: entry[:3])
     return [entry[3] for entry in ranked]

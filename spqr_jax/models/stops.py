@@ -69,17 +69,19 @@ def with_named_tokens(config: DecoderConfig, directory: Path) -> DecoderConfig:
     """
     path = directory / "generation_config.json"
     generation = read_object(path) if path.is_file() else Entries({}, str(path))
+    settings = directory / "config.json"
+    label = str(settings if settings.is_file() else directory)  # a checkpoint of ours has none
     ends = (
-        (f"{directory}: eos_token_id", config.eos_token_ids),
+        (f"{label}: eos_token_id", config.eos_token_ids),
         (f"{generation.label}: eos_token_id", generation.integers("eos_token_id")),
         (f"{directory}: the id of the tokenizer's eos_token", tokenizer_ends(directory)),
     )
     begin = config.bos_token_id
     if begin is None:
-        begin = generation.maybe_integer("bos_token_id")
+        begin, label = generation.maybe_integer("bos_token_id"), generation.label
     if begin is None:
-        begin = named_id(directory, "bos_token")
-    all_ends(config.vocab_size, [(f"{directory}: bos_token_id", () if begin is None else (begin,))])
+        begin, label = named_id(directory, "bos_token"), f"{directory}: the tokenizer"
+    all_ends(config.vocab_size, [(f"{label}: bos_token_id", () if begin is None else (begin,))])
     return dataclasses.replace(config, bos_token_id=begin, eos_token_ids=all_ends(config.vocab_size, ends))
 
 

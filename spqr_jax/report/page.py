@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.report import figures
+from spqr_jax.report.records import calibration_in_words, in_digits
 from spqr_jax.report.runs import Run, environment
 
 
@@ -217,18 +218,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             ("method", str(origin.get("method", "unknown"))),
             (
                 "bits a weight",
-                f"{summary['ideal_bits']:.3f} by the paper's formula, {summary['stored_bits']:.3f} stored",
+                f"{in_digits(summary['ideal_bits'], 3)} by the paper's formula, "
+                f"{in_digits(summary['stored_bits'], 3)} stored",
             ),
-            ("outliers", f"{summary['outlier_percent']:.2f}%"),
+            ("outliers", f"{in_digits(summary['outlier_percent'], 2)}%"),
             ("output head", "dense" if head is None else f"{head:.2f} stored bits a weight"),
             ("size", f"{summary['bytes'] / 1e6:.1f} MB, dense {summary['dense_bytes'] / 1e6:.1f} MB"),
         ]
     for name, values in (("calibration", origin.get("calibration")), ("analysis", run.setting.get("calibration"))):
-        if isinstance(values, dict) and {"windows", "seqlen", "data", "seed"} <= set(values):
-            text = "{windows} windows of {seqlen} tokens of {name}, seed {seed}"
-            facts.append((name, text.format(**{**values, "name": _short(str(values["data"]))})))
-        elif values:  # anybody may have written it, with other entries
-            facts.append((name, str(values)))
+        if values:
+            facts.append((name, calibration_in_words(values)))
     for result in run.results:
         if "perplexity" in result:
             text = f"{result['perplexity']:.4f} on {result['windows']} windows of {result['seqlen']} tokens"

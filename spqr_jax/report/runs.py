@@ -17,7 +17,10 @@ import numpy as np
 from spqr_jax.analysis import ModelAnalysis
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import DataError, ModelError
+from spqr_jax.files import read_object
 from spqr_jax.inspection import summarize
+from spqr_jax.output import unfinished_note
+from spqr_jax.report.records import checked_analysis, checked_setting, checked_summary
 
 ANALYSIS_FILE, MAPS_FILE = "analysis.json", "maps.npz"
 _VERSION = 1
@@ -104,21 +107,28 @@ def read_run(path: Path, results: list[dict[str, Any]]) -> Run:
       ModelError: it is neither.
       DataError: an analysis that cannot be read.
     """
+    if not os.path.lexists(path):
+        raise ModelError(f"{path} does not exist{unfinished_note(path)}")
     if is_checkpoint(path):
-        summary = summarize(CheckpointSource(path))
-        return Run(str(path), _finite(summary), None, {}, _of_model(path, results))
+        return Run(str(path), _finite(summarize(CheckpointSource(path))), None, {}, _of_model(path, results))
     if not (path / ANALYSIS_FILE).is_file():
         raise ModelError(f"{path} is no quantized model of ours, nor what `spqr analyze --out` wrote")
+    entries = read_object(path / ANALYSIS_FILE, DataError)
+    if entries.integer("version") != _VERSION:
+        raise DataError(f"{path} was written by another version of `spqr analyze`: run it again")
+    label, maps = entries.text("label"), _read_maps(path / MAPS_FILE)
+    analysis = checked_analysis(entries.nested("analysis"), maps)
+    summary = checked_summary(entries.nested("summary")) if "summary" in entries else None
+    setting = checked_setting(entries.nested("setting"))
+    return Run(label, summary, analysis, setting, _of_model(Path(label), results))
+
+
+def _read_maps(path: Path) -> dict[str, np.ndarray]:
     try:
-        values = json.loads((path / ANALYSIS_FILE).read_text(encoding="utf-8"))
-        if values["version"] != _VERSION:
-            raise DataError(f"{path} was written by another version of `spqr analyze`: run it again")
-        with np.load(path / MAPS_FILE, allow_pickle=False) as maps:
-            analysis = ModelAnalysis.from_json(values["analysis"], dict(maps))
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        with np.load(path, allow_pickle=False) as maps:
+            return dict(maps)
+    except Exception as error:  # of the system, of zip, of NumPy's own format
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): run `spqr analyze` again") from None
-    label = values["label"]
-    return Run(label, values["summary"], analysis, values["setting"], _of_model(Path(label), results))
 
 
 def _of_model(path: Path, results: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

@@ -243,7 +243,7 @@ def test_a_conversation_remembers_what_was_said(monkeypatch, capsys):
         reply = tokenizer("yes")["input_ids"]
         for token in reply:
             stream.put(token)
-        return Generation([reply], [len(ids)], 0.0, 0.0, 0.0, 1.0)
+        return Generation([reply], [len(ids)], 0.0, 0.0, 0.0, 1.0, ["stop"])
 
     converse(tokenizer, answer)
     assert seen == ["<user>hi<assistant>", "<user>hi<assistant>yes<user>and?<assistant>"]

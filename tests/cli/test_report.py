@@ -106,11 +106,11 @@ def test_what_cannot_be_reported_says_why(folder, tmp_path):
         read_run(folder / "model", [])
     shutil.copytree(folder / "analysis", tmp_path / "broken")
     (tmp_path / "broken" / "analysis.json").write_text("{}")
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match="lacks version"):
         read_run(tmp_path / "broken", [])
     for arguments, says in [
         (("report", "three", "--out", "all.html"), "exists already"),
-        (("report", "three", "--out", "x.html", "--results", "ids.npy"), "no JSON file"),
+        (("report", "three", "--out", "x.html", "--results", "ids.npy"), "ids.npy is not valid JSON"),
         (("analyze", "three", "--dense", "nowhere", "--calib", "ids.npy", "--out", "y"), "no model 'nowhere'"),
     ]:
         result = spqr(*arguments, cwd=folder)

@@ -346,7 +346,7 @@ def test_export_writes_a_model_with_its_card(checkpoint, quantized, tmp_path, fo
     [
         (["--format", "onnx"], "must be one of dense, hf-spqr"),
         (["--format", "hf-spqr", "--dtype", "float32"], "float16 for hf-spqr"),
-        (["--perplexity", "no-such-file.json"], "no-such-file.json is not what"),
+        (["--perplexity", "no-such-file.json"], "no-such-file.json does not exist"),
     ],
 )
 def test_bad_export_options(checkpoint, tmp_path, options, says):

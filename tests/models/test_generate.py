@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spqr_jax import DataError, Generator, Sampling, SpQRConfig, SpQRError, forward, generate, quantize
+from spqr_jax.errors import NotFiniteError
 from spqr_jax.sampling import sample
 from spqr_jax.speed import take_turns
 
@@ -93,7 +94,50 @@ def test_a_generator_compiles_once_for_prompts_of_similar_length(tiny_model):
 
 def test_the_context_ends_the_text(tiny_model):
     prompt = list(range(3, 123))  # 120 of 128
-    assert len(generate(tiny_model, [prompt], max_new_tokens=50, stop_tokens=()).tokens[0]) == 8
+    result = generate(tiny_model, [prompt], max_new_tokens=50, stop_tokens=())
+    assert len(result.tokens[0]) == 8
+    assert result.ended == ["context"]
+
+
+def test_it_says_why_a_text_ended(tiny_model):
+    free = generate(tiny_model, [[5, 6, 7], [50, 51]], max_new_tokens=10, stop_tokens=())
+    assert free.ended == ["length", "length"]
+    stop = next(token for token in free.tokens[0] if token not in free.tokens[1])
+    assert generate(tiny_model, [[5, 6, 7], [50, 51]], max_new_tokens=10, stop_tokens=[stop]).ended == [
+        "stop",
+        "length",
+    ]
+    asked = generate(tiny_model, [[5, 6, 7]], max_new_tokens=10, stop_tokens=(), stop_when=lambda made: len(made) == 3)
+    assert asked.ended == ["stop"]
+    exactly = generate(tiny_model, [list(range(3, 123))], max_new_tokens=8, stop_tokens=())
+    assert exactly.ended == ["length"]  # as many as were asked for, though the context is full, too
+
+
+def overflowing(model, factor=1e4):
+    """In float16, with an MLP in the last block whose output is beyond it."""
+    wide = {name: model.layers[-1][name] * factor for name in ("up_proj", "down_proj")}
+    layers = (*model.layers[:-1], model.layers[-1].replace(wide))
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float16), dataclasses.replace(model, layers=layers))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=4)], ids=str)
+def test_scores_that_are_not_finite_are_an_error(tiny_model, sampling):
+    with pytest.raises(NotFiniteError, match=r"next token of prompt 0 is not a number.*from block 1 of 2.*bfloat16"):
+        generate(overflowing(tiny_model), [[5, 6, 7]], max_new_tokens=4, sampling=sampling)
+
+
+def test_scores_that_end_being_finite_are_found_where_they_do(tiny_model):
+    """One token's embedding is not a number: the text up to it is made, and no row but its own is to blame."""
+    prompts = [[50, 51], [5, 6, 7]]
+    free = generate(tiny_model, prompts, max_new_tokens=6, stop_tokens=())
+    bad = next(token for token in free.tokens[1] if token not in [*free.tokens[0], *prompts[0], *prompts[1]])
+    embedding = tiny_model.outer.embed_tokens.at[bad].set(jnp.nan)
+    broken = dataclasses.replace(tiny_model, outer=dataclasses.replace(tiny_model.outer, embed_tokens=embedding))
+    shown = []
+    with pytest.raises(NotFiniteError, match="next token of prompt 1 is not a number: the embedding"):
+        generate(broken, prompts, max_new_tokens=6, stop_tokens=(), on_token=lambda row, token: shown.append(token))
+    assert bad in shown
+    assert generate(broken, prompts, max_new_tokens=6, stop_tokens=[bad]).ended[1] == "stop"  # it is never read
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""`spqr generate`: text from a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from spqr_jax.cli.display import number, say, write_json
+from spqr_jax.cli.options import Dtype, Json, Model
+from spqr_jax.cli.stream import TextStream, converse, encode_prompts, load_generator, read_prompts
+from spqr_jax.errors import SpQRError
+from spqr_jax.generate import Generation
+from spqr_jax.models.tokenizer import pick_template
+from spqr_jax.resolve import open_model
+from spqr_jax.sampling import Sampling
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeatable. Default: read from stdin.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option(help="The prompt is a user's message: apply the model's chat template.")
+    ] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="With --chat: name of one of the model's chat templates, or path of a Jinja file."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens up to this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    int8_activations: Annotated[
+        bool, typer.Option(help="On a CPU, round activations to 8 bits: faster, at some 0.5% of error a product.")
+    ] = False,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Continue a prompt, or answer it with --chat; at a terminal, --chat alone is a conversation."""
+    sampling = Sampling(temperature, top_k, top_p)
+    if chat_template is not None and not chat:
+        raise SpQRError("--chat-template is for --chat: add it, or leave the template out")
+    opened = open_model(model, dtype, say)
+    tokenizer = opened.tokenizer()
+    template = pick_template(tokenizer, chat_template) if chat else None
+
+    def answer(ids: list[list[int]], stream: TextStream) -> Generation:
+        return generator(
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            on_token=lambda row, token: stream.put(token),
+        )
+
+    context = opened.source.config.max_positions
+    if chat and not prompt and sys.stdin is not None and sys.stdin.isatty():
+        generator = load_generator(opened.source, int8_activations)
+        converse(
+            tokenizer,
+            lambda ids, stream: answer([ids], stream),
+            template,
+            lambda result: describe_ends(result, max_new_tokens, context),
+        )
+        return
+    prompts = read_prompts(prompt)
+    ids = encode_prompts(tokenizer, prompts, chat, template)
+    generator = load_generator(opened.source, int8_activations)
+    stream = TextStream(tokenizer, live=len(prompts) == 1)
+    result = answer(ids, stream)
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in result.tokens]
+    stream.finish(prompts, texts)
+    say(describe_ends(result, max_new_tokens, context))
+    say(
+        f"{sum(map(len, result.tokens))} tokens, {number(result.decode_tokens_per_second, 1)} tokens/s; "
+        f"prompt of {max(result.prompt_tokens)} in {result.prefill_seconds:.2f} s "
+        f"(and {result.compile_seconds:.1f} s to compile)"
+    )
+    write_json(json, _as_json(result, texts))
+
+
+def describe_ends(result: Generation, asked: int, context: int) -> str:
+    """Why each text ended, in words.
+
+    Args:
+      result: what was generated.
+      asked: tokens that were asked for.
+      context: tokens that the model's context holds.
+    """
+    words = []
+    for tokens, why in zip(result.tokens, result.ended, strict=True):
+        if why == "stop":
+            words.append("ended by a stop token")
+        elif why == "length":
+            words.append(f"ended after {asked} tokens, as asked")
+        else:
+            words.append(f"the model's context of {context} tokens is full: {len(tokens)} of {asked} tokens")
+    if len(words) == 1:
+        return words[0]
+    return "; ".join(f"prompt {row}: {word}" for row, word in enumerate(words))
+
+
+def _as_json(result: Generation, texts: list[str]) -> dict[str, Any]:
+    """Values of each prompt in lists, or plain ones if there is only one."""
+    by_prompt: dict[str, list[Any]] = {
+        "text": texts,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": [len(tokens) for tokens in result.tokens],
+        "ended": result.ended,
+    }
+    return {
+        **{name: values if len(texts) > 1 else values[0] for name, values in by_prompt.items()},
+        "prefill_seconds": result.prefill_seconds,
+        "decode_tokens_per_second": result.decode_tokens_per_second,
+        "first_token_seconds": result.first_token_seconds,
+        "compile_seconds": result.compile_seconds,
+    }

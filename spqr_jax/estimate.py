@@ -1,0 +1,41 @@
+"""How much a result will take on the disk, before the work for it begins."""
+
+from __future__ import annotations
+
+import math
+
+from spqr_jax.blocks import BlockSource
+from spqr_jax.config import SpQRConfig
+from spqr_jax.models.weights import weight_shapes
+from spqr_jax.quantize import quantizable_paths
+
+_HF_SPQR_BITS = 4  # 64-bit words of 16 codes
+
+
+def quantized_bytes(source: BlockSource, config: SpQRConfig, itemsize: int) -> int:
+    """About what a model will take: the bits of codes and statistics, without outliers; the rest dense."""
+    chosen = set(quantizable_paths(source, config))
+    bits = 0.0
+    for path, shape in weight_shapes(source.config).items():
+        weight_bits = 8.0 * itemsize
+        if path in chosen:
+            weight_bits = _stored_bits(config, path, path == source.config.head_path, shape[-1])
+        bits += weight_bits * math.prod(shape)
+    return int(bits / 8)
+
+
+def exported_bytes(source: BlockSource, form: str, itemsize: int) -> int:
+    """About what `spqr export` will write in a format: all weights dense, or those of blocks in its words."""
+    bits = 0.0
+    for path, shape in weight_shapes(source.config).items():
+        in_words = form == "hf-spqr" and path.startswith("layers.") and len(shape) == 2
+        bits += (_HF_SPQR_BITS if in_words else 8 * itemsize) * math.prod(shape)
+    return int(bits / 8)
+
+
+def _stored_bits(config: SpQRConfig, path: str, is_head: bool, inputs: int) -> float:
+    if config.target_bits is not None and not is_head:
+        return config.target_bits
+    chosen = config.for_head(path) if is_head else config.for_path(path)
+    assert chosen is not None
+    return chosen.bits + 2 * chosen.stats_bits / (chosen.group_size or inputs)

@@ -1,0 +1,268 @@
+"""A directory's name, claimed before the work for it begins."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from spqr_jax.errors import CheckpointError, SpQRError
+from spqr_jax.output import leftovers
+from spqr_jax.output.interruptions import interruptions_wait
+from spqr_jax.output.lock import NameLock
+from spqr_jax.output.space import FULL, describe_free, errno_of, free_bytes, readable_size, why_not
+
+_LOSES_DATA = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+
+
+class Claim:
+    """A name that this process holds, with a hidden directory beside it to write to.
+
+    What would keep the result from being written is found at once: a name that is taken, too long or held by
+    another run, a place that is read-only or not there. A context manager; leaving it, or `release`, removes
+    what did not get its name. Also removes or restores what runs that were killed left, and warns of it.
+
+    Args:
+      path: of the directory. A link stands for what it points to.
+      overwrite: replace an existing directory, once the new one is whole.
+
+    Attributes:
+      path: as given; after `give_name`, where the result lies.
+      partial: where to write.
+
+    Raises:
+      CheckpointError: with the reason.
+    """
+
+    def __init__(self, path: Path | str, overwrite: bool = False) -> None:
+        self.path, self._overwrite = Path(path), overwrite
+        with explained(self.path):
+            self._target = Path(os.path.realpath(path))
+        held = _Held()
+        self._finalizer = weakref.finalize(self, held.release)
+        notes: list[str] = []
+        try:
+            with interruptions_wait(), explained(self.path, self._target):
+                refuse_existing(self.path, overwrite)
+                _make_folders(self._target.parent, held)
+                held.lock = NameLock(self._target)
+                if held.lock.is_first and held.lock.works:
+                    notes = leftovers.clean_up(self._target)
+                refuse_existing(self.path, overwrite)  # another run may have ended before we got the lock
+                self.partial = held.partial = leftovers.make_hidden(self._target, leftovers.PARTIAL)
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
+        except BaseException as error:
+            self.release()
+            if notes and isinstance(error, SpQRError):
+                raise type(error)("; ".join([str(error), *notes])) from None
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Removes what did not get its name, and lets others have the name."""
+        with interruptions_wait():
+            self._finalizer()
+
+    def need(self, num_bytes: float) -> None:
+        """Refuses a result that there is no room for.
+
+        Raises:
+          CheckpointError: fewer than `num_bytes` are free.
+        """
+        free = free_bytes(self.partial)
+        if free is not None and num_bytes > free:
+            raise CheckpointError(
+                f"{self.path} needs about {readable_size(num_bytes)}, {describe_free(self.partial)}: make room, or "
+                "choose another place"
+            )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What the system or another library raises in here becomes one message.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            yield
+        except (SpQRError, MemoryError):
+            raise
+        except Exception as error:  # Orbax, tensorstore, safetensors and tokenizers raise many kinds
+            raise self.failure(error) from None
+
+    def failure(self, error: BaseException) -> CheckpointError:
+        """The error of a result that could not be written."""
+        return CheckpointError(f"cannot write {self.path}: {why_not(error, self.partial)}; nothing of it is kept")
+
+    def is_failure(self, error: BaseException | None) -> bool:
+        """Whether an error that arose elsewhere is one of writing here."""
+        if not isinstance(error, OSError):
+            return False
+        name = error.filename if isinstance(error.filename, str) else os.fspath(error.filename or "")
+        return errno_of(error) in (*FULL, errno.EFBIG) or str(name).startswith(str(self.partial))
+
+    def give_name(self) -> Path:
+        """Makes the directory appear under its name, with all that was written on the disk.
+
+        Where something is there by now and may not be replaced, the result gets the next free name beside it,
+        and a warning says so.
+
+        Returns:
+          Where it lies.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        note = ""
+        with interruptions_wait(), self.writing():
+            leftovers.remove_mark(self.partial)
+            self.partial.chmod(0o755)  # mkdtemp's own is for this user alone
+            _flush(self.partial)
+            if self._overwrite and os.path.lexists(self._target):
+                self._replace()
+            else:
+                note = self._take_free_name()
+            _flush_directory(self._target.parent)
+        if note:
+            warnings.warn(note, stacklevel=2)
+        return self.path
+
+    def _replace(self) -> None:
+        old = leftovers.make_hidden(self._target, leftovers.OLD)
+        try:
+            os.rename(self._target, old / "old")
+            os.rename(self.partial, self._target)
+        except BaseException:
+            if os.path.lexists(old / "old"):
+                os.rename(old / "old", self._target)
+            leftovers.remove(old)
+            raise
+        leftovers.discard_old(self._target, old)
+
+    def _take_free_name(self) -> str:
+        target, count = self._target, 1
+        while True:
+            try:
+                if not os.path.lexists(target):
+                    os.rename(self.partial, target)
+                    break
+            except OSError as error:  # it appeared since
+                if error.errno not in _TAKEN:
+                    raise
+            count += 1
+            target = self._target.with_name(f"{self._target.name}-{count}")
+        if count == 1:
+            return ""
+        taken, self.path = self.path, target
+        return f"{taken} was written by another while this run worked: its result lies in {target}"
+
+
+class _Held:
+    """What a claim holds, and how to give it back; knows no claim, so that one that is forgotten is given back, too."""
+
+    def __init__(self) -> None:
+        self.lock: NameLock | None = None
+        self.partial: Path | None = None
+        self.new_folders: list[Path] = []
+        self._process = os.getpid()
+
+    def release(self) -> None:
+        if os.getpid() != self._process:  # a fork's
+            return
+        if self.partial is not None:
+            leftovers.remove(self.partial)
+        if self.lock is not None:
+            self.lock.release()
+        for folder in reversed(self.new_folders):
+            with contextlib.suppress(OSError):  # not empty: the result lies there
+                folder.rmdir()
+
+
+def refuse_existing(path: Path | str, overwrite: bool, *, directory: bool = True) -> None:
+    """Says at once what would keep a result from getting its name.
+
+    Raises:
+      CheckpointError: `path` exists and `overwrite` is not set, or cannot be replaced: it is a file where a directory
+        is to be (or the other way round), or a folder that more depends on than a result.
+    """
+    path, place, here = Path(path), Path(os.path.realpath(path)), Path.cwd()
+    if not os.path.lexists(place):  # a link that leads nowhere yet is as good as nothing
+        return
+    if path.exists() and path.is_dir() != directory:
+        raise CheckpointError(
+            f"{path} is {'not a directory' if directory else 'a directory'}: choose another name for the result"
+        )
+    if not overwrite:
+        raise CheckpointError(f"{path} exists already: choose another {_kind(directory)}, or ask to overwrite it")
+    if directory and (place in (here, *here.parents) or place in (Path.home(), *Path.home().parents)):
+        raise CheckpointError(
+            f"{path} is the folder that you are in, your home or above it, and is not replaced: choose another"
+        )
+
+
+def _kind(directory: bool) -> str:
+    return "directory" if directory else "file"
+
+
+@contextlib.contextmanager
+def explained(path: Path, place: Path | None = None) -> Iterator[None]:
+    """Errors of the system become one message on `path`; `place` is what it resolves to.
+
+    Raises:
+      CheckpointError: with the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {why_not(error, place or path.absolute())}") from None
+    except SpQRError:
+        raise
+    except ValueError as error:  # of a NUL in a name
+        raise CheckpointError(f"cannot write {str(path)!r}: {error}; choose another name") from None
+
+
+def _make_folders(folder: Path, held: _Held) -> None:
+    missing = []
+    while not folder.exists() and folder != folder.parent:
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another run was quicker
+            new.mkdir()
+            held.new_folders.append(new)
+
+
+def _flush(directory: Path) -> None:
+    """Everything below a directory is on the disk: a crash after the name was given finds it whole."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            _flush_file(os.path.join(folder, file))
+        _flush_directory(Path(folder))
+
+
+def _flush_directory(path: Path) -> None:
+    with contextlib.suppress(PermissionError):  # one that may be written to but not listed
+        _flush_file(str(path))
+
+
+def _flush_file(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # not every file system can; what it says of data that is lost counts
+        if error.errno in _LOSES_DATA:
+            raise
+    finally:
+        os.close(descriptor)
