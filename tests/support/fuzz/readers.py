@@ -286,7 +286,9 @@ READERS: Sequence[Reader] = (
     Reader("safetensors", "safetensors_files", 90, change_one(_DIRECTORY), read_safetensors),
     Reader("quantized", "quantized_directories", 40, change_one(_DIRECTORY), read_quantized),
     Reader("tokenizer", "tokenizers", 5, change_one(_TOKENIZER), read_tokenizer),
-    Reader("chat", "chat_templates", 15, change_one({".jinja": mutate_bytes}), read_chat, names_file=False, seconds=12.0),
+    Reader(
+        "chat", "chat_templates", 15, change_one({".jinja": mutate_bytes}), read_chat, names_file=False, seconds=12.0
+    ),
     Reader("gguf", "gguf_files", 150, change_one(_GGUF), read_model),
     Reader("gguf-tokenizer", "gguf_files", 18, change_one(_GGUF), read_gguf_tokenizer),
     Reader("checkpoint", "checkpoints", 2, change_checkpoint, read_model),
