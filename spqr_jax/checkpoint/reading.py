@@ -13,7 +13,9 @@ from spqr_jax._compat import orbax_v1
 from spqr_jax.blocks import collect
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, WeightSpec, fingerprint, orbax_context
 from spqr_jax.config import SpQRConfig
-from spqr_jax.errors import CheckpointError, ModelError, SpQRError
+from spqr_jax.errors import CheckpointError
+from spqr_jax.files import Entries
+from spqr_jax.files.entries import is_number
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import block_shapes, outer_shapes
@@ -50,10 +52,11 @@ class CheckpointSource:
             self._config = DecoderConfig.from_json(header["model"])
             quantization = header["quantization"]
             self.quantization = None if quantization is None else SpQRConfig.from_json(quantization)
-            self.provenance: dict[str, Any] = header["provenance"]
+            self.provenance: dict[str, Any] = header["provenance"] or {}
             self.layer_stats: dict[str, dict[str, float]] = dict(header["layer_stats"])
-        except (KeyError, TypeError, ModelError, SpQRError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # ValueError: SpQRError is one
             raise CheckpointError(f"{self.path / 'model'}: damaged configuration: {error}") from None
+        _check_entries(header, self.path / "model")
         self._headers = [self._block_header(index) for index in range(self._config.num_layers)]
         for index, block_header in enumerate(self._headers):
             stats = block_header.get("layer_stats", {})
@@ -79,6 +82,7 @@ class CheckpointSource:
         header = _read_header(directory)
         if header.get("index") != index:
             raise CheckpointError(f"{directory} says that it is block {header.get('index')}, expected {index}")
+        _check_entries(header, directory)
         return header
 
     def _read(self, directory: Path, header: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -101,6 +105,17 @@ class CheckpointSource:
                     )
             weights[name] = spec.build(tree[name], f"{directory}: {name}")
         return {name: weights[name] for name in expected}
+
+
+def _check_entries(header: dict[str, Any], directory: Path) -> None:
+    """What is said of the model's origin and of each weight's quantization is in objects, and errors are numbers."""
+    entries = Entries(header, str(directory), error=CheckpointError)
+    entries.nested("provenance")
+    stats = entries.nested("layer_stats")
+    for path in stats:
+        value = stats.nested(path).raw("output_error")
+        if value is not None and not is_number(value):
+            stats.nested(path).refuse("output_error", "a number")
 
 
 def _read_header(directory: Path) -> dict[str, Any]:
