@@ -50,6 +50,8 @@ class CheckpointSink(AtomicDirectory):
         provenance: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
+        if provenance is not None and not isinstance(provenance, dict):
+            raise CheckpointError(f"provenance must be a dictionary, got {type(provenance).__name__}")
         super().__init__(path, overwrite)
         self._config, self._quantization = config, quantization
         self._tokenizer, self._provenance = tokenizer, provenance or {}

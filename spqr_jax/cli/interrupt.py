@@ -15,6 +15,7 @@ _received: list[int] = []
 
 def install() -> None:
     """From here on SIGINT and SIGTERM raise KeyboardInterrupt and are remembered."""
+    _received.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
 

@@ -158,6 +158,23 @@ def test_arrays_far_larger_than_their_files_are_not_read(copy):
         CheckpointSource(copy)._read(copy / "model", header, expected)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model", "x"), ("model", {}), ("quantization", 7), ("provenance", ["x"]), ("layer_stats", [1]),
+     ("layer_stats", {"lm_head": 3}), ("layer_stats", {"lm_head": {"output_error": "small"}}), ("weights", "none")],
+)  # fmt: skip
+def test_a_description_that_is_nonsense_is_refused(copy, key, value):
+    edit_header(copy / "model", lambda values: values.update({key: value}))
+    with pytest.raises(CheckpointError, match="model: "):
+        load(copy)
+
+
+def test_provenance_is_a_dictionary_from_the_start(tmp_path, quantized):
+    with pytest.raises(CheckpointError, match="provenance must be a dictionary, got list"):
+        save(tmp_path / "m", quantized, provenance=["tiny"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def data_files(directory):
     return sorted(
         (p for p in (directory / "params").rglob("*") if p.is_file() and "/d/" in str(p)), key=os.path.getsize
