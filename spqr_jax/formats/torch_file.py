@@ -68,7 +68,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
     members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise CheckpointError("its members are compressed, which torch never does: unpack it, and zip it with 'zip -0'")
-    if sum(member.file_size for member in members) > size:
+    if sum(max(member.file_size, member.compress_size) for member in members) > size:
         raise CheckpointError(f"its members claim more bytes than the {size} that it has: damaged?")
     names = [member.filename for member in members]
     pickles = [name for name in names if name.endswith("/data.pkl")]

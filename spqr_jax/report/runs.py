@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import platform
+import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from spqr_jax.report.records import checked_analysis, checked_setting, checked_s
 
 ANALYSIS_FILE, MAPS_FILE = "analysis.json", "maps.npz"
 _VERSION = 1
+_MOST_BYTES_OF_MAPS = 1 << 30  # of ten thousand matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +128,27 @@ def read_run(path: Path, results: list[dict[str, Any]]) -> Run:
 
 def _read_maps(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as maps:
-            return dict(maps)
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            told, stored = (sum(getattr(each, f"{kind}_size") for each in members) for kind in ("file", "compress"))
+            if told > _MOST_BYTES_OF_MAPS or stored > path.stat().st_size:
+                raise ValueError("it tells of more bytes than maps have")
+            return {member.filename.removesuffix(".npy"): _read_map(archive.read(member)) for member in members}
     except Exception as error:  # of the system, of zip, of NumPy's own format
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): run `spqr analyze` again") from None
+
+
+def _read_map(data: bytes) -> np.ndarray:
+    """An array as `np.save` writes it; `np.load` would reserve whatever its header tells of."""
+    file = io.BytesIO(data)
+    np.lib.format.read_magic(file)
+    try:
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+    except MemoryError:  # as Python's parser calls brackets that are nested too deeply
+        raise ValueError("its header cannot be read") from None
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"an array of {dtype} {shape} in {len(data)} bytes")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if columns_first else "C")
 
 
 def _of_model(path: Path, results: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

@@ -100,12 +100,12 @@ def torch_bytes(value: Any) -> bytes:
     return zip_bytes({"data.pkl": bytes(writer.out) + b".", "byteorder": b"little", **storages})
 
 
-def zip_bytes(members: dict[str, bytes], compressed: bool = False) -> bytes:
+def zip_bytes(members: dict[str, bytes], compressed: bool = False, folder: str = "archive/") -> bytes:
     file = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with zipfile.ZipFile(file, "w", kind) as archive:
         for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data, compress_type=kind)
+            archive.writestr(zipfile.ZipInfo(folder + name), data, compress_type=kind)
     return file.getvalue()
 
 
@@ -145,6 +145,22 @@ def mutate_torch(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name twice
         return zip_bytes(members, compressed=rng.random() < 0.02)
+
+
+def mutate_npz(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
+    """NumPy's archives of arrays: one of these, with its header, is changed and compressed again."""
+    if rng.random() < 0.3:
+        return mutate_bytes(data, rng, other)
+    members = members_of(data)
+    name = rng.choice(sorted(members))
+    sizes = rng.choice(("(8, 8)", "(64,)", "(1099511627776, 8)", "(-1, 8)", "(8, 8, 0)", "(0, 8)"))
+    if rng.random() < 0.3:
+        members[name] = members[name].replace(b"(8, 8)", sizes.encode())
+    else:
+        members[name] = mutate_bytes(members[name], rng)
+    if rng.random() < 0.1:
+        members[rng.choice(("x", "layers.0.q_proj.npy", "layers.-1.npy", "../a.npy"))] = members.pop(name)
+    return zip_bytes(members, compressed=True, folder="")
 
 
 def mutate_pickle(data: bytes, rng: random.Random) -> bytes:

@@ -18,7 +18,7 @@ from support.fuzz.mutate_bytes import INTEGERS, mutate_bytes
 from support.fuzz.mutate_gguf import mutate_gguf
 from support.fuzz.mutate_json import mutate_json
 from support.fuzz.mutate_safetensors import mutate_safetensors
-from support.fuzz.mutate_torch import mutate_torch
+from support.fuzz.mutate_torch import mutate_npz, mutate_torch
 
 SECONDS = 2.0
 """Of the processor's time that an input may take."""
@@ -222,6 +222,12 @@ def read_result_file(folder: Path) -> Any:
     return read_result(folder / "result.json")
 
 
+def read_analysis(folder: Path) -> Any:
+    from spqr_jax.report import read_run
+
+    return read_run(folder, [])
+
+
 def read_rule(folder: Path) -> Any:
     from spqr_jax.cli.options import parse_rule
     from spqr_jax.config import SpQRConfig
@@ -281,7 +287,7 @@ _DATA = {".npy": mutate_bytes, ".json": mutate_json, ".txt": mutate_bytes, ".jso
 _REQUEST = {".json": mutate_json}
 
 READERS: Sequence[Reader] = (
-    Reader("config", "hf_configs", 240, change_one(_JSON), read_config),
+    Reader("config", "hf_configs", 220, change_one(_JSON), read_config),
     Reader("directory", "hf_directories", 30, change_one(_DIRECTORY), read_model),
     Reader("safetensors", "safetensors_files", 90, change_one(_DIRECTORY), read_safetensors),
     Reader("quantized", "quantized_directories", 40, change_one(_DIRECTORY), read_quantized),
@@ -298,6 +304,7 @@ READERS: Sequence[Reader] = (
     Reader("torch-folder", "legacy_folders", 10, change_one(_LEGACY), read_legacy),
     Reader("data", "data_files", 70, change_one(_DATA), read_data),
     Reader("result", "results", 40, change_one(_REQUEST), read_result_file),
+    Reader("analysis", "analyses", 20, change_one({".json": mutate_json, ".npz": mutate_npz}), read_analysis),
     Reader("rule", "rules", 30, change_one({".txt": mutate_bytes}), read_rule, names_file=False),
     Reader("quantization", "quantizations", 50, change_one(_REQUEST), read_quantization, names_file=False),
     Reader("decoder-config", "decoder_configs", 40, change_one(_REQUEST), read_decoder_config, names_file=False),

@@ -27,6 +27,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
         quantized.legacy_folders,
         requests.data_files,
         requests.results,
+        requests.analyses,
         requests.rules,
         requests.quantizations,
         requests.decoder_configs,

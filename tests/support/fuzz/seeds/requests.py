@@ -54,6 +54,28 @@ def results(folder: Path) -> None:
     write_json(folder / "tasks", "result.json", tasks)
 
 
+def analyses(folder: Path) -> None:
+    """What `spqr analyze` writes, of a dense model and of a quantized one."""
+    from spqr_jax.analysis import ModelAnalysis
+    from spqr_jax.analysis.model import COLUMN_BINS, WeightAnalysis
+    from spqr_jax.analysis.structure import Structures
+    from spqr_jax.report import write_analysis
+
+    structures = Structures(0.3, (1, 5), (), (0,), 0.7, (2,), {"rows": 0.4, "columns": 0.0, "unstructured": 0.6})
+    bins = (1.0 / COLUMN_BINS,) * COLUMN_BINS
+    drawn = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    weights = [WeightAnalysis(f"layers.{i}.q_proj", (32, 32), 0.01, structures, bins, drawn) for i in range(2)]
+    setting = {"dense": "x", "calibration": {"data": "pydoc", "windows": 4, "seqlen": 32, "seed": 0}, "seconds": 1.5,
+               "config": SpQRConfig().to_json(), "command": "spqr analyze x"}  # fmt: skip
+    layer = {"shape": [32, 32], "bits": 3, "ideal_bits": 3.5, "stored_bits": 4.0, "outlier_percent": 1.0}
+    summary = {"ideal_bits": 3.5, "stored_bits": 4.0, "outlier_percent": 1.0, "head_bits": None, "bytes": 1000,
+               "quantized_bytes": 800, "dense_bytes": 4000, "quantization": SpQRConfig().to_json(),
+               "provenance": {"model": "x", "method": "spqr", "calibration": setting["calibration"]},
+               "layers": {"layers.0.q_proj": layer | {"output_error": 0.1}}}  # fmt: skip
+    for name, told in {"dense": None, "quantized": summary}.items():
+        write_analysis(new_folder(folder / name), "x", ModelAnalysis(tuple(weights)), told, setting)
+
+
 def rules(folder: Path) -> None:
     for number, text in enumerate(["down_proj=4", r"layers\.(0|1)\..*=skip", "^lm_head$=8", "[qk]_proj=2", "a=b=3"]):
         (new_folder(folder / str(number)) / "rule.txt").write_text(text)
