@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.files.entries import shown
 from spqr_jax.layout import round_up
 from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, positions
@@ -339,7 +341,11 @@ def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) 
 
 
 def _checked_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, max_new_tokens: int) -> list[int]:
-    lengths = [len(prompt) for prompt in prompts]
+    try:
+        rows = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError:  # a text, a number for a list, fractions
+        raise DataError(f"prompts must be lists of token ids, whole numbers, got {shown(prompts)}") from None
+    lengths = [len(row) for row in rows]
     if not lengths or min(lengths) == 0:
         raise DataError(f"expected at least one prompt and one token in each, got lengths {lengths}")
     if max_new_tokens < 1:
@@ -348,7 +354,7 @@ def _checked_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, ma
         raise DataError(
             f"a prompt of {max(lengths)} tokens leaves no room in the model's context of {config.max_positions}"
         )
-    ids = [token for prompt in prompts for token in prompt]
+    ids = [token for row in rows for token in row]
     if min(ids) < 0 or max(ids) >= config.vocab_size:
         raise DataError(
             f"prompt token ids reach from {min(ids)} to {max(ids)}, but the vocabulary has {config.vocab_size}: "

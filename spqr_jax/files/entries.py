@@ -224,14 +224,34 @@ def plain(name: str) -> str:
 
 def shown(value: Any) -> str:
     """A value for a message, shortened."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    if isinstance(value, np.ndarray) and value.ndim != 1:
+        return f"an array of {value.dtype} {value.shape}"
     if isinstance(value, dict) and len(value) > 5:
         return f"an object of {len(value)} entries"
+    several = isinstance(value, (list, np.ndarray))
+    first = value[:5] if several else value
+    if isinstance(first, np.ndarray):
+        first = first.tolist()
+    if _is_large(first):
+        return "something of too many values to be shown"
     try:
-        text = " ".join(repr(value[:5] if isinstance(value, list) else value).split())
+        text = " ".join(repr(first).split())
     except (RecursionError, ValueError):  # ValueError: a whole number too long to write
         return "something nested too deeply, or too long, to be shown"
-    if isinstance(value, list) and len(value) > 5:
+    if several and len(value) > 5:
         text = f"{text[:-1]}, ...] ({len(value)} values)"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a thousand values and more would be written, those that stand in several places each time."""
+    waiting = [value]
+    for _ in range(1000):
+        if not waiting:
+            return False
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting.extend(part.values())
+        elif isinstance(part, (list, tuple)):
+            waiting.extend(part)
+    return True

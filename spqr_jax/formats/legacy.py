@@ -240,6 +240,8 @@ class LegacySource:
         return self._quantized(path, row, shape)
 
     def _quantized(self, path: str, row: Row, shape: tuple[int, ...]) -> SpQRArray:
+        if not path.startswith("layers."):
+            raise ModelError(f"{self._folder / _REST} lacks {row.tensor}: is it the folder of another model?")
         layer = path.split(".")[1]
         module = row.tensor.removesuffix(".weight").partition(f".{layer}.")[2]
         file = self._folder / layer / module

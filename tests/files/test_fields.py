@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from support.problems import TINY
 
 from spqr_jax import DecoderConfig, ModelError, SpQRConfig, SpQRError
 from spqr_jax.config import LayerRule
+from spqr_jax.files.entries import shown
 
 CONFIGS = [
     SpQRConfig(),
@@ -101,3 +103,21 @@ def test_a_bad_quantization_config_is_refused(changes, says):
         SpQRConfig.from_json(SpQRConfig().to_json() | changes, "some/file")
     assert "some/file" in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_values_are_shown_shortened():
+    shared = ()
+    for _ in range(60):
+        shared = (shared, shared)  # 2^60 empty tuples, if they were written
+    for value, says in [
+        ([1, 2, 3, 4, 5, 6], "[1, 2, 3, 4, 5, ...] (6 values)"),
+        (np.arange(7), "[0, 1, 2, 3, 4, ...] (7 values)"),
+        (np.zeros((3, 4), np.float32), "an array of float32 (3, 4)"),
+        ("x" * 100, "'" + "x" * 56 + "..."),
+        (shared, "something of too many values to be shown"),
+        ([[0] * 10**6], "something of too many values to be shown"),
+        (10**5000, "something nested too deeply, or too long, to be shown"),
+        (dict.fromkeys("abcdef"), "an object of 6 entries"),
+        ({"a": [1, None]}, "{'a': [1, None]}"),
+    ]:
+        assert shown(value) == says

@@ -162,6 +162,9 @@ def test_what_is_missing_is_named(folder):
     source = LegacySource(folder / "saved", folder / "base", jnp.float32)
     with pytest.raises(ModelError, match=r"mlp\.up_proj does not exist"):
         source.block(1)
+    torch.save({"other": torch.zeros(1)}, folder / "saved" / "not_quantized_weights.pt")
+    with pytest.raises(ModelError, match=r"not_quantized_weights\.pt lacks model\.embed_tokens\.weight"):
+        LegacySource(folder / "saved", folder / "base", jnp.float32).outer()
     (folder / "saved" / "args.pt").unlink()
     with pytest.raises(ModelError, match="no folder of the original"):
         LegacySource(folder / "saved", folder / "base", jnp.float32)

@@ -95,6 +95,11 @@ def text_fields(text: str | bytes) -> Group:
     return [Field("length", packed_integer(len(data), 8)), Field("text", data)]
 
 
+def place_field(offset: int) -> Field:
+    """Where a tensor begins, behind the header."""
+    return Field("place", packed_integer(offset, 8))
+
+
 def value_fields(kind: int, value: Any) -> Group:
     """A value of a type: `_FORMATS`, a text, or an array as (inner type, values)."""
     if kind == _STRING:

@@ -54,7 +54,9 @@ def _nameless(folder: Path) -> None:
 
 
 def _endless(folder: Path) -> None:
-    raise ModelError(f"{folder} is wrong: " + "very " * 1000)
+    error = ModelError()
+    error.args = (f"{folder} is wrong: " + "very " * 1000,)  # our errors shorten what they are given
+    raise error
 
 
 READS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import random
@@ -113,10 +114,10 @@ def change_words(files: Files, rng: random.Random, other: Files) -> Changes:
 
 
 def read_config(folder: Path) -> Any:
+    from spqr_jax.files import read_object
     from spqr_jax.models.families import family_of_hf
-    from spqr_jax.models.hf import read_json
 
-    values = read_json(folder / "config.json")
+    values = read_object(folder / "config.json")
     return family_of_hf(values).from_hf(values)
 
 
@@ -124,15 +125,23 @@ def read_model(folder: Path) -> Any:
     """As the command line opens a model: weights of all parts, no tokenizer."""
     from spqr_jax.resolve import open_model
 
-    path = folder / "model.gguf" if (folder / "model.gguf").exists() else folder
+    path = min(folder.glob("*.gguf"), default=folder)
     source = open_model(str(path), "float32").source
     return source.outer(), [source.block(index) for index in range(source.config.num_layers)]
 
 
 def read_safetensors(folder: Path) -> Any:
-    from spqr_jax.models.hf import SafetensorsReader
+    from spqr_jax.files.safetensors_file import SafetensorsReader
 
     reader = SafetensorsReader(folder)
+    return [reader.read(name, np.float32) for name in reader.shapes()]
+
+
+def read_quantized(folder: Path) -> Any:
+    from spqr_jax.files import read_object
+    from spqr_jax.models.quantized import open_tensors
+
+    reader = open_tensors(folder, read_object(folder / "config.json"))
     return [reader.read(name, np.float32) for name in reader.shapes()]
 
 
@@ -150,24 +159,26 @@ def read_gguf_tokenizer(folder: Path) -> Any:
     from spqr_jax.models.gguf import GGUFFile
     from spqr_jax.models.tokenizer import encode_stream, gguf_tokenizer
 
-    tokenizer = gguf_tokenizer(GGUFFile(folder / "model.gguf"))
+    tokenizer = gguf_tokenizer(GGUFFile(min(folder.glob("*.gguf"), default=folder / "model.gguf")))
     return tokenizer.decode(encode_stream(tokenizer, "the text <s>"))
 
 
-_read_tokenizers: dict[str, Any] = {}
+@functools.cache
+def _tokenizer_in(folder: Path) -> Any:
+    from spqr_jax.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder)
 
 
 def read_chat(folder: Path) -> Any:
     """The template alone is new: tokenizers are slow to read."""
     from spqr_jax.cli.stream import encode_chat
-    from spqr_jax.models.tokenizer import load_tokenizer
 
-    if "tokenizer" not in _read_tokenizers:
-        _read_tokenizers["tokenizer"] = load_tokenizer(folder)
-    tokenizer = _read_tokenizers["tokenizer"]
-    tokenizer.chat_template = (folder / "chat_template.jinja").read_bytes().decode("utf-8", "replace")
+    tokenizer = _tokenizer_in(folder)
+    path = folder / "chat_template.jinja"
+    template = path.read_bytes().decode("utf-8", "replace") if path.exists() else None
     roles = ["user", "assistant", "user"]
-    return encode_chat(tokenizer, [{"role": role, "content": "Some words, {{ x }}."} for role in roles])
+    return encode_chat(tokenizer, [{"role": role, "content": "Some words, {{ x }}."} for role in roles], template)
 
 
 def read_words(folder: Path) -> Any:
@@ -198,7 +209,11 @@ def read_data(folder: Path) -> Any:
     from spqr_jax.data import load_tokens
 
     path = next(iter(sorted(folder.glob("data.*"))), folder / "data.npy")
-    return load_tokens(str(path), "calibration", lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+
+    def encode(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    return load_tokens(str(path), "calibration", encode, lambda messages: str([each["content"] for each in messages]))
 
 
 def read_result_file(folder: Path) -> Any:
@@ -266,12 +281,15 @@ _DATA = {".npy": mutate_bytes, ".json": mutate_json, ".txt": mutate_bytes, ".jso
 _REQUEST = {".json": mutate_json}
 
 READERS: Sequence[Reader] = (
-    Reader("config", "hf_configs", 260, change_one(_JSON), read_config),
+    Reader("config", "hf_configs", 240, change_one(_JSON), read_config),
     Reader("directory", "hf_directories", 30, change_one(_DIRECTORY), read_model),
     Reader("safetensors", "safetensors_files", 90, change_one(_DIRECTORY), read_safetensors),
+    Reader("quantized", "quantized_directories", 40, change_one(_DIRECTORY), read_quantized),
     Reader("tokenizer", "tokenizers", 5, change_one(_TOKENIZER), read_tokenizer),
-    Reader("chat", "chat_templates", 15, change_one({".jinja": mutate_bytes}), read_chat),
-    Reader("gguf", "gguf_files", 170, change_one(_GGUF), read_model),
+    Reader(
+        "chat", "chat_templates", 15, change_one({".jinja": mutate_bytes}), read_chat, names_file=False, seconds=12.0
+    ),
+    Reader("gguf", "gguf_files", 150, change_one(_GGUF), read_model),
     Reader("gguf-tokenizer", "gguf_files", 18, change_one(_GGUF), read_gguf_tokenizer),
     Reader("checkpoint", "checkpoints", 2, change_checkpoint, read_model),
     Reader("spqr-words", "spqr_words", 70, change_words, read_words, names_file=False),
