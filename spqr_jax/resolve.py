@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.files.companions import origin_files
 from spqr_jax.files.first_bytes import first_bytes
 from spqr_jax.formats.hf_spqr_source import HFSpQRSource, is_hf_spqr
 from spqr_jax.formats.legacy import is_legacy
@@ -22,7 +23,7 @@ from spqr_jax.models.families import first_token
 from spqr_jax.models.gguf import GGUFFile, is_gguf, open_gguf
 from spqr_jax.models.hf import open_hf
 from spqr_jax.models.packaged import PACKAGED, packaged_model
-from spqr_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
+from spqr_jax.models.tokenizer import gguf_tokenizer, gguf_tokenizer_files, load_tokenizer, tokenizer_files
 from spqr_jax.output import unfinished_note
 
 MODEL_HELP = (
@@ -47,6 +48,7 @@ class OpenedModel:
       source: reads its parts.
       tokenizer: reads its tokenizer.
       quantized: whether its weights are `SpQRArray`s already.
+      tokenizer_files, configurations: read the files that a checkpoint keeps, by their path in it.
       quantized_by: what others quantized its weights by, which are dense again; None for a dense model.
       note: what the user should know of its files.
     """
@@ -55,6 +57,8 @@ class OpenedModel:
     source: BlockSource
     tokenizer: Callable[[], Any]
     quantized: bool = False
+    tokenizer_files: Callable[[], dict[str, bytes]] = dict
+    configurations: Callable[[], dict[str, bytes]] = dict
     quantized_by: str | None = None
     note: str | None = None
 
@@ -110,7 +114,12 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
 
 def _open_gguf(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
     file = GGUFFile(path)
-    return OpenedModel(spec, open_gguf(file, dtype), lambda: gguf_tokenizer(file, say))
+    return OpenedModel(
+        spec,
+        open_gguf(file, dtype),
+        lambda: gguf_tokenizer(file, say),
+        tokenizer_files=lambda: gguf_tokenizer_files(file),
+    )
 
 
 def _gguf_models(directory: Path) -> list[Path]:
@@ -128,7 +137,13 @@ def _open_hf_directory(spec: str, path: Path, dtype: Any, say: Callable[[str], N
     if source.note is not None:
         say(f"{spec}: {source.note}")
     return OpenedModel(
-        spec, source, lambda: load_tokenizer(path, say), quantized_by=source.quantized_by, note=source.note
+        spec,
+        source,
+        lambda: load_tokenizer(path, say),
+        tokenizer_files=lambda: tokenizer_files(path),
+        configurations=lambda: origin_files(path),
+        quantized_by=source.quantized_by,
+        note=source.note,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from spqr_jax.blocks import TreeSource
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, META_FIELDS, fingerprint, leaves_of, orbax_context
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError
+from spqr_jax.files.companions import write_files
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import OUTER_NAMES
@@ -34,6 +35,7 @@ class CheckpointSink(AtomicDirectory):
       quantization: how it was quantized, or None for a dense model.
       tokenizer: a transformers tokenizer to keep beside the weights, or None.
       provenance: anything JSON that tells where the model comes from.
+      files: path in the directory -> content of files to keep beside the weights; see `spqr_jax.files.companions`.
       overwrite: replace an existing directory (once the new one is whole).
 
     Raises:
@@ -48,13 +50,14 @@ class CheckpointSink(AtomicDirectory):
         *,
         tokenizer: Any = None,
         provenance: dict[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
         overwrite: bool = False,
     ) -> None:
         if provenance is not None and not isinstance(provenance, dict):
             raise CheckpointError(f"provenance must be a dictionary, got {type(provenance).__name__}")
         super().__init__(path, overwrite)
         self._config, self._quantization = config, quantization
-        self._tokenizer, self._provenance = tokenizer, provenance or {}
+        self._tokenizer, self._provenance, self._files = tokenizer, provenance or {}, files or {}
         self._layer_stats: dict[str, dict[str, float]] = {}
         self._blocks: set[int] = set()
         self._has_outer = False
@@ -82,12 +85,13 @@ class CheckpointSink(AtomicDirectory):
         self._has_outer = True
 
     def finish(self) -> None:
-        """Keeps the tokenizer, once every part was put."""
+        """Keeps the tokenizer and other files, once every part was put."""
         missing = sorted(set(range(self._config.num_layers)) - self._blocks)
         if missing or not self._has_outer:
             raise CheckpointError(f"the checkpoint is incomplete: blocks {missing} or the outer weights were never put")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(self.partial)
+        write_files(self.partial, self._files)
 
     def _write(self, part: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:
         tree, specs = _describe(weights)

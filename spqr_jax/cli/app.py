@@ -193,8 +193,8 @@ def quantize(
         claim,
         opened.source.config,
         config,
-        tokenizer=_tokenizer_or_none(opened),
         provenance=provenance,
+        files=_files_to_keep(opened),
     ) as sink:
         with progress_bar("quantizing", len(paths)) as advance:
             view = QuantizeProgress(advance)
@@ -243,12 +243,14 @@ def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, wind
     sink.put_outer(params.outer)
 
 
-def _tokenizer_or_none(opened: OpenedModel) -> Any:
+def _files_to_keep(opened: OpenedModel) -> dict[str, bytes]:
+    """The model's configurations and its tokenizer's files, as they are."""
     try:
-        return opened.tokenizer()
+        opened.tokenizer()
+        return opened.configurations() | opened.tokenizer_files()
     except ModelError as error:
         say(f"no tokenizer is kept: {error}")
-        return None
+        return opened.configurations()
 
 
 @app.command()

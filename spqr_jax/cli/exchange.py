@@ -14,12 +14,13 @@ from spqr_jax.cli.display import progress_bar, say, size, tell
 from spqr_jax.cli.options import Dtype
 from spqr_jax.errors import DataError, ModelError, SpQRError
 from spqr_jax.estimate import exported_bytes, quantized_bytes
+from spqr_jax.files.companions import origin_config, origin_files, origin_generation_config
 from spqr_jax.formats.card import model_card
 from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.formats.export import export_dense, export_hf_spqr
 from spqr_jax.formats.legacy import LegacySource, Outliers
 from spqr_jax.inspection import summarize
-from spqr_jax.models.tokenizer import load_tokenizer
+from spqr_jax.models.tokenizer import load_tokenizer, tokenizer_files
 from spqr_jax.output import Claim
 from spqr_jax.report import read_result
 from spqr_jax.resolve import DTYPES, default_dtype
@@ -63,15 +64,12 @@ def export(
     claim.need(exported_bytes(source, form, jnp.dtype(dtype).itemsize))
     with HFDirectory(claim) as target:
         with progress_bar("exporting", source.config.num_layers + 1) as advance:
+            origin = origin_config(directory)
             if form == "dense":
-                export_dense(source, target, jnp.dtype(dtype), advance)
+                export_dense(source, target, jnp.dtype(dtype), advance, origin)
             else:
-                export_hf_spqr(source, target, advance)
-        target.write_json("generation_config.json", _generation_config(source))
-        try:
-            target.save_tokenizer(load_tokenizer(directory))
-        except ModelError as error:
-            say(f"no tokenizer is exported: {error}")
+                export_hf_spqr(source, target, advance, origin)
+        _write_companions(target, source, directory)
         card = model_card(push or out.name, form, summarize(source), results, source.config.family)
         target.write_text("README.md", card)
     files = sorted(path for path in target.path.iterdir() if path.is_file())
@@ -104,14 +102,15 @@ def import_original(
     claim = context.with_resource(Claim(out, overwrite))
     source = LegacySource(folder, base, jnp.dtype(dtype or default_dtype()), cast(Outliers, outliers))
     claim.need(quantized_bytes(source, source.settings(), jnp.dtype(dtype or default_dtype()).itemsize))
-    tokenizer = None
+    files = origin_files(base)
     try:
-        tokenizer = load_tokenizer(base)
+        load_tokenizer(base)
+        files |= tokenizer_files(base)
     except ModelError as error:
         say(f"no tokenizer is kept: {error}")
     provenance = {"model": str(base), "method": "original", "calibration": None, "folder": str(folder)}
     with (
-        CheckpointSink(claim, source.config, source.settings(), tokenizer=tokenizer, provenance=provenance) as sink,
+        CheckpointSink(claim, source.config, source.settings(), provenance=provenance, files=files) as sink,
         progress_bar("importing", source.config.num_layers) as advance,
     ):
         for index in range(source.config.num_layers):
@@ -124,6 +123,19 @@ def import_original(
         f": {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
         f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in all",
     )
+
+
+def _write_companions(target: HFDirectory, source: CheckpointSource, directory: Path) -> None:
+    """generation_config.json and the tokenizer's files, as the model came with them."""
+    if (generation := origin_generation_config(directory)) is not None:
+        target.write_files({"generation_config.json": generation})
+    else:
+        target.write_json("generation_config.json", _generation_config(source))
+    try:
+        load_tokenizer(directory)
+        target.write_files(tokenizer_files(directory))
+    except ModelError as error:
+        say(f"no tokenizer is exported: {error}")
 
 
 def _generation_config(source: CheckpointSource) -> dict[str, Any]:

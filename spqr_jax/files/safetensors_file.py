@@ -20,6 +20,7 @@ import ml_dtypes  # of jax
 import numpy as np
 
 from spqr_jax.errors import ModelError
+from spqr_jax.files.entries import Entries
 from spqr_jax.files.json_file import parse_json, read_object
 
 WEIGHTS = "model.safetensors"
@@ -239,10 +240,12 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
     except safetensors.SafetensorError as error:
         raise ModelError(f"{path} cannot be read as safetensors: {error}: fetch the file again") from None
     header.pop("__metadata__", None)
-    tensors = {
-        name: _Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    entries, tensors = Entries(header, str(path)), {}
+    for name in header:
+        entry = entries.nested(name)
+        begin = entry.integers("data_offsets", most=1 << 62)[0]
+        shape = tuple(entry.integers("shape", most=1 << 62))
+        tensors[name] = _Tensor(path, entry.text("dtype"), shape, 8 + length + begin)
     for name, tensor in tensors.items():
         if tensor.kind not in KINDS:
             raise ModelError(f"{path}: tensor {name} has the type {tensor.kind}, expected one of {', '.join(KINDS)}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spqr_jax.atomic import AtomicDirectory
+from spqr_jax.files.companions import write_files
 from spqr_jax.output import Claim
 
 _SHARD_BYTES = 4 << 30
@@ -51,10 +53,10 @@ class HFDirectory(AtomicDirectory):
         with self._claim.writing():
             (self.partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    def save_tokenizer(self, tokenizer: Any) -> None:
-        """A transformers tokenizer beside the weights."""
+    def write_files(self, files: Mapping[str, bytes]) -> None:
+        """Files beside the weights, by their path in the directory."""
         with self._claim.writing():
-            tokenizer.save_pretrained(self.partial)
+            write_files(self.partial, files)
 
     def _write_shard(self) -> None:
         from safetensors.numpy import save_file

@@ -9,6 +9,7 @@ misshapen is reported at once, before any weight is read.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,12 @@ def _all_finite(value: np.ndarray) -> bool:
     return all(np.isfinite(rows[first : first + step]).all() for first in range(0, len(rows), step))
 
 
+def _in_words(row: Row, parts: tuple[tuple[int, ...], ...]) -> str:
+    if row.packing is AS_IT_IS:
+        return f"{parts[0]} for {row.paths[0]}"
+    return "what holds " + ", ".join(f"{path} {shape}" for path, shape in zip(row.paths[:4], parts, strict=False))
+
+
 @lru_cache(maxsize=512)
 def _joined_shape(packing: Packing, shapes: tuple[tuple[int, ...], ...], config: DecoderConfig) -> tuple[int, ...]:
     """Shape of the tensor that holds weights of these shapes."""
@@ -260,8 +267,10 @@ def _match(reader: TensorReader, table: Table, config: DecoderConfig) -> dict[st
             problems.append(f"unexpected tensor {tensor} {shape}")
             continue
         row = rows[bare]
-        wanted = _joined_shape(row.packing, tuple(expected[path] for path in row.paths), config)
-        if wanted != shape:
+        parts = tuple(expected[path] for path in row.paths)
+        if sum(map(math.prod, parts)) != math.prod(shape):  # not joined: they may be too large for any memory
+            problems.append(f"tensor {tensor} has shape {shape}, expected {_in_words(row, parts)}")
+        elif (wanted := _joined_shape(row.packing, parts, config)) != shape:
             problems.append(f"tensor {tensor} has shape {shape}, expected {wanted} for {', '.join(row.paths)}")
         for path in row.paths:
             if path in found:
