@@ -169,7 +169,9 @@ void make(Sample& s) {
   }
 }
 
-// Spoils what a checkpoint could have spoilt.
+// Spoils what a checkpoint could have spoilt: any number may come to stand anywhere. Whatever Python lets pass
+// (SpQRArray.validate), cpu_kernels.pack asks problem() of every matrix before a kernel may read it, and here no
+// kernel leaves its buffers with any matrix that passes.
 void damage(Sample& s) {
   for (int64_t times = pick(1, 3); times > 0; times--) {
     const auto number = static_cast<int32_t>(pick(0, 1) == 1 ? pick(-5, 40) : pick(INT32_MIN, INT32_MAX));
