@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ def main() -> int:
     readers = [BY_NAME[name] for name in options.reader] if options.reader else [r for r in READERS if r.share]
     if options.only is not None:
         return _only(readers[0], options.seed, options.only)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing behind, and reports
     begun = time.perf_counter()
     with scratch_folder() as folder:
         make_seeds(readers, folder / "seeds")

@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import resource
 import shutil
+import signal
 import tempfile
 import time
 import traceback
@@ -26,6 +27,7 @@ HANG_SECONDS = 20.0
 """On the wall, after which a process that reads one input is ended: it hangs where no signal reaches it."""
 _START_SECONDS = 300.0  # to import what a reader needs and to read its sound files
 _MOST_LOST = 20  # processes that one reader may cost before it is given up
+_SAID_EVERY = 60.0  # seconds: how far the run is
 _ROUNDS = 400  # parts of a run, each with a share of every reader's inputs
 _STARTING = -1
 
@@ -105,6 +107,7 @@ def _serve(channel: Any, journal: Any, folder: Path, scratch: Path, seed: int) -
     os.dup2(log, 1)
     os.dup2(log, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     warnings.simplefilter("ignore")
     benches: dict[str, Bench] = {}
     while (message := channel.recv()) is not None:
@@ -185,19 +188,26 @@ class Pool:
         self.outcome = Outcome()
 
     def run(self, tasks: Iterable[Task], processes: int, seconds: float = float("inf")) -> Outcome:
-        """Runs them all, or until the processes have read for so many seconds each."""
+        """Runs them all, or until the processes have read for so many seconds each, or Ctrl-C."""
         waiting, self._seconds = deque(tasks), processes * seconds
         workers = [self._start() for _ in range(processes)]
         try:
             for worker in workers:
                 self._feed(worker, waiting)
+            said = time.monotonic()
             while busy := [worker for worker in workers if worker.task is not None]:
+                if time.monotonic() > said + _SAID_EVERY:
+                    said = time.monotonic()
+                    count = sum(self.outcome.inputs.values())
+                    print(f"fuzz: {count} inputs, {len(self.outcome.faults)} faults", flush=True)
                 ready = multiprocessing.connection.wait([worker.channel for worker in busy], timeout=0.5)
                 for worker in busy:
                     if worker.channel in ready:
                         self._hear(worker, workers, waiting)
                     elif worker.hangs():
                         self._replace(worker, workers, waiting, "hang")
+        except KeyboardInterrupt:
+            print("fuzz: interrupted", flush=True)
         finally:
             for worker in workers:
                 worker.end()
