@@ -174,6 +174,8 @@ def quantize(
     if config.needs_calibration or tuning is not None:
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
         batches = batched(windows)
+    elif calib:
+        say(f"--method {method} reads no text: --calib is not used")
     begun = time.perf_counter()
     plan = None
     if config.target_bits is not None:

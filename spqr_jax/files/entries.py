@@ -162,17 +162,17 @@ class Entries:
 
     # ---- errors ---------------------------------------------------------------------------------
 
-    def refuse(self, name: str, expected: str, found: Any = None) -> None:
+    def refuse(self, name: str, expected: str, value: Any = None) -> None:
         """Raises the error of an entry that is there and is not what it should be.
 
         Args:
           name: of the entry.
           expected: what it should be.
-          found: what in it is wrong; None for all of it.
+          value: what in it is wrong; None for all of it.
         """
-        found = self.raw(name) if found is None else found
+        value = self.raw(name) if value is None else value
         raise self._error(
-            f"{self.label}: {self._prefix}{plain(name)} is {shown(found)}, expected {expected}: "
+            f"{self.label}: {self._prefix}{plain(name)} is {shown(value)}, expected {expected}: "
             "correct the entry, or fetch the file again"
         )
 

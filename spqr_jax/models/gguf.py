@@ -118,8 +118,8 @@ def is_gguf(path: Path) -> bool:
 
 def _read_part(path: Path) -> tuple[Entries, dict[str, _Tensor]]:
     try:
-        entries, found = read_header(path)
-        tensors = {name: _Tensor(entry, *tensor_bytes(entry)) for name, entry in found.items()}
+        entries, places = read_header(path)
+        tensors = {name: _Tensor(entry, *tensor_bytes(entry)) for name, entry in places.items()}
         end = max((tensor.entry.offset + tensor.size for tensor in tensors.values()), default=0)
         if end > path.stat().st_size:
             raise BadHeader(f"it has {path.stat().st_size} bytes, and tensors up to byte {end}: truncated?")

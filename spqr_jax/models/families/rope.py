@@ -58,18 +58,18 @@ def rope(values: Entries, head_dim: int, default_theta: float = 10000.0) -> dict
     theta = entries.maybe_number("rope_theta", least=1e-6) or values.number("rope_theta", default_theta, least=1e-6)
     partial = entries.maybe_number("partial_rotary_factor") or values.number("partial_rotary_factor", 1.0)
     rotated = _rotated(int(head_dim * partial), head_dim, values.label)
-    found: dict[str, Any] = {"rope_theta": theta, "rope_dim": None if rotated == head_dim else rotated}
+    settings: dict[str, Any] = {"rope_theta": theta, "rope_dim": None if rotated == head_dim else rotated}
     if kind == "linear":
-        found["rope_factors"] = (entries.number("factor", least=1e-6),) * (rotated // 2)
+        settings["rope_factors"] = (entries.number("factor", least=1e-6),) * (rotated // 2)
     elif kind == "dynamic":  # changes nothing up to the model's context, where we end
         entries.number("factor", least=1.0)
     elif kind == "llama3":
-        found["rope_factors"] = _llama3_factors(entries, _original(values, entries), theta, rotated)
+        settings["rope_factors"] = _llama3_factors(entries, _original(values, entries), theta, rotated)
     elif kind == "yarn":
-        found |= _yarn(values, entries, theta, rotated)
+        settings |= _yarn(values, entries, theta, rotated)
     elif kind == "longrope":
-        found |= _long_rope(values, entries, rotated)
-    return found
+        settings |= _long_rope(values, entries, rotated)
+    return settings
 
 
 def _rotated(rotated: int, head_dim: int, label: str) -> int:
@@ -252,7 +252,7 @@ def gguf_rope(header: Any, arch: str, head_dim: int) -> dict[str, Any]:
     context = keys.maybe_integer(f"{arch}.context_length", least=1) or 2048
     original = keys.maybe_integer(prefix + "scaling.original_context_length", least=1) or context
     scale = keys.number(prefix + "scaling.attn_factor", 1.0)
-    found: dict[str, Any] = {"rope_theta": theta, "rope_dim": None if rotated == head_dim else rotated}
+    settings: dict[str, Any] = {"rope_theta": theta, "rope_dim": None if rotated == head_dim else rotated}
     factors = [1.0] * (rotated // 2)
     if kind == "yarn":
         fast = keys.number(prefix + "scaling.yarn_beta_fast", _YARN_FAST, least=1e-6)
@@ -272,7 +272,7 @@ def gguf_rope(header: Any, arch: str, head_dim: int) -> dict[str, Any]:
                 )
             factors = [a * b for a, b in zip(factors, tensor, strict=True)]
     if "rope_factors_short.weight" in header.shapes():
-        found["max_positions"] = min(original, context)
+        settings["max_positions"] = min(original, context)
     if any(value != 1.0 for value in factors):
-        found["rope_factors"] = tuple(factors)
-    return found if scale == 1.0 else found | {"rope_scale": scale}
+        settings["rope_factors"] = tuple(factors)
+    return settings if scale == 1.0 else settings | {"rope_scale": scale}
