@@ -150,7 +150,7 @@ def _message_problem(reader: Reader, folder: Path, message: str) -> str | None:
         return "message that cannot be printed"
     if len(message) > LONGEST_MESSAGE:
         return "message too long"
-    names = [str(folder), *(path.name for path in folder.rglob("*"))]
+    names = [str(folder), *(path.name for path in folder.iterdir() if "." in path.name)]
     if reader.names_file and not any(name in message for name in names):
         return "message without a file"
     return None
