@@ -13,6 +13,7 @@ import spqr_jax
 from spqr_jax import (
     DataError,
     LayerRule,
+    NotFiniteError,
     SpQRArray,
     SpQRConfig,
     SpQRError,
@@ -223,7 +224,7 @@ def test_nan_in_the_model_is_found_in_calibration(tiny_model, tiny_batches):
     bad = dataclasses.replace(
         tiny_model, outer=dataclasses.replace(tiny_model.outer, embed_tokens=jnp.full((256, 64), jnp.nan))
     )
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(NotFiniteError, match=r"inputs of layers\.0\.q_proj.*not finite"):
         quantize(bad, tiny_batches, SpQRConfig())
 
 
