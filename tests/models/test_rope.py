@@ -14,7 +14,7 @@ from support.model_files import write_hf
 
 from spqr_jax import ModelError
 from spqr_jax.models.families import FAMILIES
-from spqr_jax.models.families.rope import rope_entries
+from spqr_jax.models.families.rope import llama3_factors, rope_entries
 from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.models.hf import hf_config, open_hf
 
@@ -122,6 +122,17 @@ def test_entries_are_written_in_the_form_that_they_had(tiny_config, name):
     written = hf_config(config)["rope_parameters"]
     assert {key: written[key] for key in SCALINGS[name]} == SCALINGS[name]
     assert FAMILIES["llama"].from_hf(hf_config(config)) == config
+
+
+@pytest.mark.parametrize("original", [32, 64, 8192])
+@pytest.mark.parametrize(("head_dim", "theta"), [(16, 1e4), (64, 5e5), (128, 5e5)])
+def test_llama3_is_told_from_its_factors(original, head_dim, theta):
+    """As GGUF files hold them, in float32."""
+    factors = llama3_factors(32.0, 1.0, 4.0, original, theta, head_dim)
+    entries = rope_entries(theta, tuple(np.float32(factors).tolist()), 1.0, 2 * original)
+    assert entries["rope_type"] == "llama3"
+    again = FAMILIES["llama"].from_hf({"rope_parameters": entries, "head_dim": head_dim})
+    np.testing.assert_allclose(again.rope_factors, factors, rtol=1e-5)
 
 
 def test_other_factors_are_written_as_longrope():

@@ -195,19 +195,35 @@ _LLAMA3_CONTEXT, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0  # of every Llama 3.
 
 
 def _as_llama3(theta: float, factors: tuple[float, ...]) -> dict[str, Any] | None:
-    """The entries from which Llama 3.1's formula gives these factors, if it does."""
-    largest = round(max(factors), 3)
-    formula = llama3_factors(largest, _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT, theta, 2 * len(factors))
-    if not all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(formula, factors, strict=True)):
-        return None
-    return {
+    """The entries from which Llama 3.1's formula gives these factors, if it does.
+
+    Between its two ends the formula is a line in the turns of a frequency: two of the
+    frequencies there tell its slope and its place, and so the original context and
+    `high_freq_factor`, with `low_freq_factor` 1 as everywhere.
+    """
+    largest, low = round(max(factors), 3), _LLAMA3_LOW
+    per_position = [1 / (2 * math.pi * theta ** (i / len(factors))) for i in range(len(factors))]
+    blends = [(1 / factor - 1 / largest) / (1 - 1 / largest) if largest > 1 else 1.0 for factor in factors]
+    between = [(turns, blend) for turns, blend in zip(per_position, blends, strict=True) if 1e-4 < blend < 1 - 1e-4]
+    original, high = float(_LLAMA3_CONTEXT), _LLAMA3_HIGH
+    if len(between) == 1:
+        original = (between[0][1] * (high - low) + low) / between[0][0]
+    elif between:
+        slope = (between[0][1] - between[-1][1]) / (between[0][0] - between[-1][0])
+        place = slope * between[0][0] - between[0][1]  # low / (high - low)
+        if place <= 0 or slope <= 0:
+            return None
+        original, high = low * slope / place, round(low + low / place, 3)
+    entries = {
         "rope_type": "llama3",
         "rope_theta": theta,
         "factor": largest,
-        "low_freq_factor": _LLAMA3_LOW,
-        "high_freq_factor": _LLAMA3_HIGH,
-        "original_max_position_embeddings": _LLAMA3_CONTEXT,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": max(1, round(original)),
     }
+    formula = llama3_factors(largest, low, high, max(1, round(original)), theta, 2 * len(factors))
+    return entries if all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(formula, factors, strict=True)) else None
 
 
 def rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
