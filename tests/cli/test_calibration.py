@@ -109,7 +109,10 @@ BAD = {
     ),
     "a text that is not there": (["--calib", "ids.npy", "--calib", "nowhere.txt"], "no data 'nowhere.txt'"),
     "ids of another model": (["--calib", "other.npy", "--seqlen", 100], "the model's vocabulary has 256"),
-    "a seed below 0": (["--calib", "ids.npy", "--seqlen", 32, "--seed", -1], "'--seed': Input should be greater than or equal to 0"),
+    "a seed below 0": (
+        ["--calib", "ids.npy", "--seqlen", 32, "--seed", -1],
+        "'--seed': Input should be greater than or equal to 0",
+    ),
 }
 
 
