@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from spqr_jax.errors import DataError
 from support.fuzz import planted
 from support.fuzz.mutate_bytes import INTEGERS, mutate_bytes
 from support.fuzz.mutate_gguf import mutate_gguf
@@ -151,7 +153,8 @@ def read_tokenizer(folder: Path) -> Any:
 
     tokenizer = load_tokenizer(folder)
     ids = encode_stream(tokenizer, "A text, 12 words\nand naïve 日本 <end>")
-    encode_prompts(tokenizer, ["A prompt"], chat=False)
+    with contextlib.suppress(DataError):  # of a prompt that a damaged tokenizer makes no tokens of
+        encode_prompts(tokenizer, ["A prompt"], chat=False)
     return tokenizer.decode(ids)
 
 
