@@ -106,7 +106,7 @@ class Entries:
     def maybe_text(self, name: str) -> str | None:
         """A text, or None where there is none."""
         value = self.raw(name)
-        if value is not None and not isinstance(value, str):
+        if value is not None and not _is_text(value):
             self.refuse(name, "a text")
         return value
 
@@ -147,7 +147,7 @@ class Entries:
         """Texts; one alone counts as a list of one, an absent entry as an empty list."""
         values = self._list(name)
         for value in values:
-            if not isinstance(value, str):
+            if not _is_text(value):
                 self.refuse(name, "texts", value)
         return values
 
@@ -208,6 +208,17 @@ class Entries:
         if isinstance(value, np.ndarray):  # of a GGUF header
             return value.tolist()
         return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text of whole characters; JSON's escapes can stand for halves, which nothing can encode."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_number(value: Any) -> bool:

@@ -96,7 +96,10 @@ def test_yarn_lengthens_the_context_and_dynamic_scaling_does_not(tiny_config):
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor is 1.0, expected more than low_freq_factor"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "8 positive numbers"),
         ([1, 2], "rope_scaling is .* expected an object"),
-        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 7.0}, "dimensions of a head are rotated"),
+        (
+            {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 7.0},
+            "partial_rotary_factor is 7.0, expected a share",
+        ),
     ],
 )
 def test_what_is_there_and_not_understood_is_refused(tiny_config, scaling, says):

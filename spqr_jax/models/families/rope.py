@@ -57,6 +57,8 @@ def rope(values: Entries, head_dim: int, default_theta: float = 10000.0) -> dict
         )
     theta = entries.maybe_number("rope_theta", least=1e-6) or values.number("rope_theta", default_theta, least=1e-6)
     partial = entries.maybe_number("partial_rotary_factor") or values.number("partial_rotary_factor", 1.0)
+    if not 0 < partial <= 1:
+        entries.refuse("partial_rotary_factor", "a share above 0, at most 1", partial)
     rotated = _rotated(int(head_dim * partial), head_dim, values.label)
     settings: dict[str, Any] = {"rope_theta": theta, "rope_dim": None if rotated == head_dim else rotated}
     if kind == "linear":
