@@ -71,7 +71,9 @@ def tasks_of(readers: Iterable[Reader], count: int) -> Iterator[Task]:
     """Parts of a run of about `count` inputs, such that readers take turns."""
     readers = list(readers)
     shares = sum(reader.share for reader in readers)
-    totals = {reader.name: count * reader.share // shares if shares else count // len(readers) for reader in readers}
+    totals = {
+        reader.name: -(-count * reader.share // shares) if shares else count // len(readers) for reader in readers
+    }
     rounds = min(_ROUNDS, max(1, count // 100))
     for part in range(rounds):
         for name, total in totals.items():
