@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
 
 
 def load_model(spec: str, dtype: str | None = None) -> tuple[Decoder, Any]:
-    """Reads a model into memory.
+    """Reads a model into memory. What should be known of its files is a warning.
 
     Args:
       spec, dtype: as :func:`open_model`.
@@ -169,9 +170,15 @@ def load_model(spec: str, dtype: str | None = None) -> tuple[Decoder, Any]:
     Returns:
       Its parameters and its tokenizer (None where it has none).
     """
-    opened = open_model(spec, dtype)
+    notes: list[str] = []
+    opened = open_model(spec, dtype, notes.append)
+    notes.clear()  # told of downloads
+    if opened.note is not None:
+        notes.append(f"{spec}: {opened.note}")
     try:
         tokenizer = opened.tokenizer()
     except ModelError:
         tokenizer = None
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return collect(opened.source), tokenizer

@@ -20,6 +20,7 @@ from spqr_jax.blocks import collect
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.models.hf import hf_config, hf_tensors, open_hf
 from spqr_jax.models.quantized import dequantize
+from spqr_jax.resolve import load_model
 
 # ---- layouts -----------------------------------------------------------------------------------
 
@@ -299,3 +300,9 @@ def test_the_command_says_it_first_and_last(tmp_path, tiny_model):
     assert lines[-1].startswith(said)
     kept = CheckpointSource(tmp_path / "q").provenance["source_quantization"]
     assert kept == "gptq, 4 bits, groups of 16"
+
+
+def test_python_users_are_warned_that_a_model_was_quantized_already(tmp_path, tiny_model):
+    write_quantized(tmp_path / "m", tiny_model, packers.float8, FP8)
+    with pytest.warns(UserWarning, match=r"quantized already \(fp8"):
+        load_model(str(tmp_path / "m"), "float32")
