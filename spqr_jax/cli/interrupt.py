@@ -26,6 +26,11 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
+def received() -> bool:
+    """Whether a signal came, also one whose exception another library turned into an error of its own."""
+    return bool(_received)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     raise KeyboardInterrupt

@@ -39,13 +39,20 @@ def run(command: Callable[[], Any]) -> None:
             command()
         except SystemExit as end:
             if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
-                errors.print("stopped; nothing is left half-written", style="yellow")
-                _cancel_timers()
+                _say_stopped()
             raise
         except BrokenPipeError:
             _leave_pipe()
         except Exception as error:
+            if interrupt.received():
+                _say_stopped()
+                sys.exit(INTERRUPTED)
             sys.exit(_explain(error))
+
+
+def _say_stopped() -> None:
+    errors.print("stopped; nothing is left half-written", style="yellow")
+    _cancel_timers()
 
 
 def _explain(error: Exception) -> int:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from support import ROOT
 from support.command import QUICK, spqr
 from support.model_files import write_hf, write_model_and_ids
 
-from spqr_jax import DataError
+from spqr_jax import CheckpointError, DataError
 from spqr_jax.cli.app import app
 from spqr_jax.cli.main import run
 from spqr_jax.report import read_result
@@ -313,3 +314,22 @@ def test_numbers_of_quantize_too(folder):
     assert "--maps '[' is not a regular expression" in result.stderr
     assert not (folder / "x").exists()
     assert np.load(folder / "ids.npy").size
+
+
+def test_an_interrupt_that_a_library_turned_into_an_error_is_an_interrupt(capsys, monkeypatch):
+    """As asyncio inside of Orbax does: the file that was being read is not damaged."""
+
+    def command():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise CheckpointError("the arrays cannot be read")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as end:
+            run(command)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert end.value.code == 130
+    assert "stopped" in capsys.readouterr().err
