@@ -24,6 +24,7 @@ from support.command import QUICK, spqr
 from support.model_files import write_hf, write_model_and_ids
 
 from spqr_jax import CheckpointError, DataError
+from spqr_jax.cli import interrupt
 from spqr_jax.cli.app import app
 from spqr_jax.cli.main import run
 from spqr_jax.report import read_result
@@ -324,6 +325,7 @@ def test_an_interrupt_that_a_library_turned_into_an_error_is_an_interrupt(capsys
             signal.raise_signal(signal.SIGINT)
         raise CheckpointError("the arrays cannot be read")
 
+    monkeypatch.setattr(interrupt, "_received", [])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as end:
