@@ -128,6 +128,7 @@ NONSENSE = [
 
 
 def test_a_result_that_is_none_is_named(folder):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `plots`): spqr report cannot run")
     for text in NONSENSE:
         (folder / "bad.json").write_text(text)
         with pytest.raises(DataError, match=r"bad\.json"):
