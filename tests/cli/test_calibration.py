@@ -119,6 +119,8 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD.keys())
 @pytest.mark.parametrize("command", [QUANTIZE, ["analyze", "model", "--out", "x"]], ids=["quantize", "analyze"])
 def test_bad_texts_are_one_message(folder, command, arguments, says):
+    if command[0] == "analyze":
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `plots`): analyze cannot run")
     result = spqr(*command, *arguments, cwd=folder)
     assert result.returncode == 2
     assert says in " ".join(result.stderr.split())
