@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the tables of docs/kernels.md from tests/aot/budgets.json and gpu_model.py; --check only compares."""
+"""Makes the tables of docs/explanation/kernels.md from tests/aot/budgets.json and gpu_model.py; --check only compares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 from gpu_model import HEADER, ROOT, TITLES, bits_a_weight, rows_of_table
 
-DOCS = ROOT / "docs" / "kernels.md"
+DOCS = ROOT / "docs" / "explanation" / "kernels.md"
 NAMES = {**TITLES, "v6e": "TPU v6e"}
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Quantizes one model in several ways and measures each on several texts: the rows of docs/quality.md.
+"""Quantizes one model in several ways and measures each on several texts: the rows of docs/explanation/quality.md.
 
     scripts/quality.py demo --calib IDS.npy --nsamples 16 --seqlen 1024 \\
         --data "WikiText-2" wikitext2 2048 10 --data "PTB" ptb 2048 3 \\

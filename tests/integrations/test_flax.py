@@ -34,7 +34,7 @@ def correlation(a, b):
 
 
 def test_the_page_in_the_docs_runs():
-    page = (ROOT / "docs" / "flax.md").read_text()
+    page = (ROOT / "docs" / "tutorials" / "flax.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(examples) == 2
     for example in examples:

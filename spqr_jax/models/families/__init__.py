@@ -1,6 +1,6 @@
 """The model families that we run: a table of names and a mapping of the configuration for each.
 
-docs/adding-a-model.md says how to add one.
+docs/how-to/adding-a-model.md says how to add one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {
 }
 """By ``model_type``. Yi is a Llama by its files."""
 
-_HELP = "see docs/adding-a-model.md for how to add one"
+_HELP = "see docs/how-to/adding-a-model.md for how to add one"
 
 
 def family_of_hf(values: Entries | Mapping[str, Any]) -> Family:

@@ -1,4 +1,4 @@
-"""Damaged inputs for every reader, and what comes of them: docs/reliability.md says what is promised.
+"""Damaged inputs for every reader, and what comes of them: docs/explanation/reliability.md says what is promised.
 
 An input is a folder of small files of which one or several were changed. Number N of a reader, with a seed, is
 always the same input, whatever ran before it: ``scripts/fuzz --reader gguf --seed 7 --only 12345``.

@@ -36,7 +36,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "scripts/fuzz", description="Damaged inputs for every reader: docs/reliability.md."
+        "scripts/fuzz", description="Damaged inputs for every reader: docs/explanation/reliability.md."
     )
     parser.add_argument("--count", type=int, default=1_000_000, help="inputs in all (1000000)")
     parser.add_argument("--seconds", type=float, help="stop after each process has read for so long")
