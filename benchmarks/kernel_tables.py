@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Makes the tables of docs/explanation/kernels.md from tests/aot/budgets.json and gpu_model.py; --check only compares."""
+"""Makes the tables of docs/explanation/kernels.md from tests/aot/budgets.json and gpu_model.py.
+
+--check only compares.
+"""
 
 from __future__ import annotations
 

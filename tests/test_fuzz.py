@@ -1,4 +1,4 @@
-"""The fuzzer finds what it should find, and finds nothing in a few inputs for every reader (docs/explanation/reliability.md)."""
+"""The fuzzer finds planted faults, and no fault in a few inputs for every reader (docs/explanation/reliability.md)."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ def _words(entries: Entries, say: Callable[[str], None]) -> Words:
         return PRE_TOKENIZERS["default"]
     if name not in PRE_TOKENIZERS:
         raise ModelError(
-            f"{entries.label}: pre-tokenizer {name!r} is not supported ({PREFIX}pre; docs/how-to/formats.md lists those that "
-            "are); use the model's Hugging Face directory"
+            f"{entries.label}: pre-tokenizer {name!r} is not supported ({PREFIX}pre; docs/how-to/formats.md lists "
+            "those that are); use the model's Hugging Face directory"
         )
     return PRE_TOKENIZERS[name]
 
