@@ -77,8 +77,8 @@ def _drawn(
     if tokens.ndim == 2:
         if len(tokens) < count or tokens.shape[1] < length:
             raise DataError(
-                f"{source} has {tokens.shape[0]} windows of {tokens.shape[1]} tokens, but {count} of {length} tokens "
-                "are needed"
+                f"{source} has {tokens.shape[0]} windows of {tokens.shape[1]} tokens, but {count} windows of "
+                f"{length} tokens are needed"
             )
         return tokens[:count, :length]
     taken = length - (first_token is not None)

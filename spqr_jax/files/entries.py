@@ -236,7 +236,7 @@ def plain(name: str) -> str:
 def shown(value: Any) -> str:
     """A value for a message, shortened."""
     if isinstance(value, np.ndarray) and value.ndim != 1:
-        return f"a {value.dtype} array of shape {value.shape}"
+        return f"an array of type {value.dtype} and shape {value.shape}"
     if isinstance(value, dict) and len(value) > 5:
         return f"an object of {len(value)} entries"
     several = isinstance(value, (list, np.ndarray))

@@ -121,7 +121,9 @@ def _whole_numbers(entries: Entries, name: str, shape: tuple[int, ...], end: int
     """A tensor of whole numbers from 0 to `end` - 1."""
     value = entries.raw(name)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or value.shape != shape:
-        found = f"a {value.dtype} tensor of shape {value.shape}" if isinstance(value, np.ndarray) else shown(value)
+        found = (
+            f"a tensor of type {value.dtype} and shape {value.shape}" if isinstance(value, np.ndarray) else shown(value)
+        )
         raise SpQRError(f"{name} is {found}, expected a tensor of integers of shape {shape}")
     if value.min() < 0 or value.max() >= end:
         raise SpQRError(f"{name} must lie in 0..{end - 1}, but ranges from {value.min()} to {value.max()}")

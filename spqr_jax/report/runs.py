@@ -147,7 +147,7 @@ def _read_map(data: bytes) -> np.ndarray:
     except MemoryError:  # as Python's parser calls brackets that are nested too deeply
         raise ValueError("its header cannot be read") from None
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"a {dtype} array of shape {shape} does not fit its {len(data)} bytes")
+        raise ValueError(f"an array of type {dtype} and shape {shape} does not fit its {len(data)} bytes")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if columns_first else "C")
 
 

@@ -115,7 +115,7 @@ def test_values_are_shown_shortened():
     for value, says in [
         ([1, 2, 3, 4, 5, 6], "[1, 2, 3, 4, 5, ...] (6 values)"),
         (np.arange(7), "[0, 1, 2, 3, 4, ...] (7 values)"),
-        (np.zeros((3, 4), np.float32), "a float32 array of shape (3, 4)"),
+        (np.zeros((3, 4), np.float32), "an array of type float32 and shape (3, 4)"),
         ("x" * 100, "'" + "x" * 56 + "..."),
         (shared, "a value too large to show"),
         ([[0] * 10**6], "a value too large to show"),

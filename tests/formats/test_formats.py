@@ -150,7 +150,7 @@ def damage(matrix, **changes):
         ({"dense_weights": lambda a: a[:-1]}, "dense_weights must be int64"),
         ({"row_offsets": lambda a: a[::-1]}, "do not rise"),
         ({"row_offsets": lambda a: a[:-3]}, "must have 65 or 5 entries"),
-        ({"col_vals": lambda a: a | 0xFFFF}, "outlier columns reach"),
+        ({"col_vals": lambda a: a | 0xFFFF}, "outlier columns go up to"),
         ({"in_perm": lambda a: a * 0}, "perm is not a permutation"),
     ],
 )
