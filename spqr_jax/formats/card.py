@@ -94,7 +94,10 @@ def _facts(summary: dict[str, Any], origin: dict[str, Any]) -> list[tuple[str, s
     return [
         ("Method", str(origin.get("method", "unknown"))),
         ("Calibration", text),
-        ("Stored bits per weight", f"{summary['stored_bits']:.3f} (all stored data of the transformer blocks)"),
+        (
+            "Stored bits per weight",
+            f"{summary['stored_bits']:.3f} (matrices of the transformer blocks, every stored byte counted)",
+        ),
         ("Bits per weight by the paper's formula", f"{summary['ideal_bits']:.3f}"),
         ("Outliers", f"{summary['outlier_percent']:.2f}%"),
         ("Output head", "dense" if head is None else f"{head:.2f} stored bits per weight"),

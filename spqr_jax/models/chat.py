@@ -115,7 +115,7 @@ def pick_template(tokenizer: Any, choice: str | None = None) -> str:
     if not Path(choice).is_file():
         raise ModelError(
             f"--chat-template {choice}: there is no such file, and {label} has "
-            f"{f'only the templates {names}' if names else 'no chat template'}; give the name of a template, or the "
+            f"{f'only these templates: {names}' if names else 'no chat template'}; give the name of a template, or the "
             "path of a Jinja file"
         )
     return _read_template(Path(choice))

@@ -108,9 +108,9 @@ BAD = {
     ),
     "more texts than windows": (
         ["--calib", "ids.npy", "--calib", "prose.txt", "--nsamples", 1],
-        "1 windows of 2 texts: ask for more windows",
+        "1 windows are too few for 2 texts: use more windows",
     ),
-    "a text that is not there": (["--calib", "ids.npy", "--calib", "nowhere.txt"], "no data 'nowhere.txt'"),
+    "a text that is not there": (["--calib", "ids.npy", "--calib", "nowhere.txt"], "no data found for 'nowhere.txt'"),
     "ids of another model": (["--calib", "other.npy", "--seqlen", 100], "the model's vocabulary has 256"),
     "a seed below 0": (
         ["--calib", "ids.npy", "--seqlen", 32, "--seed", -1],
@@ -135,4 +135,4 @@ def test_records_are_evaluated_too(folder):
     assert result.returncode == 0, result.stderr
     result = spqr("perplexity", "model", "--data", "prose.txt=2", "--seqlen", 32, cwd=folder)
     assert result.returncode == 2
-    assert "no data 'prose.txt=2'" in " ".join(result.stderr.split())
+    assert "no data found for 'prose.txt=2'" in " ".join(result.stderr.split())

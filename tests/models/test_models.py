@@ -110,7 +110,7 @@ def damage(directory, what):
     ("what", "says"),
     [
         ("truncated", "safetensors"),
-        ("no weights", "no pickles"),
+        ("no weights", "such as pickles, are not read"),
         ("no config", "does not exist"),
         ("bad config", "not valid JSON"),
     ],
