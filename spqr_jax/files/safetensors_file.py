@@ -233,7 +233,7 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
             file.seek(8)
             header = parse_json(file.read(length), str(path))
     except FileNotFoundError:
-        what = "is a link to a file that is not there" if path.is_symlink() else "is not there"
+        what = "is a link to a missing file" if path.is_symlink() else "is missing"
         raise ModelError(f"{path} {what}: fetch it again") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
