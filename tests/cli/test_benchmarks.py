@@ -117,6 +117,11 @@ def test_the_tables_of_the_page_on_speed_are_those_of_the_files(tmp_path):
     assert stale.read_text() == tables.PAGE.read_text()
 
 
+def test_the_tables_of_the_kernels_page_are_made_from_what_was_counted():
+    status, written = run_benchmark("kernel_tables", "--check")
+    assert status == 0, written
+
+
 def test_every_file_can_be_shown():
     tables = importlib.import_module("tables")
     files = {path.stem for path in tables.RESULTS.glob("*.csv")} & set(tables.FILES)
