@@ -112,9 +112,8 @@ def main() -> int:
         for batch in given.batch:
             seconds = timed(names, batch, shape, given.turns)
             report["times"].append({"shape": str(shape), "batch": batch, "seconds": seconds})
-            given.out.write_text(
-                json.dumps(report, indent=1) + "\n"
-            )  # keeps the finished part if the run is interrupted
+            # after every batch: an interrupted run keeps its finished part
+            given.out.write_text(json.dumps(report, indent=1) + "\n")
     show_times(report["times"])
     save(given.csv, AcceleratorRow, given, rows_of(report["times"]))
     console.print(f"report: {given.out}", markup=False)
