@@ -58,13 +58,16 @@ def run(command: list[str], cache: Path) -> tuple[float, int]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     before = sum(1 for _ in cache.rglob("*-cache"))
     begun = time.perf_counter()
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "spqr_jax", *command],
         env=environment | {"SPQR_CACHE": str(cache)},
-        check=True,
         capture_output=True,
+        text=True,
     )
-    return time.perf_counter() - begun, sum(1 for _ in cache.rglob("*-cache")) - before
+    seconds = time.perf_counter() - begun
+    if done.returncode:
+        sys.exit(f"spqr {' '.join(command)} failed:\n{done.stderr}")
+    return seconds, sum(1 for _ in cache.rglob("*-cache")) - before
 
 
 def main() -> None:
@@ -87,7 +90,7 @@ def main() -> None:
     for name in commands("", ""):
         first, second = seconds[name, 0], seconds[name, 1]
         row = {
-            "model": options.model,
+            "model": Path(options.model).name,
             "command": name,
             "turns": options.turns,
             "first_s": statistics.median(first),
@@ -101,7 +104,7 @@ def main() -> None:
             f"| {name} | {row['first_s']:.1f} | {row['first_programs']} | {row['second_s']:.1f} "
             f"| {row['second_programs']} | {row['ratio']:.2f} |"
         )
-    print(f"\n{options.turns} turns; the cache of compiled programs had {size / 1e6:.0f} MB")
+    print(f"\nturns: {options.turns}; size of the cache of compiled programs: {size / 1e6:.0f} MB")
     save(options.csv, StartRow, options, rows)
 
 
