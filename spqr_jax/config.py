@@ -116,11 +116,9 @@ class SpQRConfig:
       SpQRError: a value is out of range, or values contradict each other.
 
     Example:
-      >>> config = spqr_jax.SpQRConfig(
-      ...     bits=3,
-      ...     outlier_threshold=0.3,
-      ...     rules=(spqr_jax.LayerRule("down_proj", bits=4), spqr_jax.LayerRule(r"layers\\.0\\.", skip=True)),
-      ... )
+      >>> more_bits = spqr_jax.LayerRule("down_proj", bits=4)
+      >>> stays_dense = spqr_jax.LayerRule("layers.0.", skip=True)
+      >>> config = spqr_jax.SpQRConfig(bits=3, rules=(stays_dense, more_bits))
       >>> config.for_path("layers.1.down_proj").bits
       4
       >>> config.for_path("layers.0.q_proj") is None

@@ -355,7 +355,8 @@ def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) 
 
     Example:
       >>> prompt = [1, 5, 9]  # tokenizer("Once upon a time")["input_ids"]
-      >>> out = spqr_jax.generate(model, [prompt], max_new_tokens=4, sampling=spqr_jax.Sampling(temperature=0.8))
+      >>> sampling = spqr_jax.Sampling(temperature=0.8)
+      >>> out = spqr_jax.generate(model, [prompt], max_new_tokens=4, sampling=sampling)
       >>> len(out.tokens[0]) <= 4
       True
     """

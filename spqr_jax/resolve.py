@@ -178,7 +178,7 @@ def load_model(spec: str, dtype: str | None = None) -> tuple[Decoder, Any]:
     Raises:
       ModelError: no such model, or a model that spqr-jax does not run.
       CheckpointError: a directory that `save` or ``spqr`` wrote is damaged or edited.
-      SpQRError: another ``dtype``.
+      SpQRError: an unknown ``dtype``.
 
     Example:
       >>> model, tokenizer = spqr_jax.load_model("demo")

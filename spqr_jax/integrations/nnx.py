@@ -164,7 +164,8 @@ def quantize(
     Example:
       >>> from flax import nnx
       >>> from spqr_jax.integrations import nnx as spqr_nnx
-      >>> mlp = nnx.Sequential(nnx.Linear(32, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 32, rngs=nnx.Rngs(1)))
+      >>> rngs = nnx.Rngs(0)
+      >>> mlp = nnx.Sequential(nnx.Linear(32, 64, rngs=rngs), nnx.relu, nnx.Linear(64, 32, rngs=rngs))
       >>> x = jax.random.normal(jax.random.key(0), (256, 32))
       >>> small = spqr_nnx.quantize(mlp, [x], spqr_jax.SpQRConfig(bits=4))
       >>> nnx.jit(lambda model, x: model(x))(spqr_nnx.prepare(small), x).shape

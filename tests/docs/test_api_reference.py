@@ -13,7 +13,7 @@ import spqr_jax
 from spqr_jax.cli.app import app
 
 REFERENCE = ROOT / "docs" / "reference"
-DOCUMENTED = re.compile(r"^\.\. auto\w+:: (\S+)$", re.MULTILINE)
+DOCUMENTED = re.compile(r"^\.\. auto\w+:: ([\w.]+)(?:\(\))?$", re.MULTILINE)
 COMPLETE = ("spqr_jax", "spqr_jax.integrations.nnx", "spqr_jax.integrations.linen")
 
 
