@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,8 @@ class Command(SphinxDirective):
         usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
         result: list[nodes.Node] = [nodes.literal_block(usage, usage, language="text")]
         result += [nodes.paragraph("", "", *_with_code(part)) for part in _plain(command.help).split("\n\n")]
+        if examples := getattr(command, "examples", None) or command.epilog:
+            result.append(nodes.literal_block(text := inspect.cleandoc(examples), text, language="bash"))
         for title, parameters in _panels(command.params).items():
             items = [_item(*parameter.get_help_record(context)) for parameter in parameters]
             result += [nodes.rubric(text=title), nodes.definition_list("", *items, classes=["options"])]

@@ -143,7 +143,7 @@ def save(
     Args:
       path: the directory to make.
       params: the model, dense or quantized.
-      quantization: how it was quantized, kept for information; None if it was not.
+      quantization: how it was quantized, kept with the model; None if it was not.
       tokenizer: a transformers tokenizer to keep with the model, or None.
       provenance: a dictionary of JSON values that tells where the model comes from, or None.
       overwrite: replace an existing directory, once the new one is complete.

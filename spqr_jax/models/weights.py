@@ -21,13 +21,11 @@ Weight = Any
 class Block(Mapping[str, Weight]):
     """The weights of one decoder block by name, in the order of their use. Immutable; see `replace`.
 
-    ``block.q_proj`` and ``block["q_proj"]`` are the same. Matrices are [out, in].
+    ``block.q_proj`` and ``block["q_proj"]`` are the same. Matrices are [out, in]. A name that the block does not have
+    raises `AttributeError` or `KeyError`.
 
     Attributes:
       kind: the block's kind; static, part of the tree's structure.
-
-    Raises:
-      AttributeError: the block has no weight of that name.
     """
 
     def __init__(self, weights: Mapping[str, Weight], kind: BlockKind = BlockKind()) -> None:
