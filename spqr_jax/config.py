@@ -246,9 +246,6 @@ class SpQRConfig:
           name: of the preset.
           changes: other values for attributes of `SpQRConfig`.
 
-        Returns:
-          The configuration.
-
         Raises:
           SpQRError: there is no such preset, or a change cannot be used.
 
@@ -271,9 +268,6 @@ class SpQRConfig:
           group_size: consecutive inputs that share one scale and zero point; None for one group per row.
           changes: other values for attributes of `SpQRConfig`.
 
-        Returns:
-          The configuration.
-
         Raises:
           SpQRError: a value cannot be used.
         """
@@ -288,9 +282,6 @@ class SpQRConfig:
           bits: bits of a weight code.
           group_size: consecutive inputs that share one scale and zero point; None for one group per row.
           changes: other values for attributes of `SpQRConfig`.
-
-        Returns:
-          The configuration.
 
         Raises:
           SpQRError: a value cannot be used.
@@ -311,9 +302,6 @@ class SpQRConfig:
           group_size: consecutive inputs that share one scale and zero point; None for one group per row.
           changes: other values for attributes of `SpQRConfig`.
 
-        Returns:
-          The configuration.
-
         Raises:
           SpQRError: a value cannot be used.
         """
@@ -326,9 +314,6 @@ class SpQRConfig:
 
         Args:
           changes: other values for attributes of `SpQRConfig`.
-
-        Returns:
-          The configuration.
 
         Raises:
           SpQRError: a value cannot be used.
@@ -398,9 +383,6 @@ class SpQRConfig:
         Args:
           values: the dictionary.
           label: name of the source in error messages.
-
-        Returns:
-          The configuration.
 
         Raises:
           SpQRError: an entry is unknown or cannot be used.
