@@ -94,7 +94,7 @@ class QuantizeProgress:
         self._block: list[LayerReport] = []
         self.reports: list[LayerReport] = []
         errors.print(
-            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'bits':>6}  {'stored':>6}",
+            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'ideal':>6}  {'stored':>6}",
             style="bold",
         )
 

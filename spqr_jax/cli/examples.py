@@ -73,7 +73,7 @@ EXAMPLES = {
         spqr generate small --chat
 
         # Continue a text, with random sampling
-        spqr generate small --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95
+        spqr generate small --prompt 'Once upon a time' --temperature 0.8 --seed 1
         """,
     "inspect": """
         # Show bits, outliers and errors of each weight

@@ -107,7 +107,7 @@ class PlainTyper(typer.Typer):
     """An application of such commands."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(cls=PlainGroup, **settings)
+        super().__init__(cls=PlainGroup, rich_markup_mode="rich", **settings)
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
         return super().command(name, **{"cls": PlainCommand, **settings})
@@ -116,9 +116,10 @@ class PlainTyper(typer.Typer):
 def _with_default(parameter: Any) -> str | None:
     """Help that ends with the default where that is given in words, which typer would put in parentheses."""
     words = getattr(parameter, "show_default", False)
+    if isinstance(words, str) or parameter.default is None:  # older typers write: default: None
+        parameter.show_default = False
     if not isinstance(words, str):
         return parameter.help
-    parameter.show_default = False
     return f"{parameter.help} [default: {words}]"
 
 

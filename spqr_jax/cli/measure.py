@@ -47,7 +47,7 @@ def perplexity(
             "perplexity ",
             (f"{result.perplexity:.4f}", "bold"),
             f" ± {number(result.perplexity_stderr, 4)} on {data}, "
-            f"{result.windows} windows of {tokens.shape[1]}, {result.seconds:.1f} s\n"
+            f"{result.windows} windows of {tokens.shape[1]} tokens, {result.seconds:.1f} s\n"
             f"{against}: {result.dense_perplexity:.4f}; ratio {result.perplexity_ratio:.4f} ± "
             f"{number(result.perplexity_ratio_stderr, 4)}, KL {result.kl_mean:.4f} nats, "
             f"same top token {100 * result.same_top:.2f}%",
@@ -60,7 +60,7 @@ def perplexity(
     tell(
         "perplexity ",
         (f"{alone.perplexity:.4f}", "bold"),
-        f" ± {number(alone.stderr, 4)} on {data}, {alone.windows} windows of {tokens.shape[1]}, {alone.seconds:.1f} s",
+        f" ± {number(alone.stderr, 4)} on {data}, {alone.windows} windows of {tokens.shape[1]} tokens, {alone.seconds:.1f} s",
     )
     write_json(
         json,
@@ -91,11 +91,9 @@ def compare(
     data = data or default_corpus()
     tokens = _windows(reference, data, seqlen, windows)
     result = _compare(reference, opened, tokens, batch_size)
-    title = (
-        f"{quantized} beside {dense}: {result.windows} windows of {tokens.shape[1]} of {data}, {result.tokens} tokens"
-    )
+    title = f"{quantized} compared with {dense}: {result.windows} windows of {tokens.shape[1]} tokens of {data}"
     table(title, ["", "", "±"], fidelity_rows(result))
-    text = "± is the standard error, from the spread between windows. Sure: its likeliest token has 50% or more."
+    text = "±: standard error over the windows. Sure: the dense model gives its top token at least 50%."
     tell((f"{text} {result.seconds:.1f} s", "dim"))
     write_json(json, result.to_json() | _setting(quantized, data, tokens) | {"against": dense})
 
@@ -110,8 +108,8 @@ def fidelity_rows(result: Fidelity) -> list[list[str]]:
         ["perplexity", number(result.perplexity, 4), number(result.perplexity_stderr, 4)],
         ["perplexity, dense", number(result.dense_perplexity, 4), ""],
         ["perplexity ratio", number(result.perplexity_ratio, 5), number(result.perplexity_ratio_stderr, 5)],
-        ["loss above dense, nats", f"{result.loss_increase:+.5f}", number(result.loss_increase_stderr, 5)],
-        ["KL divergence, mean, nats", number(result.kl_mean, 5), number(result.kl_stderr, 5)],
+        ["loss increase, nats per token", f"{result.loss_increase:+.5f}", number(result.loss_increase_stderr, 5)],
+        ["KL divergence, mean, nats per token", number(result.kl_mean, 5), number(result.kl_stderr, 5)],
     ]
     names = {50.0: "median"}
     for which, value in result.kl_percentiles.items():

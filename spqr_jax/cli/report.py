@@ -104,10 +104,11 @@ def analyze(
         page = render_page([run], f"{model}: which weights matter", setting["command"])
         (folder.partial / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
         _write_figures(folder.partial / "figures", run)
-    table(f"{model}: the costliest 1% of weights", *structure_table(found))
+    table(f"{model}: patterns among the 1% most sensitive weights", *structure_table(found))
     text = (
-        "What they carry of the cost; how many rows, columns, heads and rotary pairs they form in all blocks, and "
-        "what share of them lies there. Means over blocks."
+        "Share of cost: how much of the expected loss increase the 1% most sensitive weights cause. Rows to rotary pairs: "
+        "number of patterns in all blocks, and the percentage of these weights that lie in them. Percentages are means "
+        "over blocks."
     )
     tell((text, "dim"))
     tell((f"{folder.path}/report.html", "bold"), f", {setting['seconds']:.0f} s")
@@ -130,7 +131,7 @@ def report(
     runs = [read_run(directory, measured) for directory in directories]
     for path, result in zip(results or (), measured, strict=True):
         if not any(result in run.results for run in runs):
-            say(f"{path}: of {result.get('model')!r}, which is none of the models given; left out")
+            say(f"{path} is left out: it is about {result.get('model')!r}, which is none of the models given")
     page = render_page(runs, title, shlex.join(["spqr", *sys.argv[1:]]))
     write_file(out, page)
     tell((str(out), "bold"), f", {len(page) / 1e6:.1f} MB, {len(runs)} models")
@@ -138,7 +139,7 @@ def report(
 
 def structure_table(found: ModelAnalysis) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: how many patterns each kind of matrix has, and what share of the costliest lies there."""
-    columns = ["kind", "carry", "rows", "columns", "heads", "rotary", "rest"]
+    columns = ["weight", "share of cost", "rows", "columns", "heads", "rotary pairs", "no pattern"]
     lines = []
     for kind in figures.kinds_of([weight.path for weight in found.weights]):
         own = [weight.structures for weight in found.weights if weight.kind == kind]
@@ -175,7 +176,7 @@ def _quantization(opened: OpenedModel) -> tuple[SpQRConfig, dict[str, Any]]:
 def _made_from(summary: dict[str, Any], model: str) -> str:
     origin = (summary["provenance"] or {}).get("model")
     if origin is None:
-        raise ModelError(f"{model} does not say what it was made from: give its dense model with --dense")
+        raise ModelError(f"{model} does not record the model it was made from: name the dense model with --dense")
     return str(origin)
 
 

@@ -204,7 +204,7 @@ def test_an_interrupted_quantize_leaves_nothing(folder, how):
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "nothing is left" in errors
+    assert "no incomplete output is left" in errors
     assert not (folder / "stopped").exists()
     assert not list(folder.glob(".stopped*"))
 
