@@ -60,7 +60,8 @@ def perplexity(
     tell(
         "perplexity ",
         (f"{alone.perplexity:.4f}", "bold"),
-        f" ± {number(alone.stderr, 4)} on {data}, {alone.windows} windows of {tokens.shape[1]} tokens, {alone.seconds:.1f} s",
+        f" ± {number(alone.stderr, 4)} on {data}, {alone.windows} windows of {tokens.shape[1]} tokens, "
+        f"{alone.seconds:.1f} s",
     )
     write_json(
         json,
@@ -94,7 +95,7 @@ def compare(
     title = f"{quantized} compared with {dense}: {result.windows} windows of {tokens.shape[1]} tokens of {data}"
     table(title, ["", "", "±"], fidelity_rows(result))
     text = "±: standard error over the windows. Sure: the dense model gives its top token at least 50%."
-    tell((f"{text} {result.seconds:.1f} s", "dim"))
+    tell((f"{text} {result.tokens} tokens predicted in {result.seconds:.1f} s.", "dim"))
     write_json(json, result.to_json() | _setting(quantized, data, tokens) | {"against": dense})
 
 

@@ -183,9 +183,7 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
     if method == "spqr" and not {"target_bits", "bits", "outlier_threshold"} & set(changes):
         preset = preset or DEFAULT_PRESET
     if (bits == "auto" or len(widths) > 1) and preset is None and "target_bits" not in changes:
-        raise SpQRError(
-            f"--bits {bits} lets spqr choose widths for a size: give the size with --target-bits or --preset"
-        )
+        raise SpQRError(f"--bits {bits} lets spqr choose widths to reach a size: give --target-bits or --preset")
     return SpQRConfig.preset(preset, **changes) if preset else methods[method](**changes)
 
 
