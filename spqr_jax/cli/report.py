@@ -107,7 +107,7 @@ def analyze(
     table(f"{model}: patterns among the 1% most sensitive weights", *structure_table(found))
     text = (
         "Share of cost: how much of the expected loss increase these weights cause. Rows to rotary pairs: number of "
-        "patterns in all blocks, and the percentage of these weights that lie in them. Percentages are means over blocks."
+        "patterns in all blocks, and the percentage of these weights in them. Percentages are means over blocks."
     )
     tell((text, "dim"))
     tell((f"{folder.path}/report.html", "bold"), f", {setting['seconds']:.0f} s")
