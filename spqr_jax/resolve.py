@@ -29,7 +29,7 @@ from spqr_jax.output import unfinished_note
 
 MODEL_HELP = (
     "'demo' (SmolLM2-135M-Instruct), 'gemma3-270m', a GGUF file, a Hugging Face directory (config.json and "
-    "safetensors), a hub id such as org/name, or a directory that spqr wrote"
+    "safetensors files), a hub id such as org/name, or a directory that spqr wrote"
 )
 DTYPES = ("float32", "bfloat16", "float16")
 

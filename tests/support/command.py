@@ -15,7 +15,7 @@ QUICK = ["--nsamples", "4", "--seqlen", "32"]
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def spqr(*arguments, cwd, stdin=None) -> subprocess.CompletedProcess:
+def spqr(*arguments, cwd, stdin=None, columns=200) -> subprocess.CompletedProcess:
     """Runs a command line in this process: its exit status and all that it wrote, as `spqr_process`."""
     from spqr_jax.cli.app import main
 
@@ -26,7 +26,7 @@ def spqr(*arguments, cwd, stdin=None) -> subprocess.CompletedProcess:
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(errors),
-        mock.patch.dict(os.environ, _ENVIRONMENT),
+        mock.patch.dict(os.environ, _ENVIRONMENT | {"COLUMNS": str(columns)}),
         mock.patch.object(sys, "argv", command),
         mock.patch.object(sys, "stdin", io.StringIO(stdin or "")),
     ):
