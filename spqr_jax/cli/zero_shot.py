@@ -9,7 +9,9 @@ import typer
 
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
+from spqr_jax.cli.next_step import after_eval
 from spqr_jax.cli.options import Dtype, Json, Model
+from spqr_jax.cli.outlook import before_eval, say_next
 from spqr_jax.errors import SpQRError
 from spqr_jax.resolve import open_model
 
@@ -39,6 +41,7 @@ def evaluate(
     """Answer the tasks of EleutherAI's LM Evaluation Harness (pip install 'spqr-jax[eval]')."""
     harness = import_harness()
     opened = open_model(model, dtype, say)
+    before_eval(opened, tasks, limit, dtype)
     adapter = harness.HarnessModel(
         collect(opened.source), opened.tokenizer(), batch_tokens=batch_tokens, progress=progress_bar
     )
@@ -55,6 +58,7 @@ def evaluate(
     table(model, ["task", "metric", "value", "±", "questions"], task_rows(found))
     tell((f"lm-eval {found['harness']}; ± is the harness's standard error", "dim"))
     write_json(json, {"model": model, "num_fewshot": num_fewshot, "limit": limit, "seed": seed, **found})
+    say_next(after_eval(opened, "--tasks", tasks, *(() if limit is None else ("--limit", f"{limit:g}"))))
 
 
 def import_harness() -> Any:

@@ -1,0 +1,153 @@
+"""How fast this machine is, and how much memory it has free.
+
+The reference machine has 2 cores (AMD EPYC, Zen 4, with AVX-512 and bfloat16 products) and was idle. Every
+constant below was measured there on the demo model (135 M weights, 16 windows of 1024 tokens), unless
+its comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spqr_jax.forecast.passes import Work
+
+_REFERENCE_RATE = 95e9  # float32 operations per second and core: 190e9 for 512 x 4096 by 4096 x 4096 on both cores
+_SIZES = {"cpu": 1024, "other": 4096}  # width of the square matrices of the measurement
+_RUNS, _LONGEST = 4, 0.1  # products of one type; seconds after which no other begins
+
+# Speed of each kind of product, as a share of the measured rate of the same type. The demo model's parts by
+# benchmarks/quantize_time.py (docs/explanation/quality.md, "Where the time goes") and the operations in `passes.py`.
+_SHARES = {"dense": 0.9, "float32": 0.8, "bfloat16": 0.85, "attention": 0.4, "gram": 0.8, "factor": 0.45}
+
+# Seconds a weight, of both cores together.
+_SECONDS_A_WEIGHT = {
+    "searched": 45e-9,
+    "plain": 25e-9,
+    "rounded": 30e-9,
+    "handled": 30e-9,
+    "unpacked": 16e-9,
+}
+_START_SECONDS = 3.0  # of a command: imports, tokenizer, opening and closing files
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a forecast needs to know of a machine.
+
+    Attributes:
+      platform: JAX's name of what multiplies: cpu, gpu, tpu.
+      name: for people, such as ``cpu, 2 cores``.
+      cores: of the processor.
+      rates: operations per second of products whose factors are ``float32``, ``bfloat16`` or ``float16``.
+      free_bytes: memory that is free where the model lies, or None where that is not known.
+    """
+
+    platform: str
+    name: str
+    cores: int
+    rates: dict[str, float]
+    free_bytes: float | None
+
+    @property
+    def slowness(self) -> float:
+        """How much longer than the reference machine this one takes for what is no large product.
+
+        By the rate of one core; 1 where an accelerator multiplies, whose rate says nothing of the processor.
+        """
+        return _REFERENCE_RATE * self.cores / self.rates["float32"] if self.platform == "cpu" else 1.0
+
+
+def seconds(work: Work, machine: Machine, dtype: str = "float32", compiled: bool = False) -> float:
+    """Seconds that work takes.
+
+    Args:
+      work: what there is to do.
+      machine: where.
+      dtype: of the dense weights.
+      compiled: whether the programs are kept from an earlier run.
+    """
+    factors = {"dense": dtype, "bfloat16": "bfloat16"}  # the others' are float32
+    total = 0.0
+    for kind, share in _SHARES.items():
+        if operations := getattr(work, kind):
+            total += operations / (share * machine.rates[factors.get(kind, "float32")])
+    by_weight = sum(getattr(work, kind) * each for kind, each in _SECONDS_A_WEIGHT.items())
+    start = _START_SECONDS + (0.0 if compiled else work.programs)
+    return total + machine.slowness * (by_weight + start)
+
+
+@functools.cache
+def measure_machine(dtypes: tuple[str, ...] = ("float32",)) -> Machine:
+    """Times one product of each type, about 0.1 s on a processor; once a process for each set of types."""
+    device = jax.devices()[0]
+    cores = usable_cores()
+    name = f"cpu, {cores} core{'s' * (cores > 1)}" if device.platform == "cpu" else device.device_kind
+    rates = {dtype: _product_rate(dtype, device.platform) for dtype in dict.fromkeys(("float32", *dtypes))}
+    return Machine(device.platform, name, cores, rates, free_memory(device))
+
+
+def _product_rate(dtype: str, platform: str) -> float:
+    """Operations per second of a square product, sums in float32."""
+    width = _SIZES.get(platform, _SIZES["other"])
+    factors = jnp.ones((width, width), dtype)
+    multiply(factors).block_until_ready()  # compiles
+    begun, runs, passed = time.perf_counter(), 0, 0.0
+    while runs < _RUNS and passed < _LONGEST:  # a busy machine takes its time
+        multiply(factors).block_until_ready()
+        runs, passed = runs + 1, time.perf_counter() - begun
+    return runs * 2.0 * width**3 / passed
+
+
+@jax.jit
+def multiply(a: jax.Array) -> jax.Array:
+    """a aᵀ, f32: the one program that a forecast compiles, for each type."""
+    return lax.dot_general(a, a, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory(device: jax.Device) -> float | None:
+    """Bytes that are free on a device: of a processor, the machine's memory, or what its container may still take."""
+    if device.platform == "cpu":
+        known = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
+        return min(known, default=None)
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def _free_of_machine(path: Path = Path("/proc/meminfo")) -> float | None:
+    """Linux's estimate of what a program can still take without swapping; None elsewhere."""
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == "MemAvailable" and value.split()[:1] and value.split()[0].isdigit():
+            return 1024.0 * int(value.split()[0])
+    return None
+
+
+def _free_of_container(folder: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """What a control group (version 2) may still take; None where there is none or no limit."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = (folder / "memory.current").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return float(max(int(limit) - int(used), 0)) if limit.isdigit() and used.isdigit() else None
