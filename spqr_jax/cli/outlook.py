@@ -35,7 +35,7 @@ from spqr_jax.resolve import OpenedModel, default_dtype
 from spqr_jax.tune import TuneConfig
 
 _LONG_COMPILATION = 10.0  # seconds from which on the line says how much of it is compilation
-_METHODS = {"spqr": "SpQR", "gptq": "GPTQ", "reference": "the original SpQR's choices", "rtn": "rounding to nearest"}
+_METHODS = {"spqr": "SpQR", "gptq": "GPTQ", "reference": "the original SpQR's choices", "rtn": "round to nearest"}
 
 
 @dataclasses.dataclass(frozen=True)

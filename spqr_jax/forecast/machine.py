@@ -19,7 +19,8 @@ from jax import lax
 
 from spqr_jax.forecast.passes import Work
 
-_REFERENCE_RATE = 95e9  # float32 operations per second and core: 190e9 for 512 x 4096 by 4096 x 4096 on both cores
+# There a float32 product runs at 190e9 operations per second on both cores, a rounded one at 380e9 or more.
+_LOOP_STEPS, _LOOP_SECONDS = 200_000, 9.9e-3  # of `_count`, with Python 3.11
 _SIZES = {"cpu": 1024, "other": 4096}  # width of the square matrices of the measurement
 _RUNS, _LONGEST = 4, 0.1  # products of one type; seconds after which no other begins
 
@@ -29,7 +30,7 @@ _SHARES = {"dense": 0.9, "float32": 0.8, "bfloat16": 0.85, "attention": 0.4, "gr
 
 # Seconds a weight, of both cores together.
 _SECONDS_A_WEIGHT = {
-    "searched": 45e-9,
+    "searched": 40e-9,
     "plain": 25e-9,
     "rounded": 30e-9,
     "handled": 30e-9,
@@ -48,6 +49,8 @@ class Machine:
       cores: of the processor.
       rates: operations per second of products whose factors are ``float32``, ``bfloat16`` or ``float16``.
       free_bytes: memory that is free where the model lies, or None where that is not known.
+      slowness: how many times longer than the reference machine one core takes for a fixed loop of Python: for
+        what is no large product, such as compilation.
     """
 
     platform: str
@@ -55,14 +58,7 @@ class Machine:
     cores: int
     rates: dict[str, float]
     free_bytes: float | None
-
-    @property
-    def slowness(self) -> float:
-        """How much longer than the reference machine this one takes for what is no large product.
-
-        By the rate of one core; 1 where an accelerator multiplies, whose rate says nothing of the processor.
-        """
-        return _REFERENCE_RATE * self.cores / self.rates["float32"] if self.platform == "cpu" else 1.0
+    slowness: float = 1.0
 
 
 def seconds(work: Work, machine: Machine, dtype: str = "float32", compiled: bool = False) -> float:
@@ -86,12 +82,12 @@ def seconds(work: Work, machine: Machine, dtype: str = "float32", compiled: bool
 
 @functools.cache
 def measure_machine(dtypes: tuple[str, ...] = ("float32",)) -> Machine:
-    """Times one product of each type, about 0.1 s on a processor; once a process for each set of types."""
+    """Times one product of each type and a loop, about 0.2 s on a processor; once a process for each set of types."""
     device = jax.devices()[0]
     cores = usable_cores()
     name = f"cpu, {cores} core{'s' * (cores > 1)}" if device.platform == "cpu" else device.device_kind
     rates = {dtype: _product_rate(dtype, device.platform) for dtype in dict.fromkeys(("float32", *dtypes))}
-    return Machine(device.platform, name, cores, rates, free_memory(device))
+    return Machine(device.platform, name, cores, rates, free_memory(device), _loop_seconds() / _LOOP_SECONDS)
 
 
 def _product_rate(dtype: str, platform: str) -> float:
@@ -104,6 +100,21 @@ def _product_rate(dtype: str, platform: str) -> float:
         multiply(factors).block_until_ready()
         runs, passed = runs + 1, time.perf_counter() - begun
     return runs * 2.0 * width**3 / passed
+
+
+def _loop_seconds() -> float:
+    """Seconds of `_count` as busy as the machine is now, about 0.03 s in all."""
+    begun, runs = time.perf_counter(), 3
+    for _ in range(runs):
+        _count(_LOOP_STEPS)
+    return (time.perf_counter() - begun) / runs
+
+
+def _count(steps: int) -> int:
+    total = 0
+    for step in range(steps):
+        total += step * step % 7
+    return total
 
 
 @jax.jit

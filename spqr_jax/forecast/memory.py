@@ -13,7 +13,8 @@ FLOAT32 = 4
 
 # Measured as peak resident memory on the demo model, see machine.py for the machine.
 _RUNTIME = 0.45e9  # Python, JAX, compiled programs (docs/explanation/performance.md, "Memory")
-_QUANTIZE_PROGRAMS = 0.25e9  # more of them, and what their compilation leaves
+_QUANTIZE_PROGRAMS = 0.15e9  # more of them, and what their compilation leaves
+_CALIBRATION_PROGRAMS = 0.3e9  # those of calibration and the column loop, and the temporary arrays of one chunk of text
 _COLUMN_BYTES = 36  # a weight in the column loop: weight, error, visited, value, residual, flag, code, and their copies
 _ROUND_BYTES = 36  # a weight that is rounded to nearest
 _HESSIAN_COPIES = 6  # sum, matrix, damped, reversed, factor, inverse
@@ -44,7 +45,7 @@ def quantize_bytes(
         phases.append(outer + blocks + _plan_bytes(model, text, itemsize))
     if tuning is not None:
         phases.append(outer + blocks + _tuning_bytes(model, text, itemsize))
-    return _RUNTIME + _QUANTIZE_PROGRAMS + max(phases)
+    return _RUNTIME + _QUANTIZE_PROGRAMS + _CALIBRATION_PROGRAMS * calibrated + max(phases)
 
 
 def largest_block(model: DecoderConfig) -> int:

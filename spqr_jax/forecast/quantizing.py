@@ -208,9 +208,10 @@ def tuning_work(model: DecoderConfig, tuning: TuneConfig, text: Text, batch_toke
 # ---- compilation ------------------------------------------------------------------------
 # Seconds on the reference machine (see machine.py), from the difference between a first and a second run there.
 
-_START = 3.0  # small programs of any quantization
+_START = 1.2  # small programs of any quantization
 _BY_KIND = 3.0  # stages of one kind of block and their Hessians
 _BY_STACK = 1.7  # one width and number of rows: stacking, column loop, cutting and packing
+_ROUNDED_BY_STACK = 0.7  # the same without a column loop
 _PLAN_BY_KIND = 6.0  # backward pass of one kind of block
 _PLAN_START = 4.0  # gradient of the loss, trials
 _TUNING_BY_KIND = 12.0  # a training step of one kind of block
@@ -221,11 +222,11 @@ def compile_seconds(model: DecoderConfig, config: SpQRConfig, tuning: TuneConfig
     """Seconds of compilation on the reference machine where no program is kept from an earlier run."""
     kinds = set(model.kinds)
     stacks = {stack for kind in kinds for stack in _stacks(model, kind)}
-    seconds = _START + _BY_STACK * len(stacks)
+    seconds = _START + (_BY_STACK if config.compensate else _ROUNDED_BY_STACK) * len(stacks)
     if config.needs_calibration:
         seconds += _BY_KIND * len(kinds)
     if config.for_head(model.head_path) is not None:
-        seconds += _BY_STACK
+        seconds += _ROUNDED_BY_STACK
     if config.target_bits is not None:
         seconds += _PLAN_START + _PLAN_BY_KIND * len(kinds)
     if config.solver != "columns":

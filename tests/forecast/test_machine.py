@@ -9,8 +9,8 @@ from spqr_jax.forecast import Machine, Work, about_bytes, about_seconds, kept_pr
 from spqr_jax.forecast.words import about_count
 
 
-def machine_of(rate, cores=2, platform="cpu", free=None):
-    return Machine(platform, "a machine", cores, {"float32": rate, "bfloat16": 2 * rate}, free)
+def machine_of(rate, slowness=1.0):
+    return Machine("cpu", "a machine", 2, {"float32": rate, "bfloat16": 2 * rate}, None, slowness)
 
 
 @pytest.mark.parametrize(
@@ -50,20 +50,23 @@ def test_bytes_and_counts():
 def test_a_product_takes_its_operations_over_the_measured_rate():
     fast, slow = machine_of(200e9), machine_of(100e9)
     work = Work(dense=1e12)
-    start = seconds(Work(), fast), seconds(Work(), slow)
-    assert seconds(work, slow) - start[1] == pytest.approx(2 * (seconds(work, fast) - start[0]))
-    rounded = Work(bfloat16=1e12)
-    assert seconds(rounded, fast) - start[0] < seconds(work, fast) - start[0]
+    start = seconds(Work(), fast)
+    assert seconds(work, slow) - start == pytest.approx(2 * (seconds(work, fast) - start))
+    assert seconds(Work(bfloat16=1e12), fast) < seconds(work, fast)
     assert seconds(work, fast, "bfloat16") < seconds(work, fast)
 
 
 def test_programs_that_are_kept_take_no_time():
     work = Work(programs=20.0)
-    reference = machine_of(2 * machine._REFERENCE_RATE)
-    assert reference.slowness == 1
-    assert seconds(work, reference) - seconds(work, reference, compiled=True) == pytest.approx(20.0)
-    # An accelerator's rate says nothing of the processor that compiles.
-    assert machine_of(1e14, platform="gpu").slowness == 1
+    for slowness in (1.0, 3.0):
+        there = machine_of(190e9, slowness)
+        assert seconds(work, there) - seconds(work, there, compiled=True) == pytest.approx(20.0 * slowness)
+
+
+def test_what_is_no_product_goes_by_the_processor():
+    work = Work(searched=1e9, handled=1e9)
+    assert seconds(work, machine_of(1e9)) == seconds(work, machine_of(1e12))  # fast products do not help
+    assert seconds(work, machine_of(1e9, slowness=2)) == pytest.approx(2 * seconds(work, machine_of(1e9)))
 
 
 def test_this_machine_is_measured_quickly_and_with_one_small_program(monkeypatch):
@@ -77,6 +80,7 @@ def test_this_machine_is_measured_quickly_and_with_one_small_program(monkeypatch
     finally:
         machine.measure_machine.cache_clear()
     assert measured.rates["float32"] > 0
+    assert measured.slowness > 0
     assert measured.cores >= 1
     assert measured.name == f"cpu, {measured.cores} core{'s' * (measured.cores > 1)}"
 
