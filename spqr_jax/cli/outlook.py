@@ -1,6 +1,6 @@
 """What a command says at its start, and at its end: what it will do, how long it takes, what to try next.
 
-All of it goes to stderr. A forecast that cannot be made must not stop a command.
+All of it goes to stderr, so that results on stdout stay as they are.
 """
 
 from __future__ import annotations
