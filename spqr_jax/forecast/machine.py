@@ -1,8 +1,9 @@
 """How fast this machine is, and how much memory it has free.
 
-The reference machine has 2 cores (AMD EPYC, Zen 4, with AVX-512 and bfloat16 products) and was idle. Every
-constant below was measured there on the demo model (135 M weights, 16 windows of 1024 tokens), unless
-its comment says otherwise.
+The reference machine has 2 cores (AMD EPYC, Zen 4, with AVX-512 and bfloat16 products). Constants were
+measured there on the demo model (135 M weights) part by part, on one core, in CPU seconds, which other
+jobs hardly change; two cores together take 1/1.76 of that, as in docs/explanation/quality.md ("Where the
+time goes": 98.6 CPU seconds in 56.1 seconds). On accelerators nothing was measured: there the forecast is a guess.
 """
 
 from __future__ import annotations
@@ -24,19 +25,27 @@ _LOOP_STEPS, _LOOP_SECONDS = 200_000, 9.9e-3  # of `_count`, with Python 3.11
 _SIZES = {"cpu": 1024, "other": 4096}  # width of the square matrices of the measurement
 _RUNS, _LONGEST = 4, 0.1  # products of one type; seconds after which no other begins
 
-# Speed of each kind of product, as a share of the measured rate of the same type. The demo model's parts by
-# benchmarks/quantize_time.py (docs/explanation/quality.md, "Where the time goes") and the operations in `passes.py`.
-_SHARES = {"dense": 1.0, "float32": 0.8, "bfloat16": 0.85, "attention": 0.4, "gram": 0.8, "factor": 0.45}
-
-# Seconds a weight, of both cores together.
-_SECONDS_A_WEIGHT = {
-    "searched": 40e-9,
-    "plain": 25e-9,
-    "rounded": 30e-9,
-    "handled": 30e-9,
-    "unpacked": 5e-9,
+_SHARES = {
+    "dense": 1.0,  # 2·weights·tokens at 105 to 115e9 a second and core: `pass_block` without its attention
+    "float32": 0.8,  # gradients by weights in a step of tuning
+    "bfloat16": 0.85,  # with "attention": 4 windows of 1024 through all blocks in 7.8 CPU seconds
+    "attention": 0.4,
+    "gram": 0.8,  # the Hessians of these windows in 6.4 CPU seconds
+    "factor": 0.45,  # 120 factors in 3.8 CPU seconds
 }
-_START_SECONDS = 3.0  # of a command: imports, tokenizer, opening and closing files
+"""Speed of each kind of product, as a share of the measured rate of the same type."""
+
+_SECONDS_A_WEIGHT = {
+    "searched": 40e-9,  # 106 M weights in 4.2 CPU seconds on one core, 8.9 on two, whose threads wait for each other
+    "plain": 25e-9,  # assumed; a whole run with --method gptq agrees
+    "rounded": 30e-9,  # a whole run with --method rtn agrees
+    "handled": 30e-9,  # reading 1.7, stacking and cutting 3.2 CPU seconds, and writing
+    "mapped": 200e-9,  # what `spqr analyze` on 2 windows of 512 tokens takes beside the other parts
+    "unpacked": 5e-9,  # what a step of tuning takes beside its products: 0.9 CPU seconds
+}
+"""Seconds a weight on the reference machine."""
+
+_START_SECONDS = 3.0  # of a command: imports, tokenizer, opening and closing files; 4 to 5 CPU seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,10 @@ def compare_work(dense: DecoderConfig, quantized: DecoderConfig, text: Text) -> 
 
 
 def analyze_work(model: DecoderConfig, text: Text) -> Work:
-    """Calibration without a solver: one rounded forward pass, Hessians, factors, and two products W H a matrix."""
+    """Calibration without a solver: one rounded forward pass, Hessians, factors, and two products W H a matrix.
+
+    Then patterns are looked for in the map of every matrix, which takes most of the time of short texts.
+    """
     passed = forward_pass(model, text, every_expert=True)
     work = Work(bfloat16=passed.products, attention=passed.attention, gram=hessian_operations(model, text.tokens))
     for kind in model.kinds:
@@ -47,7 +50,7 @@ def analyze_work(model: DecoderConfig, text: Text) -> Work:
         groups = input_groups(model, kind)
         mean_width = sum(width for _, width in groups) / len(groups)
         work += Work(factor=sum(4 / 3 * width**3 for _, width in groups))
-        work += Work(float32=2 * 2.0 * weights * mean_width, rounded=weights, handled=weights)
+        work += Work(float32=2 * 2.0 * weights * mean_width, mapped=weights, handled=weights)
     return work + Work(programs=_START + _ANALYSIS_BY_KIND * len(set(model.kinds)))
 
 

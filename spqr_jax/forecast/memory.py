@@ -138,7 +138,6 @@ def analyze_bytes(model: DecoderConfig, text: Text, itemsize: int) -> float:
     return (
         _RUNTIME
         + _QUANTIZE_PROGRAMS
-        + _CALIBRATION_PROGRAMS
         + held
         + calibration_bytes(model, SpQRConfig(), text, itemsize)
         + max(_group_bytes(model, kind, _COLUMN_BYTES) for kind in set(model.kinds))

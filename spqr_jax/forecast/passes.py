@@ -42,6 +42,7 @@ class Work:
       searched, plain: weights that the column loop visits, with the search fit and with a min-max fit.
       rounded: weights that are rounded to nearest, without the column loop.
       handled: weights that are read, stacked, packed and written.
+      mapped: weights whose sensitivity is searched for patterns, with NumPy on one core.
       unpacked: weights that a training step takes out of their codes, once a step.
       programs: seconds of compilation on the reference machine.
     """
@@ -56,6 +57,7 @@ class Work:
     plain: float = 0.0
     rounded: float = 0.0
     handled: float = 0.0
+    mapped: float = 0.0
     unpacked: float = 0.0
     programs: float = 0.0
 

@@ -26,7 +26,7 @@ _HEAD_GRADIENT = 3  # passes of the output head: forward, once more for the grad
 _FACTOR = 4 / 3  # operations of a Cholesky factor (1/3) and its inverse (1), times the cube of the width
 _PLAN_TOKENS = 4096  # of calibration text that a plan looks at, as in `spqr_jax.budget`
 _PLAN_PRICES = 5  # outlier thresholds that a plan tries with each width
-_SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target; demo model, 4.3 and 3.75 bits: see machine.py
+_SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target: assumed; whole runs at 4.3 bits agree
 _SMALLEST_STACK = 128  # rows that the column loop pads few rows to
 
 
@@ -143,7 +143,8 @@ def _other_solver(config: SpQRConfig, rows: int, width: int) -> Work:
     """Methods to compare with. Each begins with weights rounded to nearest.
 
     A step of those that learn takes W H and its gradient, 2·rows·width² operations each; a sweep of
-    bit-split the same for each bit of a code. OBQ reads about a quarter of width³ numbers a row.
+    bit-split the same for each bit of a code. OBQ reads about a quarter of width³ numbers a row. Only counted:
+    no run of these methods was compared with its forecast.
     """
     product = 2.0 * rows * width**2
     operations = {
@@ -206,7 +207,8 @@ def tuning_work(model: DecoderConfig, tuning: TuneConfig, text: Text, batch_toke
 
 
 # ---- compilation ------------------------------------------------------------------------
-# Seconds on the reference machine (see machine.py), from the difference between a first and a second run there.
+# Seconds on the reference machine (see machine.py). The demo model's 19.2 CPU seconds and one layer's 5.0
+# (docs/explanation/quality.md) give the first three; the others are shares of what first runs took as a whole.
 
 _START = 1.2  # small programs of any quantization
 _BY_KIND = 3.0  # stages of one kind of block and their Hessians

@@ -100,6 +100,8 @@ def test_perplexity_and_compare():
     work = measuring.perplexity_work(TINY, TEXT)
     assert work.dense == (2 * BLOCK * 2 + 2 * HEAD) * 384
     assert measuring.compare_work(TINY, TINY, TEXT).dense == 2 * work.dense
+    analysis = measuring.analyze_work(TINY, TEXT)
+    assert (analysis.bfloat16, analysis.mapped) == (2 * BLOCK * 384 * 2, 2 * BLOCK)
 
 
 def test_experts_that_inference_skips_are_not_counted():
