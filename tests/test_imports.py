@@ -29,7 +29,7 @@ LAYERS = [
     ["sensitivity"],
     ["budget", "tune", "brecq", "analysis"],
     ["quantize", "generate"],
-    ["speed", "integrations", "estimate"],
+    ["speed", "integrations", "estimate", "forecast"],
     ["checkpoint", "formats"],
     ["resolve", "inspection"],
     ["report"],

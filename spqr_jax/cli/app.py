@@ -37,6 +37,7 @@ from spqr_jax.cli.generate import generate
 from spqr_jax.cli.help import EXCHANGE, MAKE, MEASURE, USE, PlainTyper, argument, flag
 from spqr_jax.cli.main import run
 from spqr_jax.cli.measure import compare, perplexity
+from spqr_jax.cli.next_step import after_writing
 from spqr_jax.cli.options import (
     Calibration,
     CalibrationSeed,
@@ -52,6 +53,7 @@ from spqr_jax.cli.options import (
     parse_rule,
     read_calibration,
 )
+from spqr_jax.cli.outlook import before_quantize
 from spqr_jax.cli.quantize_options import (
     Bits,
     CalibrationDtype,
@@ -176,6 +178,7 @@ def quantize(
         batches = batched(windows)
     elif calib:
         say(f"--method {method} uses no calibration text: --calib is ignored")
+    outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
     begun = time.perf_counter()
     plan = None
     if config.target_bits is not None:
@@ -222,11 +225,11 @@ def quantize(
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in total "
         f"(dense: {size(summary['dense_bytes'])}); {seconds:.0f} s",
     )
-    write_json(
-        json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
-    )
+    figures = {k: v for k, v in summary.items() if k != "layers"}
+    write_json(json, {**figures, "seconds": seconds, **outlook.to_json(), "layers": summary["layers"]})
     if opened.note is not None:
         say(opened.note)
+    outlook.end(after_writing(out))
 
 
 def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, settings: TuneConfig) -> None:

@@ -13,7 +13,9 @@ from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import console, number, progress_bar, say, size, table, write_json
 from spqr_jax.cli.help import flag, option
+from spqr_jax.cli.next_step import after_bench
 from spqr_jax.cli.options import Json, Model
+from spqr_jax.cli.outlook import before_bench, say_next
 from spqr_jax.cli.stream import describe_products
 from spqr_jax.errors import DataError
 from spqr_jax.generate import Generator
@@ -52,6 +54,8 @@ def bench(
     bandwidth = read_bandwidth()
     console.print(f"{describe_processors()}; memory reads at {bandwidth:.1f} GB/s; {describe_products()}")
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, prompt_tokens).tolist()
+    sizes = [(params.config, held_bytes(params), name.startswith("packed")) for name, params in models.items()]
+    before_bench(sizes, prompt_tokens, new_tokens, turns, 1e9 * bandwidth)
     rivals = {name: generating(Generator(params)) for name, params in models.items()}
     with progress_bar("generating", (turns + 1) * len(rivals)) as advance:
         speeds = take_turns(rivals, prompt, new_tokens, turns, advance)
@@ -60,6 +64,7 @@ def bench(
     write_json(
         json, {"model": model, "read_bandwidth_gb_s": bandwidth, "processors": os.cpu_count(), "results": results}
     )
+    say_next(after_bench(model))
 
 
 def describe_processors() -> str:
@@ -87,6 +92,11 @@ def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decod
     return models
 
 
+def held_bytes(params: Decoder) -> int:
+    """Bytes of a model's weights."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
 def summary(speed: Speed, params: Decoder | None) -> dict[str, Any]:
     """Medians, and what of its weights a model reads a second (not an untied embedding, of which it reads rows)."""
     values: dict[str, Any] = {
@@ -96,7 +106,7 @@ def summary(speed: Speed, params: Decoder | None) -> dict[str, Any]:
         "prefill_turns": speed.prefill.tolist(),
     }
     if params is not None:
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        held = held_bytes(params)
         rows_only = 0 if params.config.tied_head else params.outer.embed_tokens.nbytes
         values["bytes"] = held
         values["gb_per_second"] = (held - rows_only) * values["decode_tokens_per_second"] / 1e9

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
@@ -23,6 +24,7 @@ from spqr_jax.cli import interrupt
 from spqr_jax.output import write_file
 from spqr_jax.quantize import LayerReport
 
+_GAP = 3  # between columns of a table
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -146,10 +148,24 @@ def _block_of(path: str) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], notes: str = "") -> None:
-    """A table, first column left, the rest right."""
-    drawn = Table(title=title, title_justify="left", caption=notes or None, caption_justify="left")
+    """A table, first column left, the rest right. Where it is too wide, headings take a line for each word."""
+    longest = [max((len(row[index]) for row in rows), default=0) for index in range(len(columns))]
+    width = sum(max(len(column), cell) for column, cell in zip(columns, longest, strict=True))
+    narrow = width + _GAP * (len(columns) - 1) > console.width
+    drawn = Table(
+        title=title,
+        title_justify="left",
+        caption=notes or None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right")
+        heading = "\n".join(column.split()) if narrow and len(column) > longest[index] else column
+        drawn.add_column(heading, justify="left" if index == 0 else "right")
     for row in rows:
         drawn.add_row(*row)
     console.print(drawn)

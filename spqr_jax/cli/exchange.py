@@ -12,7 +12,9 @@ import typer
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
 from spqr_jax.cli.display import progress_bar, say, size, tell
 from spqr_jax.cli.help import argument, flag, option
+from spqr_jax.cli.next_step import after_export, after_writing
 from spqr_jax.cli.options import Dtype, Out, Overwrite
+from spqr_jax.cli.outlook import say_next
 from spqr_jax.errors import DataError, ModelError, SpQRError
 from spqr_jax.estimate import exported_bytes, quantized_bytes
 from spqr_jax.files.companions import origin_config, origin_files, origin_generation_config
@@ -82,6 +84,7 @@ def export(
     tell((str(target.path), "bold"), f": {', '.join(path.name for path in files)}; {size(total)}")
     if push is not None:
         _push(target.path, push, private)
+    say_next(after_export(push or str(out), form))
 
 
 def import_original(
@@ -130,6 +133,7 @@ def import_original(
         f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in total",
     )
+    say_next(after_writing(out))
 
 
 def _write_companions(target: HFDirectory, source: CheckpointSource, directory: Path) -> None:

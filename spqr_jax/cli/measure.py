@@ -10,7 +10,9 @@ import numpy as np
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
+from spqr_jax.cli.next_step import after_compare, after_perplexity
 from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
+from spqr_jax.cli.outlook import before_compare, before_perplexity
 from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import Fidelity
 from spqr_jax.evaluate.fidelity import compare as compare_models
@@ -41,7 +43,8 @@ def perplexity(
     dense = None if against is None else open_model(against, dtype, say)
     data = data or default_corpus()
     tokens = _windows(opened, data, seqlen, windows)
-    if dense is not None:
+    if dense is not None and against is not None:
+        outlook = before_compare(dense, opened, tokens, data, batch_size, dtype)
         result = _compare(dense, opened, tokens, batch_size)
         tell(
             "perplexity ",
@@ -53,7 +56,9 @@ def perplexity(
             f"same top token {100 * result.same_top:.2f}%",
         )
         write_json(json, result.to_json() | _setting(model, data, tokens) | {"against": against})
+        outlook.end(after_compare(against, model))
         return
+    outlook = before_perplexity(opened, tokens, data, batch_size, dtype)
     params = collect(opened.source)
     with progress_bar("perplexity", len(tokens)) as advance:
         alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
@@ -75,6 +80,8 @@ def perplexity(
             **_setting(model, data, tokens),
         },
     )
+    limit = [] if windows is None else ["--windows", windows]
+    outlook.end(after_perplexity(opened, "--data", data, "--seqlen", tokens.shape[1], *limit))
 
 
 def compare(
@@ -91,12 +98,14 @@ def compare(
     reference, opened = open_model(dense, dtype, say), open_model(quantized, dtype, say)
     data = data or default_corpus()
     tokens = _windows(reference, data, seqlen, windows)
+    outlook = before_compare(reference, opened, tokens, data, batch_size, dtype)
     result = _compare(reference, opened, tokens, batch_size)
     title = f"{quantized} compared with {dense}: {result.windows} windows of {tokens.shape[1]} tokens of {data}"
     table(title, ["", "", "±"], fidelity_rows(result))
     text = "±: standard error over the windows. Sure: the dense model gives its top token at least 50%."
     tell((f"{text} {result.tokens} tokens predicted in {result.seconds:.1f} s.", "dim"))
     write_json(json, result.to_json() | _setting(quantized, data, tokens) | {"against": dense})
+    outlook.end(after_compare(dense, quantized))
 
 
 def fidelity_rows(result: Fidelity) -> list[list[str]]:

@@ -20,6 +20,7 @@ from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.display import progress_bar, say, table, tell
 from spqr_jax.cli.help import OUTPUT, argument, option
+from spqr_jax.cli.next_step import after_analyze
 from spqr_jax.cli.options import (
     Calibration,
     CalibrationSeed,
@@ -30,6 +31,7 @@ from spqr_jax.cli.options import (
     Windows,
     read_calibration,
 )
+from spqr_jax.cli.outlook import before_analyze
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.inspection import summarize
@@ -93,6 +95,7 @@ def analyze(
         "config": config.to_json(),
         "command": shlex.join(["spqr", *sys.argv[1:]]),
     }
+    outlook = before_analyze(original, calibration, dtype)
     begun = time.perf_counter()
     paths = [path for path in quantizable_paths(original.source, config) if path.startswith("layers.")]
     with progress_bar("analyzing", len(paths)) as advance:
@@ -111,6 +114,7 @@ def analyze(
     )
     tell((text, "dim"))
     tell((f"{folder.path}/report.html", "bold"), f", {setting['seconds']:.0f} s")
+    outlook.end(after_analyze(opened, out))
 
 
 def report(

@@ -10,7 +10,9 @@ import typer
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, flag, option
+from spqr_jax.cli.next_step import after_eval
 from spqr_jax.cli.options import Dtype, Json, Model
+from spqr_jax.cli.outlook import before_eval, say_next
 from spqr_jax.errors import SpQRError
 from spqr_jax.resolve import open_model
 
@@ -60,6 +62,7 @@ def evaluate(
     """Score a model on tasks of the LM Evaluation Harness (pip install 'spqr-jax[eval]')."""
     harness = import_harness()
     opened = open_model(model, dtype, say)
+    before_eval(opened, tasks, limit, dtype)
     adapter = harness.HarnessModel(
         collect(opened.source), opened.tokenizer(), batch_tokens=batch_tokens, progress=progress_bar
     )
@@ -76,6 +79,7 @@ def evaluate(
     table(model, ["task", "metric", "value", "±", "questions"], task_rows(found))
     tell((f"lm-eval {found['harness']}; ± is the standard error that the harness reports", "dim"))
     write_json(json, {"model": model, "num_fewshot": num_fewshot, "limit": limit, "seed": seed, **found})
+    say_next(after_eval(opened, "--tasks", tasks, *(() if limit is None else ("--limit", f"{limit:g}"))))
 
 
 def import_harness() -> Any:

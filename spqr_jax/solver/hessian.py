@@ -80,7 +80,7 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     gram = hessian.gram
-    for first, end in _panels(x.shape[1], _GRAM_PANEL):  # each from the diagonal on
+    for first, end in gram_panels(x.shape[1]):  # each from the diagonal on
         found = lax.dot_general(
             x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
         )
@@ -92,6 +92,11 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
 def _mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
     """(2/n) times the symmetric matrix with this upper triangle."""
     return (jnp.triu(gram) + jnp.triu(gram, 1).T) * (2.0 / jnp.maximum(tokens, 1.0))
+
+
+def gram_panels(width: int) -> list[tuple[int, int]]:
+    """Columns [first, end) of a Gram matrix [width, width] that are summed together."""
+    return _panels(width, _GRAM_PANEL)
 
 
 def _panels(width: int, about: int) -> list[tuple[int, int]]:
