@@ -130,7 +130,9 @@ def blocks_to_run(page: Path) -> list[Block]:
             if skipped or language in SHOWN_ONLY:
                 continue
             known = language in ("python", "console", "shell")
-            assert known, f"{page.name}:{first - 1}: a block of language {language!r} is not run: see tests/support/pages.py"
+            assert known, (
+                f"{page.name}:{first - 1}: a block of language {language!r} is not run: see tests/support/pages.py"
+            )
             blocks.append(Block(language, tuple(lines), first))
         elif opened is not None:
             opened[2].append(line)
@@ -179,7 +181,7 @@ def _tiny_demo(folder: Path) -> Iterator[None]:
     config = dataclasses.replace(TINY, tied_head=True, max_positions=2048)  # as the real one's; room for its windows
     write_hf(folder, random_decoder(config, seed=0))
     byte_tokenizer().save_pretrained(folder)
-    with mock.patch("spqr_jax.resolve.packaged_model", lambda name, say=print: folder):
+    with mock.patch("spqr_jax.resolve.packaged_model", return_value=folder):
         yield
 
 
@@ -237,7 +239,9 @@ def check_shown(shown: Sequence[str], streams: Sequence[Sequence[str]], place: s
                 break
         else:
             printed = "\n".join("\n".join(stream) for stream in streams)
-            raise AssertionError(f"{place}\nshows {line!r},\nbut no such line is printed there. Printed:\n{printed[-4000:]}")
+            raise AssertionError(
+                f"{place}\nshows {line!r},\nbut no such line is printed there. Printed:\n{printed[-4000:]}"
+            )
 
 
 def _pair(lines: Sequence[str], index: int) -> set[str]:
