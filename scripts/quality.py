@@ -8,24 +8,28 @@
 A row is what you would say to `spqr quantize`, which is run for it in a process of
 its own: CPU seconds and peak memory are that process's, compilation included. The
 first row is the dense model. Rows that are done are kept in OUT and not run again.
-Writes table.md and, with every window's loss, one JSON file a row.
+Writes table.md and, with every window's loss, one JSON file for each row. `--csv FILE`
+writes the rows in the format of benchmarks/results/quality.csv (see quality_csv.py), too.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from kept_rows import file_name, kept_or_made, markdown_table, measured
+from quality_csv import write_rows
 
 from spqr_jax import SpQRError
 from spqr_jax.blocks import collect
@@ -88,13 +92,13 @@ def run(model: str, row: str, calibration: list[str], texts: list[Text]) -> dict
         return values | {"texts": measure(str(out), texts)}
 
 
-def rise(values: dict[str, Any], dense: dict[str, Any], label: str) -> str:
+def rise(values: dict[str, Any], dense: dict[str, Any], label: str) -> tuple[float, float] | None:
     """Loss above the dense model's on one text, window by window: mean and standard error in nats."""
-    ours, theirs = (np.array(each["texts"][label]["window_losses"]) for each in (values, dense))
+    ours, theirs = (np.array(row["texts"][label]["window_losses"]) for row in (values, dense))
     difference = ours - theirs
     if values is dense or len(difference) < 2:
-        return "–"
-    return f"{difference.mean():+.4f} ± {difference.std(ddof=1) / math.sqrt(len(difference)):.4f}"
+        return None
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
 def cells(row: str, values: dict[str, Any], dense: dict[str, Any], texts: list[Text]) -> list[str]:
@@ -103,7 +107,38 @@ def cells(row: str, values: dict[str, Any], dense: dict[str, Any], texts: list[T
     sizes = [number(values["ideal_bits"], 3), number(values["stored_bits"], 3)]
     spent = [number(values["cpu_seconds"], 0), number(values["wall_seconds"], 0), number(values["peak_gib"])]
     outliers = [number(values["outlier_percent"])]
-    return [row, *sizes, *outliers, *measured, rise(values, dense, texts[0].label), *spent]
+    loss = rise(values, dense, texts[0].label)
+    return [row, *sizes, *outliers, *measured, f"{loss[0]:+.4f} ± {loss[1]:.4f}" if loss else "–", *spent]
+
+
+def csv_rows(row: str, values: dict[str, Any], dense: dict[str, Any], texts: list[Text]) -> Iterator[dict[str, str]]:
+    """One configuration's rows of the CSV file: one for each text."""
+    options = dict(itertools.pairwise(shlex.split(row)))
+    calibration = dict(itertools.pairwise(values["calibration"]))
+    settings = {"name": row, "model": values["model"], "options": "" if row == DENSE else row, "bits_of": "blocks"}
+    settings |= {
+        "method": options.get("--method", DENSE if row == DENSE else "spqr"),
+        "tuned": options.get("--tune", ""),
+    }
+    settings |= {"calibration": calibration.get("--calib", ""), "seed": calibration.get("--seed", "")}
+    if "--nsamples" in calibration and "--seqlen" in calibration:
+        settings["calibration_windows"] = f"{calibration['--nsamples']} x {calibration['--seqlen']}"
+    digits = {
+        "ideal_bits": 3,
+        "stored_bits": 3,
+        "outlier_percent": 2,
+        "cpu_seconds": 0,
+        "wall_seconds": 0,
+        "peak_gib": 2,
+    }
+    settings |= {name: f"{values[name]:.{count}f}" for name, count in digits.items() if not math.isnan(values[name])}
+    for text in texts:
+        result, loss = values["texts"][text.label], rise(values, dense, text.label)
+        losses = {"loss_above_dense": f"{loss[0]:.4f}", "loss_stderr": f"{loss[1]:.4f}"} if loss else {}
+        size = f"{len(result['window_losses'])} x {text.seqlen}"
+        yield (
+            settings | losses | {"text": text.label, "text_windows": size, "perplexity": f"{result['perplexity']:.2f}"}
+        )
 
 
 def main() -> None:
@@ -112,6 +147,7 @@ def main() -> None:
     parser.add_argument("--row", action="append", required=True, help="options of spqr quantize; repeatable")
     parser.add_argument("--data", action="append", required=True, nargs=4, metavar=("LABEL", "SPEC", "SEQLEN", "N"))
     parser.add_argument("--out", type=Path, default=Path("quality"), help="where results are kept")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows here, too, as CSV")
     for option in ("calib", "nsamples", "seqlen", "seed"):
         parser.add_argument(f"--{option}", help="as for spqr quantize")
     given = parser.parse_args()
@@ -136,6 +172,8 @@ def main() -> None:
     lines = [cells(row, values, done[0][1], texts) for row, values in done]
     title = f"{given.model}, calibrated with `{shlex.join(calibration)}`"
     table(title, columns, lines)
+    if given.csv:
+        write_rows(given.csv, (line for row, values in done for line in csv_rows(row, values, done[0][1], texts)))
     (given.out / "table.md").write_text(f"{title}\n\n{markdown_table(columns, lines)}")
 
 

@@ -94,7 +94,7 @@ class QuantizeProgress:
         self._block: list[LayerReport] = []
         self.reports: list[LayerReport] = []
         errors.print(
-            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'bits':>6}  {'stored':>6}",
+            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'ideal':>6}  {'stored':>6}",
             style="bold",
         )
 
@@ -129,15 +129,15 @@ class QuantizeProgress:
 def describe_head(summary: dict[str, Any]) -> str:
     """What `summarize` says of the output head."""
     bits = summary["head_bits"]
-    return "head dense" if bits is None else f"head {bits:.2f} stored bits"
+    return "output head: dense" if bits is None else f"output head: {bits:.2f} stored bits per weight"
 
 
 def show_plan(plan: Plan) -> None:
     """One line on how a budget is spent."""
     shares = ", ".join(f"{bits} bits for {100 * share:.0f}%" for bits, share in plan.share_of_bits().items())
     errors.print(
-        f"plan for {plan.target_bits:g} stored bits a weight: {shares} of the weights; "
-        f"loss expected to rise by {plan.loss:.3f} nats a token"
+        f"plan for {plan.target_bits:g} stored bits per weight: {shares} of the weights; "
+        f"expected increase of the loss: {plan.loss:.3f} nats per token"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ def test_quality_measures_each_row_once(tiny_model, tmp_path):
         np.save(tmp_path / f"{name}.npy", rng.integers(0, 256, 2000))
     command = [sys.executable, SCRIPTS / "quality.py", "model", "--out", "found", "--calib", "calib.npy"]
     command += ["--nsamples", "4", "--seqlen", "32", "--data", "a text", "text.npy", "64", "5"]
-    command += ["--row", "--method rtn --bits 4"]
+    command += ["--row", "--method rtn --bits 4", "--csv", "rows.csv"]
 
     def run():
         return subprocess.run(
@@ -38,11 +39,17 @@ def test_quality_measures_each_row_once(tiny_model, tmp_path):
     assert set(rows) == {"dense", "--method rtn --bits 4"}
     dense, quantized = rows["dense"], rows["--method rtn --bits 4"]
     assert len(dense["texts"]["a text"]["window_losses"]) == 5
+    dense_perplexity = dense["texts"]["a text"]["perplexity"]
     assert quantized["texts"]["a text"]["perplexity"] != dense["texts"]["a text"]["perplexity"]
     assert quantized["ideal_bits"] == pytest.approx(6.0)  # 4 and two 16-bit floats for 16 weights
     assert quantized["cpu_seconds"] > 0.5
     assert quantized["peak_gib"] > 0.05
     assert f"{quantized['texts']['a text']['perplexity']:.2f}" in table
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["method"], first["perplexity"], first["cpu_seconds"]) == ("dense", f"{dense_perplexity:.2f}", "")
+    assert (second["method"], second["ideal_bits"], second["calibration_windows"]) == ("rtn", "6.000", "4 x 32")
+    assert (second["text"], second["text_windows"]) == ("a text", "5 x 64")
     times = [path.stat().st_mtime_ns for path in files]
     run()  # what is done is kept
     assert times == [path.stat().st_mtime_ns for path in files]
@@ -117,9 +124,10 @@ def test_ablations_answer_tasks(folder):
     assert (folder / "ablated" / "perplexity_by_bits.png").is_file()
 
 
-def test_the_tables_of_the_kernels_page_are_made_from_what_was_counted():
-    command = [sys.executable, SCRIPTS.parent / "benchmarks" / "kernel_tables.py", "--check"]
-    assert subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == 0
+@pytest.mark.parametrize("script", ["quality_tables.py", "plot_quality.py"])
+def test_tables_and_picture_of_the_quality_page_are_made_from_the_results(script):
+    result = run_script(script, ROOT, "--check")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
@@ -130,8 +138,9 @@ def test_the_accelerator_check_runs_where_there_is_none(tmp_path):
         "--out",
         tmp_path / "report.json",
     ]
-    command += ["--shapes", "64x96", "--batch", "1", "--turns", "1"]
+    command += ["--shapes", "64x96", "--batch", "1", "--turns", "1", "--csv", tmp_path / "accelerator.csv"]
     subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, stdout=subprocess.DEVNULL)
     report = json.loads((tmp_path / "report.json").read_text())
     assert [c["right"] for c in report["checks"]] == [True] * 5
     assert set(report["times"][0]["seconds"]) == {"dense bfloat16", "dense float16", "xla"}
+    assert len((tmp_path / "accelerator.csv").read_text().splitlines()) == 4

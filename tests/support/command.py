@@ -20,7 +20,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def spqr(*arguments, cwd, stdin=None, terminal=False) -> subprocess.CompletedProcess:
+def spqr(*arguments, cwd, stdin=None, columns=200, terminal=False) -> subprocess.CompletedProcess:
     """Runs a command line in this process: its exit status and all that it wrote, as `spqr_process`.
 
     With `terminal`, a user types `stdin` at a terminal.
@@ -34,7 +34,7 @@ def spqr(*arguments, cwd, stdin=None, terminal=False) -> subprocess.CompletedPro
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(errors),
-        mock.patch.dict(os.environ, _ENVIRONMENT),
+        mock.patch.dict(os.environ, _ENVIRONMENT | {"COLUMNS": str(columns)}),
         mock.patch.object(sys, "argv", command),
         mock.patch.object(sys, "stdin", (_Terminal if terminal else io.StringIO)(stdin or "")),
     ):
