@@ -1,4 +1,4 @@
-"""What the accelerator benchmarks share: matrices at random, products that take turns, and their times."""
+"""Shared by the accelerator benchmarks: random matrices, and timed products that take turns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pallas_kernels import spqr_matmul
 from spqr_jax.packing import pack_codes
 
 LAYOUTS: dict[str, spqr_matmul.Layout] = {"mosaic_gpu": "fragments", "triton": "rows", "tpu": "lanes"}
-CACHE_BYTES = 256 << 20  # matrices of a rival together exceed any cache, as those of a model do
+CACHE_BYTES = 256 << 20  # all matrices of a rival together exceed any cache, as in a model
 OUTLIERS = 0.01
 
 
 def prepared(
     shape: tuple[int, int], layout: spqr_matmul.Layout, bits: int = 3, group_size: int = 16, seed: int = 0
 ) -> spqr_matmul.Prepared:
-    """Codes, statistics and outliers at random: what they say does not change the time."""
+    """Random codes, statistics and outliers. Their values do not change the time."""
     rng = np.random.default_rng(seed)
     out, inner = shape
     groups = -(-inner // group_size)
@@ -47,7 +47,7 @@ def prepared(
 
 
 def copies(matrix: Any, most: int = 64) -> list[Any]:
-    """As many copies of a matrix as exceed the caches."""
+    """Copies of a matrix, enough to exceed the caches."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
     count = int(min(most, max(1, -(-CACHE_BYTES // size))))
     return [jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), matrix) for _ in range(count)]
@@ -56,13 +56,13 @@ def copies(matrix: Any, most: int = 64) -> list[Any]:
 def product(
     multiply: Callable[[jax.Array, Any], jax.Array], x: jax.Array, matrices: Sequence[Any]
 ) -> tuple[Callable[[], Any], int]:
-    """A compiled run over all matrices, and how many products it has."""
+    """A compiled function that multiplies by all matrices, and its number of products."""
     program = jax.jit(lambda x, ws: [multiply(x, w) for w in ws])
     return lambda: jax.block_until_ready(program(x, list(matrices))), len(matrices)
 
 
 def take_turns(runs: dict[str, tuple[Callable[[], Any], int]], turns: int, seconds: float = 0.05) -> dict[str, float]:
-    """Seconds a product of each rival: the median over all its runs, in turns, after one to warm up."""
+    """Seconds per product of each rival: the median over all its runs, in turns, after a run to warm up."""
     for run, _ in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -76,20 +76,20 @@ def take_turns(runs: dict[str, tuple[Callable[[], Any], int]], turns: int, secon
 
 
 def relative_error(got: jax.Array, want: np.ndarray) -> float:
-    """Frobenius norm of the difference over that of `want`."""
+    """Frobenius norm of the difference, divided by the norm of `want`."""
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """``outxin`` on the command line."""
+    """A matrix shape, ``OUTxIN`` on the command line."""
 
     out: int
     inner: int
 
     @staticmethod
     def parse(text: str) -> Shape:
-        """Raises ValueError: not of that form."""
+        """Raises ValueError: the text is not OUTxIN."""
         out, _, inner = text.partition("x")
         return Shape(int(out), int(inner))
 

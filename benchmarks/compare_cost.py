@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What `spqr compare` costs beside one perplexity run of the dense model, in turns, and what it holds.
+"""Compares the time of `spqr compare` with one perplexity run of the dense model, and prints its temporary memory.
 
     benchmarks/compare_cost.py demo SMALL --data IDS.npy --seqlen 2048 --windows 2 --turns 3
 
-Both run in one process with everything compiled; reading the models is not counted, turning packed weights into
-dense ones is. Memory is what the compiled programs ask for beside their arguments.
+All runs take turns in one process. Compilation and reading the models are not counted; dequantizing packed weights is.
+Temporary memory is the amount that the compiled program allocates in addition to its arguments.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from timings import CompareRow, add_csv_options, check_csv, save
 
 from spqr_jax.blocks import collect
 from spqr_jax.cli.options import read_tokens
@@ -26,13 +28,15 @@ from spqr_jax.resolve import open_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dense")
-    parser.add_argument("quantized")
+    parser.add_argument("dense", help="the dense model")
+    parser.add_argument("quantized", help="a directory that spqr wrote")
     parser.add_argument("--data", default="pydoc")
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
+    add_csv_options(parser, "compare_cost.csv")
     given = parser.parse_args()
+    check_csv(parser, given.csv, CompareRow)
     opened = open_model(given.dense, "float32")
     tokens = read_tokens(given.data, "evaluation", opened)
     windows = evaluation_windows(tokens, given.seqlen, given.windows, given.data, opened.first_token)
@@ -50,9 +54,12 @@ def main() -> None:
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
     base = seconds["perplexity of the dense model"]
-    for name, taken in seconds.items():
-        ratios = [a / b for a, b in zip(taken, base, strict=True)]
-        print(f"{name:35} {statistics.median(taken):7.2f} s   {statistics.median(ratios):.2f}x dense perplexity")
+    rows = []
+    for name, values in seconds.items():
+        median, ratio = statistics.median(values), statistics.median(a / b for a, b in zip(values, base, strict=True))
+        print(f"{name:35} {median:7.2f} s   {ratio:.2f}x dense perplexity")
+        sizes = {"model": Path(given.quantized).name, "seqlen": given.seqlen, "windows": given.windows}
+        rows.append(sizes | {"rival": name, "median_s": median, "ratio_to_dense_perplexity": ratio})
     shape = (1, given.seqlen, dense.config.hidden_size)
     residual = jax.ShapeDtypeStruct(shape, dense.outer.final_norm.dtype)
     program = fidelity._token_statistics.lower(
@@ -61,7 +68,8 @@ def main() -> None:
     ).compile()  # fmt: skip
     held = program.memory_analysis().temp_size_in_bytes
     whole = 2 * given.seqlen * dense.config.vocab_size * 4
-    print(f"temporary memory: {held / 1e6:.0f} MB (one window's logits of both: {whole / 1e6:.0f} MB)")
+    print(f"temporary memory: {held / 1e6:.0f} MB (one window's logits of both models: {whole / 1e6:.0f} MB)")
+    save(given.csv, CompareRow, given, rows)
 
 
 if __name__ == "__main__":

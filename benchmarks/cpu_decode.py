@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Tokens a second of a quantized model on this CPU, against other programs.
+"""Compares tokens per second of a quantized model on this CPU with the dense model, PyTorch and llama.cpp.
 
     spqr quantize demo --out small --calib pydoc --nsamples 16 --seqlen 1024
     python benchmarks/cpu_decode.py small --dense demo --bfloat16 --torch --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-What `spqr bench` measures, in the same way, and beside it PyTorch (transformers' own
-model of the same shape with random weights, which take the same time) and llama.cpp
-(`pip install llama-cpp-python` compiles it for this processor). All are in one process
-and take turns; every one uses all processors.
+The packed and dense models are measured as by `spqr bench`. PyTorch runs transformers' model of the same shape with
+random weights; their values do not change the time. `pip install llama-cpp-python` compiles llama.cpp for this
+processor. All rivals run in one process, take turns and use all processors.
 """
 
 from __future__ import annotations
@@ -17,15 +16,17 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from timings import GenerationRow, add_csv_options, check_csv, save
 
 from spqr_jax.cli.bench import candidates, show, summary
 from spqr_jax.cli.display import console, progress_bar, say, write_json
 from spqr_jax.cli.stream import describe_products
 from spqr_jax.generate import Generator
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.speed import Rival, generating, read_bandwidth, take_turns
+from spqr_jax.speed import Rival, Speed, generating, read_bandwidth, take_turns
 
 
 def torch_rival(config: DecoderConfig, threads: int) -> Rival:
@@ -84,31 +85,59 @@ def llama_rival(path: Path, context: int, threads: int) -> Rival:
     return run
 
 
+def row_of(
+    rival: str, speeds: dict[str, Speed], result: dict[str, Any], bandwidth: float, given: argparse.Namespace
+) -> dict[str, Any]:
+    """The columns of `GenerationRow` for one rival."""
+    decode, prefill = (float(np.median(values)) for values in (speeds[rival].decode, speeds[rival].prefill))
+    dense, llama = speeds["dense float32"], speeds.get("llama.cpp Q4_1")
+    return {
+        "memory_gb_per_s": bandwidth,
+        "model": Path(given.model).name,
+        "rival": rival,
+        "turns": given.turns,
+        "prompt_tokens": given.prompt_tokens,
+        "new_tokens": given.new_tokens,
+        "tokens_per_s": decode,
+        "least_tokens_per_s": float(speeds[rival].decode.min()),
+        "most_tokens_per_s": float(speeds[rival].decode.max()),
+        "ratio_to_dense_f32": decode / float(np.median(dense.decode)),
+        "ratio_to_llama_q4_1": None if llama is None else decode / float(np.median(llama.decode)),
+        "prefill_tokens_per_s": prefill,
+        "prefill_ratio_to_dense_f32": prefill / float(np.median(dense.prefill)),
+        "weights_mb": result["bytes"] / 1e6 if "bytes" in result else None,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory that spqr wrote")
-    parser.add_argument("--dense", default="demo", help="the model it was made from")
-    parser.add_argument("--bfloat16", action="store_true", help="the dense model in bfloat16 as well (slow)")
-    parser.add_argument("--torch", action="store_true", help="PyTorch, float32")
-    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp; repeatable")
+    parser.add_argument("--dense", default="demo", help="the dense model that it was quantized from")
+    parser.add_argument("--bfloat16", action="store_true", help="also measure the dense model in bfloat16 (slow)")
+    parser.add_argument("--torch", action="store_true", help="also measure PyTorch in float32")
+    parser.add_argument(
+        "--gguf", type=Path, action="append", default=[], help="also measure llama.cpp with this file; repeatable"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
+    add_csv_options(parser, "generation.csv")
     given = parser.parse_args()
+    check_csv(parser, given.csv, GenerationRow)
     threads = os.cpu_count() or 1
     models = candidates(given.model, given.dense, given.bfloat16)
     config = models["dense float32"].config
     rivals = {name: generating(Generator(params)) for name, params in models.items()}
-    wanted = {"PyTorch float32": lambda: torch_rival(config, threads)} if given.torch else {}
+    others = {"PyTorch float32": lambda: torch_rival(config, threads)} if given.torch else {}
     for path in given.gguf:
         name = f"llama.cpp {path.stem.rpartition('.')[2]}"
-        wanted[name] = lambda path=path: llama_rival(path, 2 * (given.prompt_tokens + given.new_tokens), threads)
-    for name, make in wanted.items():
+        others[name] = lambda path=path: llama_rival(path, 2 * (given.prompt_tokens + given.new_tokens), threads)
+    for name, make in others.items():
         try:
             rivals[name] = make()
         except ImportError as error:
-            say(f"{name} is left out: {error}")
+            say(f"{name} is not measured: {error}")
     console.print(f"{threads} processors, load {os.getloadavg()[0]:.1f}; {describe_products()}", markup=False)
     bandwidth = read_bandwidth()
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, given.prompt_tokens).tolist()
@@ -117,6 +146,8 @@ def main() -> None:
     results = {name: summary(speed, models.get(name)) for name, speed in speeds.items()}
     show(f"{given.model}; {bandwidth:.1f} GB/s of memory", results)
     write_json(given.json, {"read_bandwidth_gb_s": bandwidth, "results": results})
+    rows = [row_of(name, speeds, results[name], bandwidth, given) for name in speeds]
+    save(given.csv, GenerationRow, given, rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""The native CPU kernels against dense products, at the shapes of real models.
+"""Times the CPU kernels' matrix products against dense products, at the shapes of real models.
 
     python benchmarks/cpu_matmul.py                       # SmolLM2-135M and Llama-7B shapes, batch 1, 4, 16, 512
-    python benchmarks/cpu_matmul.py --shapes 4096x4096 --batch 1 8 --bits 4 --plot roofline.png
+    python benchmarks/cpu_matmul.py --shapes 4096x4096 --batch 1 8 --bits 4 --plot roofline.png --csv products.csv
 
-All rivals run in one process, one after the other, round after round; a ratio is of
-medians. A turn lasts some 50 ms after a warm-up, as generation goes on for a while, too.
-A rival multiplies as many different matrices as exceed the cache, so batch 1 measures
-memory as well. The plot sets what was reached beside what memory and arithmetic allow. The
-dense float32 rival is the faster of XLA's two layouts.
+All rivals run in one process and take turns. A turn is one pass to warm up and then about 50 ms of products. Ratios are
+ratios of medians, relative to the faster of XLA's two layouts of the dense float32 weight. Each rival cycles through
+more matrices than fit into the cache, so at batch 1 the weights come from memory. The plot (a roofline) shows the
+speeds beside the limits that memory and arithmetic set.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from roofline import roofline
+from timings import UNKNOWN, ProductRow, add_csv_options, check_csv, save
 
 import cpu_kernels
 from spqr_jax import SpQRArray
@@ -39,7 +40,7 @@ TURN = 0.05  # seconds
 
 
 def random_array(shape: tuple[int, int], bits: int, seed: int = 0) -> SpQRArray:
-    """Codes, statistics and outliers at random in the format of the presets: what they say does not change the time."""
+    """Random codes, statistics and outliers in the format of the presets. Their values do not change the time."""
     rng = np.random.default_rng(seed)
     out, inner = shape
     layout = array_layout(shape, 16, 16)
@@ -66,8 +67,8 @@ def random_array(shape: tuple[int, int], bits: int, seed: int = 0) -> SpQRArray:
     ).validate()
 
 
-def copies(shape: tuple[int, int], batch: int, megabytes: int) -> int:
-    """Matrices a rival goes through: packed ones to exceed the cache at small batches."""
+def copies(shape: tuple[int, int], batch: int, megabytes: float) -> int:
+    """How many matrices a rival cycles through: at small batches, packed ones exceed the cache."""
     packed = shape[0] * shape[1] * 4.6 / 8
     return max(1, round(megabytes * 1e6 / packed)) if batch <= 16 else max(1, round(megabytes * 1e5 / packed))
 
@@ -75,7 +76,7 @@ def copies(shape: tuple[int, int], batch: int, megabytes: int) -> int:
 def rivals(
     shape: tuple[int, int], batch: int, bits: int, count: int
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """What runs, and the bytes of weights that each reads."""
+    """The rivals as functions, and the bytes of weights that each reads."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((batch, shape[1])), jnp.float32)
     dense = [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(count)]
@@ -103,7 +104,7 @@ def rivals(
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each rival's every run, turn after turn."""
+    """Seconds of every run of each rival."""
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -117,95 +118,76 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.nda
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A rival at one shape and batch: seconds a product (median), bytes of weights and operations in it."""
+def measured(text: str, batch: int, given: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
+    """The columns of `ProductRow` for all rivals at one shape and batch."""
+    out, _, inner = text.partition("x")
+    shape = (int(out), int(inner))
+    count = copies(shape, batch, given.megabytes)
+    runs, read = rivals(shape, batch, given.bits, count)
+    seconds = measure(runs, given.rounds)
+    base = min(float(np.median(seconds[name])) for name in runs if name.startswith("dense float32"))
+    console.print(f"{text}, batch {batch}: {count} matrices, done")
+    return [
+        {
+            "memory_gb_per_s": bandwidth,
+            "bits": given.bits,
+            "shape": text,
+            "batch": batch,
+            "rival": name,
+            "median_ms": float(np.median(values)) / count * 1e3,
+            "least_ms": float(values.min()) / count * 1e3,
+            "ratio_to_dense_f32": base / float(np.median(values)),
+            "gb_per_s": read[name] / float(np.median(values)) / 1e9,
+            "weight_bytes": round(read[name] / count),
+        }
+        for name, values in seconds.items()
+    ]
 
-    shape: str
-    batch: int
-    name: str
-    seconds: float
-    read: float
-    operations: float
 
-
-def roofline(points: list[Point], bandwidth: float, path: Path) -> None:
-    """Operations a second against operations a byte of weights, under the roof of this machine's memory.
-
-    The flat part is the best dense float32 product of the largest batch: what XLA gets out of the arithmetic.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    flat = max(p.operations / p.seconds for p in points if p.name.startswith("dense float32")) / 1e9
-    intensity = np.geomspace(0.2, 4000, 200)
-    axes.plot(intensity, np.minimum(bandwidth * intensity, flat), color="black", linewidth=1, label="roof")
-    shown = [p for p in points if not p.name.endswith("1 thread") and "transposed" not in p.name]
-    names = list(dict.fromkeys(p.name for p in shown))
-    for name, colour, marker in zip(names, pyplot.get_cmap("tab10").colors, "osD^vPX*<>", strict=False):
-        own = [p for p in shown if p.name == name]
-        reached = [p.operations / p.seconds / 1e9 for p in own]
-        intensity = [p.operations / p.read for p in own]
-        axes.scatter(intensity, reached, s=22, color=colour, marker=marker, alpha=0.8, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte of weights", ylabel="10⁹ operations a second")
-    axes.set_title(f"{bandwidth:.0f} GB/s of memory; flat: best dense float32 product, {flat:.0f}", fontsize=10)
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=110)
+def show(rows: list[dict[str, Any]], bits: int) -> None:
+    """Prints the table."""
+    columns = ["shape", "batch", "rival", "median ms", "least ms", "× dense float32", "GB/s of weights"]
+    lines = [
+        [
+            row["shape"],
+            str(row["batch"]),
+            row["rival"],
+            number(row["median_ms"], 3),
+            number(row["least_ms"], 3),
+            number(row["ratio_to_dense_f32"], 2),
+            number(row["gb_per_s"], 1),
+        ]
+        for row in rows
+    ]
+    table(f"{bits}-bit weights, {100 * OUTLIERS:.0f}% outliers", columns, lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=[s for group in SHAPES.values() for s in group])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 512])
+    parser.add_argument("--shapes", nargs="+", default=[s for group in SHAPES.values() for s in group], help="OUTxIN")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 512], help="rows of activations")
     parser.add_argument("--bits", type=int, default=3, choices=[2, 3, 4])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--megabytes", type=int, default=64, help="of packed weights that a rival goes through")
-    parser.add_argument("--out", type=Path, help="write the table here as Markdown")
-    parser.add_argument("--plot", type=Path, help="write the roofline plot here (needs matplotlib)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each rival")
+    parser.add_argument(
+        "--megabytes", type=float, default=64, help="size of the packed weights that a rival cycles through"
+    )
+    parser.add_argument("--plot", type=Path, help="write the roofline plot to this PNG file (needs matplotlib)")
+    add_csv_options(parser, "products.csv")
     given = parser.parse_args()
+    check_csv(parser, given.csv, ProductRow)
     if why := cpu_kernels.why_unavailable():
         parser.exit(1, f"cpu_matmul: {why}\n")
     bandwidth = read_bandwidth()
     machine = f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, {bandwidth:.1f} GB/s of memory"
     console.print(f"{machine}; kernels {', '.join(cpu_kernels.kernel_names())}")
-    lines: list[list[str]] = []
-    points: list[Point] = []
-    for text in given.shapes:
-        out, _, inner = text.partition("x")
-        shape = (int(out), int(inner))
-        for batch in given.batch:
-            count = copies(shape, batch, given.megabytes)
-            runs, read = rivals(shape, batch, given.bits, count)
-            seconds = measure(runs, given.rounds)
-            base = min(float(np.median(seconds[name])) for name in runs if name.startswith("dense float32"))
-            for name, values in seconds.items():
-                median, least = float(np.median(values)), float(values.min())
-                operations = 2.0 * batch * shape[0] * shape[1]
-                points.append(Point(text, batch, name, median / count, read[name] / count, operations))
-                lines.append(
-                    [
-                        text,
-                        str(batch),
-                        name,
-                        number(median / count * 1e3, 3),
-                        number(least / count * 1e3, 3),
-                        number(base / median, 2),
-                        number(read[name] / median / 1e9, 1),
-                    ]
-                )
-            console.print(f"{text}, batch {batch}: {count} matrices, done")
-    columns = ["shape", "batch", "what", "median ms", "least ms", "× dense float32", "GB/s of weights"]
-    table(f"{given.bits}-bit weights, {100 * OUTLIERS:.0f}% outliers", columns, lines)
-    if given.out:
-        ruler = "|---|---:|---|" + "---:|" * 4
-        rows = ["| " + " | ".join(line) + " |" for line in [columns, *lines]]
-        given.out.write_text("\n".join([machine, "", rows[0], ruler, *rows[1:]]) + "\n")
+    rows = [row for shape in given.shapes for batch in given.batch for row in measured(shape, batch, given, bandwidth)]
+    show(rows, given.bits)
+    save(given.csv, ProductRow, given, rows)
     if given.plot:
-        roofline(points, bandwidth, given.plot)
+        unnamed = dict.fromkeys(
+            ("machine", "processor", "kernels", "jax", "python", "date", "revision", "run"), UNKNOWN
+        )
+        roofline([ProductRow(cores=None, **unnamed, **row) for row in rows], given.plot)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a process holds in memory while it generates from a packed model on a CPU.
+"""Measures the memory of a process that generates with a packed model on a CPU.
 
     spqr quantize demo --out small --calib pydoc --nsamples 16 --seqlen 1024
     python benchmarks/cpu_memory.py small
 
-Two processes are compared. One generates with a model of the same depth and a width of
-next to nothing: what it holds is Python, JAX, the compiled programs. The other generates
-with the real one. What it holds beyond that should be the packed weights and the cache.
+Two processes are compared. The first generates with a model of the same depth that is only 32 features wide: its memory
+is that of Python, JAX and the compiled programs. The second generates with the given model. It should hold only the
+packed weights and the KV cache in addition.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from timings import MemoryRow, add_csv_options, check_csv, save
+
 from spqr_jax.cli.display import console, number, table
 from spqr_jax.cli.stream import load_generator
 from spqr_jax.generate import Generator
@@ -30,13 +32,13 @@ PROMPT, NEW = 64, 64
 
 
 def resident() -> float:
-    """MB held now."""
+    """MB that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
 
 def measure(model: str, tiny: bool) -> dict[str, float]:
-    """Generates; what is held then, in MB, and what of it is weights and cache."""
+    """MB after generating: of the whole process, its peak, the weights and the KV cache."""
     opened = open_model(model, "float32", lambda message: None)
     if tiny:
         small = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32}
@@ -65,22 +67,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory that spqr wrote")
     parser.add_argument("--measure", choices=["real", "tiny"], help=argparse.SUPPRESS)
+    add_csv_options(parser, "memory.csv")
     given = parser.parse_args()
+    check_csv(parser, given.csv, MemoryRow)
     if given.measure:
         print(json.dumps(measure(given.model, given.measure == "tiny")))
         return
     runtime, real = in_process(given.model, "tiny"), in_process(given.model, "real")
     expected = runtime["resident"] + real["weights"] + real["cache"]
     lines = [
-        ["runtime (a tiny model's process)", number(runtime["resident"], 0)],
+        ["Python, JAX and compiled programs (a tiny model's process)", number(runtime["resident"], 0)],
         ["packed weights", number(real["weights"], 0)],
-        ["cache", number(real["cache"], 0)],
-        ["together", number(expected, 0)],
-        ["held while generating", f"{real['resident']:.0f} ({100 * (real['resident'] / expected - 1):+.0f}%)"],
-        ["at most, while loading", number(real["peak"], 0)],
+        ["KV cache", number(real["cache"], 0)],
+        ["sum of these", number(expected, 0)],
+        ["the process while it generates", f"{real['resident']:.0f} ({100 * (real['resident'] / expected - 1):+.0f}%)"],
+        ["its peak, while it loads", number(real["peak"], 0)],
     ]
-    table(f"{given.model}: memory in MB", ["what", "MB"], lines)
-    console.print("Resident pages; what is shared with other processes counts too.", style="dim")
+    table(f"{given.model}: memory in MB", ["", "MB"], lines)
+    console.print("Resident pages; pages shared with other processes count too.", style="dim")
+    row = {
+        "model": Path(given.model).name,
+        "runtime_mb": runtime["resident"],
+        "weights_mb": real["weights"],
+        "cache_mb": real["cache"],
+        "held_mb": real["resident"],
+        "excess_percent": 100 * (real["resident"] / expected - 1),
+        "peak_mb": real["peak"],
+    }
+    save(given.csv, MemoryRow, given, [row])
 
 
 if __name__ == "__main__":

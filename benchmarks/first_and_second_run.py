@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the cache of compiled programs saves: each command with an empty cache, and again.
+"""Times each command twice: with an empty cache of compiled programs, and with the cache that this run filled.
 
     python benchmarks/first_and_second_run.py --model demo --turns 3
 
-A turn is `spqr quantize`, `perplexity` and `generate`, first with an empty folder of compiled programs, then with
-the folder that this left behind. Seconds are of the whole process.
+A turn runs `spqr quantize`, `spqr perplexity` and `spqr generate`, first with an empty cache, then all three again.
+Seconds are wall-clock seconds of the whole process. The table shows medians over the turns.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from timings import StartRow, add_csv_options, check_csv, save
+
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--turns", type=int, default=3)
-    return parser.parse_args()
+    add_csv_options(parser, "first_and_second_run.csv")
+    options = parser.parse_args()
+    check_csv(parser, options.csv, StartRow)
+    return options
 
 
 def commands(model: str, small: str) -> dict[str, list[str]]:
@@ -53,13 +58,16 @@ def run(command: list[str], cache: Path) -> tuple[float, int]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     before = sum(1 for _ in cache.rglob("*-cache"))
     begun = time.perf_counter()
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "spqr_jax", *command],
         env=environment | {"SPQR_CACHE": str(cache)},
-        check=True,
         capture_output=True,
+        text=True,
     )
-    return time.perf_counter() - begun, sum(1 for _ in cache.rglob("*-cache")) - before
+    seconds = time.perf_counter() - begun
+    if done.returncode:
+        sys.exit(f"spqr {' '.join(command)} failed:\n{done.stderr}")
+    return seconds, sum(1 for _ in cache.rglob("*-cache")) - before
 
 
 def main() -> None:
@@ -76,16 +84,28 @@ def main() -> None:
                     programs[name, time_round] = compiled
                     print(f"{name}, run {time_round + 1}: {took:.1f} s, {compiled} programs compiled", file=sys.stderr)
             size = sum(path.stat().st_size for path in cache.rglob("*-cache"))
+    rows = []
     print("| command | first run, s | programs | second run, s | programs | first / second |")
     print("|---|---:|---:|---:|---:|---:|")
     for name in commands("", ""):
         first, second = seconds[name, 0], seconds[name, 1]
-        ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
+        row = {
+            "model": Path(options.model).name,
+            "command": name,
+            "turns": options.turns,
+            "first_s": statistics.median(first),
+            "first_programs": programs[name, 0],
+            "second_s": statistics.median(second),
+            "second_programs": programs[name, 1],
+            "ratio": statistics.median(a / b for a, b in zip(first, second, strict=True)),
+        }
+        rows.append(row)
         print(
-            f"| {name} | {statistics.median(first):.1f} | {programs[name, 0]} | {statistics.median(second):.1f} "
-            f"| {programs[name, 1]} | {ratio:.2f} |"
+            f"| {name} | {row['first_s']:.1f} | {row['first_programs']} | {row['second_s']:.1f} "
+            f"| {row['second_programs']} | {row['ratio']:.2f} |"
         )
-    print(f"\n{options.turns} turns; the folder held {size / 1e6:.0f} MB")
+    print(f"\nturns: {options.turns}; size of the cache of compiled programs: {size / 1e6:.0f} MB")
+    save(options.csv, StartRow, options, rows)
 
 
 if __name__ == "__main__":

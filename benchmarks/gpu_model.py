@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What the GPU and TPU kernels could reach at most: a roofline from counted bytes and counted instructions.
+"""Predicts an upper limit for the speed of the GPU and TPU kernels from counted bytes and instructions (a roofline).
 
     scripts/setup && .venv/bin/python benchmarks/gpu_model.py
 
-A PREDICTION, not a measurement: bandwidth and issue rate are the makers' figures, bytes are those of the
-prepared layout and of the sums over splits, as if these went through memory; instructions those of the compiled
-inner loop (tests/aot/budgets.json). Latency, launches, activations and power limits are left out; a dense rival
-is granted its full bandwidth.
+This is a PREDICTION, not a measurement. Bandwidth and issue rate are the manufacturers' figures. Bytes are those of the
+prepared layout and of the partial sums, as if these went through memory. Instructions are those of the compiled inner
+loop (tests/aot/budgets.json). Latency, kernel launches, activations and power limits are not modelled. The dense
+product is assumed to reach the full bandwidth.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from pallas_kernels.spqr_matmul import Target, fragments, tuning  # noqa: E402
 from spqr_jax.cli.display import number, table  # noqa: E402
 
 OUTLIERS = 0.01
-SIZE = 4096  # rows and columns of the matrix that is reckoned with
+SIZE = 4096  # rows and columns of the matrix
 TITLES = {"a100": "A100 80GB", "rtx4090": "RTX 4090", "h100": "H100 SXM", "b200": "B200", "v5e": "TPU v5e"}
 TPU_BANDWIDTH = {"v5e": 819e9}
-TPU_CLOCK = {"v5e": 1.5e9}  # bundles a second
+TPU_CLOCK = {"v5e": 1.5e9}  # bundles per second
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One kernel on one device, in weights a second and as ratios."""
+    """One kernel on one device, in weights per second."""
 
-    memory: float  # weights a second that memory could deliver
-    issue: float  # weights a second that the cores could go through
-    dense: float  # weights a second of a dense 16-bit product at full bandwidth
+    memory: float  # weights per second that the memory can deliver
+    issue: float  # weights per second that the cores can process
+    dense: float  # weights per second of a dense 16-bit product at full bandwidth
 
     @property
     def ceiling(self) -> float:
-        """Times dense 16-bit."""
+        """Speed relative to dense 16-bit."""
         return min(self.memory, self.issue) / self.dense
 
 
 def bits_a_weight(layout: str) -> float:
-    """What is read for a weight of 3 bits in groups of 16, outliers and their filling included."""
-    # the other layouts hold the same: codes, a byte and four float16 a group of 16 rows
+    """Bits read per weight at 3 bits and groups of 16, with outliers and their padding."""
+    # the other layouts: codes, one byte of scale and zero code, four float16 per tile
     dense = fragments.bits_a_weight(3, 16) if layout == "fragments" else 3 + 8 / 16 + 64 / 256
-    filling = 1.5 * 32 / SIZE  # half a chunk of four a row is filled up
+    filling = 1.5 * 32 / SIZE  # padding: on average half a chunk of four per row
     starts = 32 / SIZE
     return dense + 32 * OUTLIERS + filling + starts
 
 
 def bits_of_sums(name: str, kernel: str, batch: int) -> float:
-    """What a GPU kernel writes and reads again for a weight, because several thread blocks share a row."""
+    """Bits per weight of partial sums, written and read again because several thread blocks share a row."""
     device = targets.GPUS[name]
     target = Target("gpu", device.name, device.capability, device.cores)
     problem = tuning.Problem(batch, SIZE, SIZE, 3, 16)
@@ -65,7 +65,7 @@ def bits_of_sums(name: str, kernel: str, batch: int) -> float:
 
 
 def gpu(name: str, kernel: str, batch: int, instructions: float) -> Prediction:
-    """From instructions a weight: a core issues four warps' instructions a clock."""
+    """From instructions per weight: a core issues the instructions of four warps per clock."""
     device = targets.GPUS[name]
     issue = device.cores * 4 * 32 * device.clock * 1e9 / instructions
     bits = bits_a_weight("fragments") + bits_of_sums(name, kernel, batch)
@@ -73,15 +73,15 @@ def gpu(name: str, kernel: str, batch: int, instructions: float) -> Prediction:
 
 
 def tpu(name: str, weights_per_bundle: float) -> Prediction:
-    """From weights a bundle: a core issues one a clock."""
+    """From weights per bundle: a core issues one bundle per clock."""
     memory = TPU_BANDWIDTH[name] * 8 / bits_a_weight("lanes")
     return Prediction(memory, weights_per_bundle * TPU_CLOCK[name], TPU_BANDWIDTH[name] / 2)
 
 
 def predictions() -> list[tuple[str, str, int, str, Prediction]]:
-    """(device, kernel, batch, what was counted, prediction) for what budgets.json holds of 3 bits, groups of 16."""
+    """(device, kernel, batch, counted, prediction) for the cases of budgets.json with 3 bits and groups of 16."""
     budgets = json.loads((ROOT / "tests" / "aot" / "budgets.json").read_text())["cases"]
-    found = []
+    rows = []
     for case, budget in budgets.items():
         name, kernel, *options = case.split()
         given = dict(zip(options[::2], options[1::2], strict=True))
@@ -90,14 +90,14 @@ def predictions() -> list[tuple[str, str, int, str, Prediction]]:
         batch = int(given.get("--batch", 1))
         if kernel == "tpu":
             rate = budget["weights_per_bundle"]
-            found.append((name, kernel, batch, f"{rate:.0f} weights a bundle", tpu(name, rate)))
+            rows.append((name, kernel, batch, f"{rate:.0f} weights per bundle", tpu(name, rate)))
         else:
             count = budget["instructions_per_weight"]
-            found.append((name, kernel, batch, f"{count:.2f} instructions a weight", gpu(name, kernel, batch, count)))
-    return sorted(found, key=lambda row: (list(TITLES).index(row[0]), row[1], row[2]))
+            rows.append((name, kernel, batch, f"{count:.2f} instructions per weight", gpu(name, kernel, batch, count)))
+    return sorted(rows, key=lambda row: (list(TITLES).index(row[0]), row[1], row[2]))
 
 
-HEADER = ["device", "kernel", "rows of x", "counted", "memory allows", "issue allows", "predicted ceiling"]
+HEADER = ["device", "kernel", "rows of x", "counted", "memory allows", "instruction issue allows", "predicted ceiling"]
 
 
 def rows_of_table() -> list[list[str]]:
@@ -119,7 +119,9 @@ def rows_of_table() -> list[list[str]]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     bits = f"{bits_a_weight('fragments'):.2f}"
-    table(f"PREDICTED, times a dense 16-bit product; {bits} bits a weight at 1% outliers", HEADER, rows_of_table())
+    table(
+        f"PREDICTED speed, × a dense 16-bit product; {bits} bits per weight with 1% outliers", HEADER, rows_of_table()
+    )
 
 
 if __name__ == "__main__":

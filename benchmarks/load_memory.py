@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How much memory reading a model takes: files of random weights in the shapes of Qwen2.5-1.5B, read whole.
+"""Measures the peak memory of reading a model: random weights in the shapes of Qwen2.5-1.5B.
 
     python benchmarks/load_memory.py              # safetensors (bfloat16) and GGUF (Q8_0), as bfloat16 and float32
     python benchmarks/load_memory.py --layers 4   # smaller
 
-Each file is read in a process of its own; peak resident memory is that process's, Python and JAX included, as a
-multiple of what the weights take in the type asked for.
+A separate process reads each file whole. Its peak resident memory includes Python and JAX. The last column divides it
+by the size of the weights in the type that they are read as.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timings import LoadRow, add_csv_options, check_csv, save
 
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import table
@@ -54,7 +55,7 @@ QWEN = DecoderConfig(
 
 
 def weights(config: DecoderConfig, names: Any) -> Any:
-    """(tensor, float32 values) of a family whose tensors are weights as they are, one at a time."""
+    """Yields (tensor name, random float32 values), one tensor at a time."""
     rng, shapes = np.random.default_rng(0), weight_shapes(config)
     for tensor, row in names.expand(config).items():
         shape = shapes[row.paths[0]]
@@ -92,7 +93,7 @@ def write_gguf(path: Path, config: DecoderConfig) -> None:
 
 
 def read(model: str, dtype: str) -> None:
-    """In a process of its own: prints bytes of the weights, and the peak."""
+    """Reads a model, then prints the bytes of its weights and the peak memory of this process."""
     params = collect(open_model(model, dtype).source)
     jax.block_until_ready(params)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,9 +104,13 @@ def read(model: str, dtype: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN.num_layers)
+    parser.add_argument(
+        "--layers", type=int, default=QWEN.num_layers, help="fewer layers take less time and disk space"
+    )
     parser.add_argument("--read", nargs=2, metavar=("MODEL", "DTYPE"), help=argparse.SUPPRESS)
+    add_csv_options(parser, "load_memory.csv")
     given = parser.parse_args()
+    check_csv(parser, given.csv, LoadRow)
     if given.read:
         return read(*given.read)
     config = dataclasses.replace(QWEN, num_layers=given.layers)
@@ -119,9 +124,23 @@ def main() -> None:
                 command = [sys.executable, __file__, "--read", str(path), dtype]
                 result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 size, peak = (result[name] / 2**30 for name in ("bytes", "peak"))
-                rows.append([label, dtype, f"{size:.2f}", f"{peak:.2f}", f"{peak / size:.2f}"])
+                rows.append(
+                    {
+                        "layers": given.layers,
+                        "file": label,
+                        "read_as": dtype,
+                        "weights_gib": size,
+                        "peak_gib": peak,
+                        "ratio": peak / size,
+                    }
+                )
     columns = ["file", "read as", "weights GiB", "peak GiB", "peak / weights"]
-    table(f"Qwen2.5-1.5B's shapes, {given.layers} layers", columns, rows)
+    lines = [
+        [row["file"], row["read_as"], *(f"{row[name]:.2f}" for name in ("weights_gib", "peak_gib", "ratio"))]
+        for row in rows
+    ]
+    table(f"Qwen2.5-1.5B's shapes, {given.layers} layers", columns, lines)
+    save(given.csv, LoadRow, given, rows)
 
 
 if __name__ == "__main__":

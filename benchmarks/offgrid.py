@@ -1,15 +1,14 @@
-"""The same function with other weights: a Llama-like model taken off the grid of the file it comes from.
+"""Rewrites a Llama-like model: the same function, with weights that no longer lie on the grid of a 4-bit file.
 
     python benchmarks/offgrid.py demo offgrid-demo
     spqr quantize offgrid-demo --out packed ...
 
-Weights out of a 4-bit file lie on 4-bit grids, so 4-bit results on them flatter
-whatever finds those grids again. Two rewritings leave the function as it is and
-the grids behind: each norm's gain is folded into the matrices that read it, and
-channels are rescaled in pairs (rows of v with the columns of o that read them,
-rows of up with columns of down), by random factors in exp(-0.5..0.5).
+Weights from a 4-bit file lie on 4-bit grids. A method that finds these grids again gets better 4-bit results than it
+would on other weights. Two changes keep the function and remove the grids. Each norm's gain is multiplied into the
+matrices that read the norm's output. Channels are rescaled in pairs by random factors in exp(-0.5..0.5): rows of v with
+the columns of o that read them, rows of up with columns of down.
 
-Writes a Hugging Face directory in float32, and says how far the logits moved.
+Writes a Hugging Face directory in float32, and prints the largest change of a logit.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from spqr_jax.models.hf import write_hf
 
 
 def off_grid(params: Decoder, seed: int) -> Decoder:
-    """The model with gains folded and channels rescaled; its logits change by rounding only."""
+    """The model with folded gains and rescaled channels. Its logits change only by rounding."""
     rng, config = np.random.default_rng(seed), params.config
 
     def factors(count: int) -> jnp.ndarray:
@@ -71,8 +70,8 @@ def main() -> None:
     write_hf(arguments.out, rewritten)
     if tokenizer is not None:
         tokenizer.save_pretrained(arguments.out)
-    moved = float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
-    print(f"{arguments.out}: largest change of a logit, relative to the largest logit: {moved:.1e}")
+    change = float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
+    print(f"{arguments.out}: largest change of a logit, relative to the largest logit: {change:.1e}")
 
 
 if __name__ == "__main__":

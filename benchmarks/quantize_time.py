@@ -1,12 +1,12 @@
-"""How long quantizing takes, and where the time goes.
+"""Times quantization and its parts.
 
-    python benchmarks/quantize_time.py                     the demo model, two layers, growth (some minutes)
+    python benchmarks/quantize_time.py                     the demo model, two layers, growth (a few minutes)
     python benchmarks/quantize_time.py --layer 4096x4096   one layer only
 
-Wall-clock and CPU seconds (all threads). Everything is run twice: the first run
-minus the second is what compilation costs, the second is split into parts. The
-parts wait for each other, which the real run does not, so they add up to a little
-more than the total. Peak memory is the process's largest resident size so far.
+Shows wall-clock seconds and CPU seconds of all threads. Each problem runs twice: the difference between the first and
+the second run is the time of compilation. The second run is split into parts. To time a part, the script waits for its
+result. A real run does not wait, so the parts add up to a little more than a real run takes. Peak memory is the largest
+resident size of the process until then.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timings import QuantizeRow, add_csv_options, check_csv, save
 
 import spqr_jax.calibrate
 import spqr_jax.quantize
@@ -46,7 +47,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 class Clock:
-    """Wall-clock and CPU seconds since it was made."""
+    """Wall-clock and CPU seconds since its creation."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -57,7 +58,7 @@ class Clock:
 
 @contextmanager
 def timed_parts(times: dict[str, np.ndarray]) -> Iterator[None]:
-    """Adds to `times` what each of `PARTS` takes, results waited for."""
+    """Adds the seconds of each of `PARTS` to `times`; waits for the results."""
     originals = []
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,12 +93,17 @@ def twice(run: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray, dict[str, np.
     return cold, clock.read(), times
 
 
-def show(title: str, cold: np.ndarray, warm: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    lines = [("in all, with compilation", cold), ("compilation", cold - warm), ("without compilation", warm)]
+def show(title: str, cold: np.ndarray, warm: np.ndarray, parts: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Prints the table and returns its rows."""
+    lines = [("total, with compilation", cold), ("compilation", cold - warm), ("total, without compilation", warm)]
     lines += [(f"  {part}", parts[part]) for part in PARTS if part in parts]
-    lines += [("  rest", warm - sum(parts.values()))]
+    lines += [("  other", warm - sum(parts.values()))]
     rows = [[name, f"{wall:.2f}", f"{cpu:.2f}"] for name, (wall, cpu) in lines]
     table(title, ["", "wall s", "CPU s"], rows, notes=f"peak memory so far {peak_gib():.2f} GiB")
+    return [
+        {"problem": title, "part": name.strip(), "wall_s": wall, "cpu_s": cpu, "peak_gib": peak_gib()}
+        for name, (wall, cpu) in lines
+    ]
 
 
 def peak_gib() -> float:
@@ -106,7 +112,7 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def model_time(model: str, windows: np.ndarray) -> None:
+def model_time(model: str, windows: np.ndarray) -> list[dict[str, Any]]:
     params = collect(open_model(model, "float32", say).source)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**30
 
@@ -116,7 +122,7 @@ def model_time(model: str, windows: np.ndarray) -> None:
         return sink.params()
 
     title = f"{model}: {windows.shape[0]} x {windows.shape[1]} tokens, model in memory {size:.2f} GiB"
-    show(title, *twice(run))
+    return show(title, *twice(run))
 
 
 def problem(out: int, inner: int, tokens: int) -> tuple[jax.Array, jax.Array]:
@@ -131,23 +137,28 @@ def problem(out: int, inner: int, tokens: int) -> tuple[jax.Array, jax.Array]:
     return w, hessian.matrix()
 
 
-def layer_time(out: int, inner: int) -> None:
+def layer_time(out: int, inner: int) -> list[dict[str, Any]]:
     w, h = jax.block_until_ready(problem(out, inner, 2 * inner))
-    show(f"one layer, {out} x {inner}, its Hessian given", *twice(lambda: quantize_weight(w, h)))
+    return show(f"one layer, {out} x {inner}, with a given Hessian", *twice(lambda: quantize_weight(w, h)))
 
 
-def growth() -> None:
-    """How the parts grow with tokens, rows and columns."""
+def growth() -> list[dict[str, Any]]:
+    """Times the parts for more tokens, rows and columns."""
     lines = []
     for tokens in (1024, 4096, 16384):
         x = jax.block_until_ready(jnp.ones((tokens, 1024)))
-        taken = twice(partial(accumulate_hessian, empty_hessian(1024), x))
-        lines.append(("Hessian", f"{tokens} tokens x 1024", taken))
+        seconds = twice(partial(accumulate_hessian, empty_hessian(1024), x))
+        lines.append(("Hessian", f"{tokens} tokens x 1024", seconds))
     for out, inner in ((512, 1024), (1024, 1024), (4096, 1024), (1024, 512), (1024, 2048), (1024, 4096)):
         w, h = jax.block_until_ready(problem(out, inner, 2 * inner))
         lines.append(("solver", f"{out} x {inner}", twice(partial(quantize_weight, w, h))))
     rows = [[what, size, f"{cold[1]:.2f}", f"{warm[1]:.3f}"] for what, size, (cold, warm, _) in lines]
     table("Growth, CPU seconds", ["", "size", "with compilation", "without"], rows)
+    return [
+        {"problem": f"{what}, {size}", "part": part, "wall_s": values[0], "cpu_s": values[1]}
+        for what, size, (cold, warm, _) in lines
+        for part, values in (("total, with compilation", cold), ("total, without compilation", warm))
+    ]
 
 
 def main() -> None:
@@ -156,8 +167,11 @@ def main() -> None:
     parser.add_argument("--calib", help=".npy file of token ids [windows, length]; default: random ids")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--layer", action="append", help="OUTxIN; repeatable. Only these layers")
+    parser.add_argument("--layer", action="append", help="OUTxIN: time only this layer; repeatable")
+    add_csv_options(parser, "quantize_time.csv")
     arguments = parser.parse_args()
+    check_csv(parser, arguments.csv, QuantizeRow)
+    rows = []
     console.print(f"{platform.processor() or platform.machine()}, {jax.devices()}, jax {jax.__version__}")
     if arguments.layer is None:
         if arguments.calib:
@@ -165,11 +179,12 @@ def main() -> None:
         else:
             shape = (arguments.nsamples, arguments.seqlen)
             windows = np.random.default_rng(0).integers(0, 32000, shape).astype(np.int32)
-        model_time(arguments.model, windows)
+        rows += model_time(arguments.model, windows)
     for layer in arguments.layer or ["4096x4096", "11008x4096"]:
-        layer_time(*(int(side) for side in layer.split("x")))
+        rows += layer_time(*(int(side) for side in layer.split("x")))
     if arguments.layer is None:
-        growth()
+        rows += growth()
+    save(arguments.csv, QuantizeRow, arguments, rows)
 
 
 if __name__ == "__main__":

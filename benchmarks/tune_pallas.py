@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Finds the fastest configuration of each GPU kernel on the GPU that is here, and writes it into the package's table.
+"""Finds the fastest configuration of each GPU kernel on this machine's GPU and writes it into the package's table.
 
     benchmarks/tune_pallas.py --shapes 4096x4096 11008x4096 --batch 1 8 16
 
-Candidates of one problem take turns in one run; only those whose result is right are in it. What was found is
-merged into pallas_kernels/spqr_matmul/tuned.json under the device's name, and used from then on.
+The candidates for one problem take turns in one process. A candidate with a wrong result is skipped. The fastest one is
+added to pallas_kernels/spqr_matmul/tuned.json under the device's name, and the package uses it from then on.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ MAX_ERROR = 2e-3
 
 
 def candidates(kernel: str, problem: tuning.Problem, target: spqr_matmul.Target) -> list[Any]:
-    """Configurations to try, the rule's own first."""
+    """Configurations to try. The first is the one that the rule in tuning.py chooses."""
     if kernel == "triton":
         rule: Any = tuning.triton_config(target, problem)
-        found = [tuning.TritonConfig(b, s) for b, s in itertools.product((1, 2), (4, 8, 16, 24, 32, 48, 64))]
-        return list(dict.fromkeys([rule, *(c for c in found if _fits_rows(problem, 128 * c.blocks))]))
+        triton = [tuning.TritonConfig(b, s) for b, s in itertools.product((1, 2), (4, 8, 16, 24, 32, 48, 64))]
+        return list(dict.fromkeys([rule, *(c for c in triton if _fits_rows(problem, 128 * c.blocks))]))
     rule = tuning.mosaic_config(target, problem)
     columns = fragments.num_blocks(problem.out, problem.inner, problem.group_size)[1]
     splits = [s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24) if s <= columns]
-    found = [tuning.MosaicConfig(*c) for c in itertools.product((1, 2), splits, (2, 3, 4))]
-    return list(dict.fromkeys([rule, *(c for c in found if _fits_rows(problem, 64 * c.row_blocks))]))
+    mosaic = [tuning.MosaicConfig(*c) for c in itertools.product((1, 2), splits, (2, 3, 4))]
+    return list(dict.fromkeys([rule, *(c for c in mosaic if _fits_rows(problem, 64 * c.row_blocks))]))
 
 
 def _fits_rows(problem: tuning.Problem, rows: int) -> bool:
@@ -46,7 +46,7 @@ def _fits_rows(problem: tuning.Problem, rows: int) -> bool:
 
 
 def tune(kernel: str, batch: int, shape: Shape, bits: int, group_size: int, turns: int) -> tuple[Any, list[list[str]]]:
-    """The fastest configuration, and a table of all."""
+    """Returns the fastest configuration, and the lines of a table of all."""
     target = spqr_matmul.target()
     problem = tuning.Problem(batch, shape.out, shape.inner, bits, group_size)
     matrix = prepared((shape.out, shape.inner), LAYOUTS[kernel], bits, group_size)
@@ -64,9 +64,9 @@ def tune(kernel: str, batch: int, shape: Shape, bits: int, group_size: int, turn
 
         try:
             if relative_error(jax.jit(multiply)(x, matrix), want) > MAX_ERROR:
-                console.print(f"{label}: WRONG, left out", markup=False, style="red")
+                console.print(f"{label}: wrong result, skipped", markup=False, style="red")
                 continue
-        except Exception as error:  # too much shared memory, say
+        except Exception as error:  # for example: too much shared memory
             console.print(f"{label}: {type(error).__name__}", markup=False, style="dim")
             continue
         runs[label], configs[label] = product(multiply, x, matrices), config
@@ -79,8 +79,8 @@ def tune(kernel: str, batch: int, shape: Shape, bits: int, group_size: int, turn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], help="outxin")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], help="OUTxIN")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 16], help="rows of activations")
     parser.add_argument("--bits", type=int, default=3, choices=[2, 3, 4])
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--turns", type=int, default=9)
@@ -88,7 +88,7 @@ def main() -> None:
     given = parser.parse_args()
     target = spqr_matmul.target()
     if target.platform != "gpu":
-        parser.exit(1, f"tune_pallas: needs a GPU, this is {target.platform}\n")
+        parser.exit(1, f"tune_pallas: needs a GPU; JAX runs on {target.platform} here\n")
     for text in given.shapes:
         shape = Shape.parse(text)
         for batch, kernel in itertools.product(given.batch, ("mosaic_gpu", "triton")):
@@ -97,7 +97,7 @@ def main() -> None:
             if kernel == "mosaic_gpu" and spqr_matmul.why_no_mosaic(target):
                 continue
             best, lines = tune(kernel, batch, shape, given.bits, given.group_size, given.turns)
-            table(f"{kernel}, {shape}, {batch} rows of x", ["configuration", "µs", "× the rule's"], lines)
+            table(f"{kernel}, {shape}, {batch} rows of x", ["configuration", "µs", "speed, × the rule's choice"], lines)
             problem = tuning.Problem(batch, shape.out, shape.inner, given.bits, given.group_size)
             whole = json.loads(given.out.read_text()) if given.out.exists() else {}
             entry = whole.setdefault(target.kind, {}).setdefault(kernel, {})

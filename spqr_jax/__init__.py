@@ -21,7 +21,7 @@ from spqr_jax.resolve import load_model
 from spqr_jax.sampling import Sampling
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian, quantize_weight
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it, so it stays a literal
 
 __all__ = [
     "Block",

@@ -21,5 +21,5 @@ def orbax_v1() -> ModuleType:
 
 def give_back_memory() -> None:
     """Returns what was freed to the system, where the C library keeps it otherwise (glibc's `malloc_trim`)."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function; TypeError: Windows
         ctypes.CDLL(None).malloc_trim(0)

@@ -24,31 +24,58 @@ _OUTLIER_BITS = 32  # a 16-bit value and a 16-bit column, as the paper counts
 
 @dataclasses.dataclass(frozen=True)
 class SpQRArray:
-    """A quantized matrix W of shape [out, in], a linear operator on activations.
+    """A quantized matrix W [out, in] that acts as a linear operator on activations.
 
-    Let g = `group_size`, G = `stats_group_size`, b = `bits`. Columns stand in
-    the order `perm`; `in` is padded to whole groups and runs of 16 codes, `out`
-    to whole tiles of G rows; paddings never show in the results.
+    Make one with `quantize_weight` or `quantize`, multiply by it with `linear`. It is a pytree.
 
-    Invariants (checked by :meth:`validate`, on arrays or on their specs):
+    The matrix is the sum of a dense part, made of low-bit codes and two levels of statistics, and sparse outliers
+    (arXiv 2306.03078). Below, g = `group_size`, G = `stats_group_size` and b = `bits`. Columns are stored in the
+    order `perm`. The inputs are padded to whole groups and to whole runs of 16 codes, the outputs to whole tiles of
+    G rows. Padding never appears in a result.
 
-    1. `codes` is uint16 [out, padded_in/16*b], see :mod:`spqr_jax.packing`.
-    2. With a second level, `scale_codes` and `zero_codes` are uint16
-       [groups, padded_out/16*bits], packed along the rows, and `tile_stats` is
-       float16 [padded_out/G, groups, 4] = (ss, sz, zs, zz). A row's scale is
-       s = ss * (scale_code - sz), its zero point z = zs * (zero_code - zz).
-    3. Without one, both are None and `tile_stats` is float16 [out, groups, 2],
-       the scale and the zero point themselves.
-    4. The dense part of a weight is s * (code - z), in float32.
-    5. Outliers are **added** to the dense part. They are COO triples sorted by
-       row and then column; the row coordinate is kept as row pointers:
-       `outlier_row_ptr` int32 [out+1] rises from 0 to `nnz`.
-    6. `outlier_cols` (uint16, or int32 above 65536 inputs) and `outlier_values`
-       (float16) have max(nnz, 1) entries; columns are in permuted order and
-       below `in`. An entry past `nnz` has value 0.
-    7. `perm` (uint16, or int32 above 65536 inputs) [in] is a permutation:
-       ``x[..., perm]`` meets the codes; None means the identity.
+    `validate` checks these invariants:
+
+    1. `codes` is uint16 [out, padded_in / 16 * b]. A run of 16 codes is b words, one little-endian bit stream.
+    2. With a second level, `scale_codes` and `zero_codes` are uint16 [groups, padded_out / 16 * bits of a statistic],
+       packed along the rows. `tile_stats` is float16 [padded_out / G, groups, 4] = (ss, sz, zs, zz). The scale of a row
+       is s = ss * (scale_code - sz), its zero point is z = zs * (zero_code - zz).
+    3. Without a second level, `scale_codes` and `zero_codes` are None. `tile_stats` is float16 [out, groups, 2] and
+       holds the scale and the zero point.
+    4. The dense part of a weight is s * (code - z), computed in float32.
+    5. Outliers are **added** to the dense part. They are sorted by row, then by column. `outlier_row_ptr` is
+       int32 [out + 1] and rises from 0 to `nnz`.
+    6. `outlier_cols` (uint16, or int32 with more than 65536 inputs) and `outlier_values` (float16) have max(nnz, 1)
+       entries. Columns are in permuted order and below `in`. An entry past `nnz` has the value 0.
+    7. `perm` (uint16, or int32 with more than 65536 inputs) is a permutation [in]: ``x[..., perm]`` is in the order of
+       the codes. None means the original order.
     8. All statistics and outlier values are finite.
+
+    Attributes:
+      codes: packed weight codes, see 1.
+      scale_codes: packed codes of the scales, see 2; None without a second level.
+      zero_codes: packed codes of the zero points, see 2; None without a second level.
+      tile_stats: float16 statistics, see 2 and 3.
+      outlier_cols: column of each outlier, see 6.
+      outlier_values: value of each outlier, see 6.
+      outlier_row_ptr: number of outliers before each row, see 5.
+      perm: stored order of the inputs, see 7.
+      shape: (out, in).
+      bits: bits of a weight code.
+      group_size: inputs that share one scale and zero point.
+      stats_group_size: rows that share one second-level fit.
+      scale_bits: bits of a scale code; 16 without a second level.
+      zero_bits: bits of a zero-point code; 16 without a second level.
+      nnz: number of outliers.
+
+    Example:
+      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> array = spqr_jax.quantize_weight(w, None, spqr_jax.SpQRConfig.rtn(bits=4))
+      >>> array.shape, array.bits, array.nnz
+      ((64, 32), 4, 0)
+      >>> array.ideal_bits  # codes of 4 bits, and a scale and a zero of 16 bits for 16 weights
+      6.0
+      >>> array.to_dense().shape
+      (64, 32)
     """
 
     codes: Any
@@ -76,7 +103,7 @@ class SpQRArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """The type in which the matrix is defined: float32."""
+        """Always float32, in which the matrix is defined."""
         return np.dtype(np.float32)
 
     @property
@@ -86,21 +113,20 @@ class SpQRArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the leaves hold, paddings included."""
+        """Bytes of all leaves, padding included."""
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def quantized_stats(self) -> bool:
-        """Whether scales and zeros are codes themselves (a second level)."""
+        """Whether scales and zero points are quantized too (a second level)."""
         return self.scale_codes is not None
 
     @property
     def ideal_bits(self) -> float:
-        """Bits a weight by the paper's formula (arXiv 2306.03078, section 4.3).
+        """Bits per weight by the paper's formula (arXiv 2306.03078, section 4.3).
 
-        b + (scale_bits + zero_bits)/g + 64/(g*G) + 32*outlier share. Without a
-        second level the third term is absent. Row pointers, the permutation and
-        paddings are not in it; `stored_bits` has them.
+        The formula is b + (scale_bits + zero_bits) / g + 64 / (g * G) + 32 * (outliers per weight). Without a second
+        level the third term is absent. Row pointers, the permutation and padding do not count; see `stored_bits`.
         """
         group_size = min(self.group_size, self.shape[1])  # one group a row: no more than its inputs
         bits = self.bits + (self.scale_bits + self.zero_bits) / group_size
@@ -110,7 +136,7 @@ class SpQRArray:
 
     @property
     def stored_bits(self) -> float:
-        """Bits a weight really held: 8 * nbytes / (out * in)."""
+        """Bits per weight that are held in memory, 8 * nbytes / (out * in)."""
         return 8 * self.nbytes / self.size
 
     @property
@@ -124,7 +150,11 @@ class SpQRArray:
     # ---- what it holds ----------------------------------------------------------------
 
     def statistics(self) -> tuple[Any, Any]:
-        """First-level scale and zero point, float32 [out, groups] each; of the leaves' array library."""
+        """Scale and zero point of each group, both float32 [out, groups].
+
+        Returns:
+          Two NumPy arrays if the leaves are NumPy arrays, else two JAX arrays.
+        """
         xp = np if isinstance(self.tile_stats, np.ndarray) else jnp
         stats = self.tile_stats.astype(np.float32)
         if not self.quantized_stats:
@@ -136,7 +166,14 @@ class SpQRArray:
         return (ss * (scale_codes - sz))[:out], (zs * (zero_codes - zz))[:out]
 
     def to_dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The matrix that the codes, statistics and outliers stand for, [out, in]."""
+        """Dequantizes the whole matrix, outliers included.
+
+        Args:
+          dtype: type of the result.
+
+        Returns:
+          The matrix [out, in], its columns in the original order.
+        """
         if isinstance(self.codes, jax.core.Tracer):
             return _dense(self, self.rows, None if self.perm is None else jnp.argsort(self.perm), dtype)
         # Outlier counts differ from matrix to matrix: pad them to few distinct
@@ -160,12 +197,11 @@ class SpQRArray:
         return np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(np.asarray(self.outlier_row_ptr)))
 
     def to_coo(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Outliers as (row, column, value) of the matrix, sorted by row, then column.
-
-        Columns count the matrix's own inputs (the permutation is undone).
+        """The outliers as coordinates and values, sorted by row, then by column.
 
         Returns:
-          int32 [nnz], int32 [nnz], float16 [nnz].
+          Rows int32 [nnz], columns int32 [nnz] and values float16 [nnz]. The columns are in the matrix's original
+          order.
         """
         rows = self._host_rows()
         cols = np.asarray(self.outlier_cols)[: self.nnz].astype(np.int32)
@@ -175,13 +211,16 @@ class SpQRArray:
         return rows[order], cols[order], np.asarray(self.outlier_values)[: self.nnz][order]
 
     def validate(self) -> SpQRArray:
-        """Checks every invariant and returns self.
+        """Checks every invariant.
 
-        Leaves may be arrays, `jax.ShapeDtypeStruct`s or anything with a shape and
-        a dtype; values are checked only where there are any.
+        The leaves may be arrays, `jax.ShapeDtypeStruct` or anything with a shape and a dtype. Values are checked
+        only if all leaves are arrays.
+
+        Returns:
+          The array itself.
 
         Raises:
-          SpQRError: names each invariant that does not hold, all at once.
+          SpQRError: some invariants do not hold. The message names all of them.
         """
         problems = _layout_problems(self)
         if not problems and all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(self)):

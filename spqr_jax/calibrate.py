@@ -243,6 +243,19 @@ def _checked_batch(tokens: np.ndarray, config: DecoderConfig) -> np.ndarray:
 
 
 def batched(windows: np.ndarray, tokens_per_batch: int = 1024) -> Sequence[np.ndarray]:
-    """Cuts windows [count, length] into batches of about `tokens_per_batch` tokens."""
+    """Cuts windows of text into batches of about ``tokens_per_batch`` tokens.
+
+    Args:
+      windows: token ids, int32 [count, length].
+      tokens_per_batch: about how many tokens a batch has; a batch has at least one window.
+
+    Returns:
+      Batches, int32 [batch, length]. The last may be smaller.
+
+    Example:
+      >>> windows = np.zeros((5, 512), np.int32)
+      >>> [batch.shape for batch in spqr_jax.batched(windows)]
+      [(2, 512), (2, 512), (1, 512)]
+    """
     size = max(1, tokens_per_batch // windows.shape[1])
     return [windows[first : first + size] for first in range(0, len(windows), size)]

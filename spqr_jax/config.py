@@ -46,14 +46,17 @@ DEFAULT_PRESET = "4bit"
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-    """Changes the configuration of the weights whose path matches.
+    """Another configuration for the weights whose path matches.
 
     Attributes:
-      pattern: regular expression, searched in a weight's path such as
-        ``layers.3.down_proj``. The first rule that matches decides.
+      pattern: regular expression, searched in a weight's path such as ``layers.3.down_proj``. The first rule that
+        matches is used.
       skip: leave these weights dense.
-      bits: code bits for these weights, or None for the model's own.
-      outlier_threshold: relative threshold for these weights, or None.
+      bits: bits of a code for these weights; None for the model's value.
+      outlier_threshold: relative threshold for these weights; None for the model's value.
+
+    Raises:
+      SpQRError: ``pattern`` is not a regular expression.
     """
 
     pattern: str
@@ -70,54 +73,56 @@ class LayerRule:
 
 @dataclasses.dataclass(frozen=True)
 class SpQRConfig:
-    """How a model is quantized. Defaults are SpQR at 3 bits with one outlier threshold; see also `preset`.
+    """How a model is quantized. The defaults are SpQR with 3-bit codes and one outlier threshold; see also `preset`.
 
     Attributes:
-      bits: bits a weight code, 2..8.
-      group_size: consecutive inputs that share one scale and zero (the paper's
-        beta1), a multiple of 8; None for one group per output row.
-      stats_bits: bits of a quantized scale or zero, 2..8; 16 keeps both as
-        16-bit floats (no second level).
-      stats_group_size: consecutive output rows that share one second-level fit
-        (the paper's beta2), a multiple of 8.
-      outlier_threshold: relative threshold tau above which a weight is kept
-        apart; ``math.inf`` for no outliers.
-      order: ``activation`` visits inputs by falling mean square activation,
-        ``identity`` as they are.
-      damping: share of the mean diagonal added to the Hessian's diagonal.
-      compensate: push each column's rounding error onto the columns that
-        remain. False is round-to-nearest, which needs no calibration text.
-      sequential: a block's later weights see activations that have passed its
-        earlier, already quantized ones.
-      calibration_dtype: what the matrix products that calibration text goes through
-        round their factors to; sums and everything else stay float32. ``bfloat16`` is
-        faster where the processor has instructions for it.
-      drift_correction: share of the way, 0..1, that weights are moved before they are
-        quantized to make up for what quantizing the layers before them did to their
-        inputs (`spqr_jax.solver.drift`). Takes part in sequential calibration only,
-        and a second, dense forward pass; 0 for none.
-      fit: how a group's scale and zero are found. ``search`` looks for the range
-        with the least error in the weights as they will be dequantized;
-        ``minmax`` takes the range as it is and fits the zero to the rounded
-        scale; ``reference`` is the original implementation's min-max, flaws
-        included, to reproduce its numbers.
-      leave_one_out: leave weights out of a group's fit that fit better alone (the
-        paper's outlier candidates). False finds outliers by their rounding error only,
-        "simplified outliers" in the original.
-      head_bits: code bits of the output head (path ``lm_head``; a tied one is the
-        embedding, path ``embed_tokens``, which then serves quantized on both sides),
-        2..8; None leaves it dense. See `for_head`.
-      target_bits: stored bits a weight that the quantized blocks should come to; what
-        widths and outlier thresholds this takes is found by measuring (see
-        `spqr_jax.budget`), and `bits` and `outlier_threshold` play no part. None for
-        one width and one threshold throughout.
-      bit_choices: code bits that a target may be met with; one for that width alone.
-      solver: how codes are looked for: ``columns``, the loop that SpQR, GPTQ and
-        round-to-nearest are; or one of `BASELINES`, see `baseline`.
-      steps: of solvers that go on for as long as one likes: gradient steps, for
-        ``brecq`` those of a block, for ``bit-split`` sweeps over a matrix; None for
-        `DEFAULT_STEPS`.
-      rules: per-layer exceptions, first match wins.
+      bits: bits of a weight code, 2..8.
+      group_size: consecutive inputs that share one scale and zero point (beta1 in the paper), a multiple of 8. None for
+        one group per output row.
+      stats_bits: bits of a quantized scale or zero point, 2..8. 16 keeps both as 16-bit floats (no second level).
+      stats_group_size: consecutive output rows that share one second-level fit (beta2 in the paper), a multiple of 8.
+      outlier_threshold: relative threshold tau; a weight above it is kept as an outlier. ``math.inf`` for no outliers.
+      order: ``activation`` quantizes inputs in order of falling mean square activation, ``identity`` in their original
+        order.
+      damping: added to the Hessian's diagonal, relative to the mean of the diagonal.
+      compensate: correct each column's rounding error in the columns that are not quantized yet. False is
+        round-to-nearest, which needs no calibration text.
+      sequential: calibrate the later weights of a block on activations that passed through its earlier, already
+        quantized weights.
+      calibration_dtype: type to which matrix products round their factors when calibration text passes through the
+        model. Everything else stays float32. ``bfloat16`` is faster if the processor has instructions for it.
+      drift_correction: 0..1. Before a weight is quantized, move it this far towards making up for the changed inputs
+        that quantizing the earlier layers caused (`spqr_jax.solver.drift`). It works with sequential calibration only
+        and needs a second, dense forward pass. 0 for none.
+      fit: how the scale and zero point of a group are found. ``search`` looks for the range with the least error of the
+        dequantized weights. ``minmax`` takes the full range and fits the zero point to the rounded scale.
+        ``reference`` is the min-max of the original implementation, flaws included, to reproduce its numbers.
+      leave_one_out: leave a weight out of its group's fit if the group fits better without it (the paper's outlier
+        candidates). False finds outliers by their rounding error only ("simplified outliers" in the original).
+      head_bits: bits of a code of the output head, 2..8; None leaves it dense. Its path is ``lm_head``. A tied head is
+        the embedding, path ``embed_tokens``, which then serves quantized on both sides. See `for_head`.
+      target_bits: stored bits per weight of the quantized blocks. Bits and outlier thresholds of all weights are then
+        chosen by measurement, and ``bits`` and ``outlier_threshold`` have no effect. None for one width and one
+        threshold.
+      bit_choices: widths of codes, in bits, to choose from for ``target_bits``.
+      solver: how codes are found. ``columns`` is the loop of SpQR, GPTQ and round-to-nearest. The others are methods to
+        compare with, see `baseline`.
+      steps: number of steps of an iterative solver. For ``adaround`` and ``adaquant``: gradient steps (300 by default);
+        for ``brecq``: gradient steps of a block (100); for ``bit-split``: sweeps over a matrix (4). None for the
+        default.
+      rules: exceptions for some weights. The first rule that matches is used.
+
+    Raises:
+      SpQRError: a value is out of range, or values contradict each other.
+
+    Example:
+      >>> more_bits = spqr_jax.LayerRule("down_proj", bits=4)
+      >>> stays_dense = spqr_jax.LayerRule("layers.0.", skip=True)
+      >>> config = spqr_jax.SpQRConfig(bits=3, rules=(stays_dense, more_bits))
+      >>> config.for_path("layers.1.down_proj").bits
+      4
+      >>> config.for_path("layers.0.q_proj") is None
+      True
     """
 
     bits: int = 3
@@ -203,35 +208,52 @@ class SpQRConfig:
 
     @property
     def outliers(self) -> bool:
-        """Whether any weight may be kept apart."""
+        """Whether there may be outliers."""
         return math.isfinite(self.outlier_threshold)
 
     @property
     def quantized_stats(self) -> bool:
-        """Whether scales and zeros are quantized themselves."""
+        """Whether scales and zero points are quantized too."""
         return self.stats_bits != UNQUANTIZED_STATS_BITS
 
     @property
     def solver_steps(self) -> int:
-        """Steps of a solver that goes on for as long as one likes; 0 for the others."""
+        """Number of steps of an iterative solver; 0 for the others."""
         return DEFAULT_STEPS.get(self.solver, 0) if self.steps is None else self.steps
 
     @property
     def corrects_drift(self) -> bool:
-        """Whether weights are moved to make up for drifted inputs."""
+        """Whether weights are moved to make up for changed inputs."""
         return self.sequential and self.needs_calibration and self.drift_correction > 0
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether quantizing needs Hessians, and so calibration text."""
+        """Whether the method needs calibration text."""
         return self.compensate
 
     @classmethod
     def preset(cls, name: str = DEFAULT_PRESET, **changes: Any) -> SpQRConfig:
-        """One of `PRESETS`, with changes.
+        """A tested point between size and quality.
+
+        Each preset sets ``target_bits``, the stored bits per weight of the blocks, and an 8-bit output head:
+
+        * ``near-lossless``: 4.75 bits, with 4-bit codes only;
+        * ``4bit``: 4.3 bits;
+        * ``3bit``: 3.75 bits;
+        * ``smallest``: 3.25 bits.
+
+        Args:
+          name: of the preset.
+          changes: other values for attributes of `SpQRConfig`.
 
         Raises:
-          SpQRError: there is no such preset.
+          SpQRError: there is no such preset, or a change cannot be used.
+
+        Example:
+          >>> spqr_jax.SpQRConfig.preset("3bit").target_bits
+          3.75
+          >>> spqr_jax.SpQRConfig.preset("3bit", head_bits=4).head_bits
+          4
         """
         if name not in PRESETS:
             raise SpQRError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -239,31 +261,76 @@ class SpQRConfig:
 
     @classmethod
     def gptq(cls, bits: int = 3, group_size: int | None = 64, **changes: Any) -> SpQRConfig:
-        """GPTQ (arXiv 2210.17323): no outliers, no second level, plain min-max groups."""
+        """GPTQ (arXiv 2210.17323): no outliers, no second level, min-max groups.
+
+        Args:
+          bits: bits of a weight code.
+          group_size: consecutive inputs that share one scale and zero point; None for one group per row.
+          changes: other values for attributes of `SpQRConfig`.
+
+        Raises:
+          SpQRError: a value cannot be used.
+        """
         base: dict[str, Any] = {"stats_bits": 16, "outlier_threshold": math.inf, "damping": 0.01, "fit": "minmax"}
         return cls(bits=bits, group_size=group_size, **(base | changes))
 
     @classmethod
     def rtn(cls, bits: int = 3, group_size: int | None = 16, **changes: Any) -> SpQRConfig:
-        """Round to nearest: GPTQ without the error compensation, so without calibration."""
+        """Round-to-nearest: GPTQ without error compensation. It needs no calibration text.
+
+        Args:
+          bits: bits of a weight code.
+          group_size: consecutive inputs that share one scale and zero point; None for one group per row.
+          changes: other values for attributes of `SpQRConfig`.
+
+        Raises:
+          SpQRError: a value cannot be used.
+        """
         base: dict[str, Any] = {"compensate": False, "order": "identity", "sequential": False}
         return cls.gptq(bits, group_size, **(base | changes))
 
     @classmethod
     def baseline(cls, solver: Solver, bits: int = 3, group_size: int | None = 64, **changes: Any) -> SpQRConfig:
-        """One of `BASELINES`: scales with the least squared error to begin with, no outliers, no second level."""
+        """Another method to compare with. It starts from scales with the least squared error of the weights.
+
+        There are no outliers and no second level.
+
+        Args:
+          solver: ``obq`` (arXiv 2208.11580), ``adaround`` (arXiv 2004.10568), ``adaquant`` (arXiv 2006.10518),
+            ``bit-split`` or ``brecq`` (arXiv 2102.05426).
+          bits: bits of a weight code.
+          group_size: consecutive inputs that share one scale and zero point; None for one group per row.
+          changes: other values for attributes of `SpQRConfig`.
+
+        Raises:
+          SpQRError: a value cannot be used.
+        """
         base: dict[str, Any] = {"solver": solver, "order": "identity", "fit": "search"}
         return cls.gptq(bits, group_size, **(base | changes))
 
     @classmethod
     def reference(cls, **changes: Any) -> SpQRConfig:
-        """The public PyTorch SpQR's own choices, to reproduce its numbers."""
+        """The choices of the public PyTorch implementation of SpQR, to reproduce its numbers.
+
+        Args:
+          changes: other values for attributes of `SpQRConfig`.
+
+        Raises:
+          SpQRError: a value cannot be used.
+        """
         base: dict[str, Any] = {"fit": "reference", "sequential": False, "damping": 1.0}
         base |= {"calibration_dtype": "float32"}
         return cls(**(base | changes))
 
     def for_path(self, path: str) -> SpQRConfig | None:
-        """The configuration of the weight at `path`, or None to leave it dense."""
+        """The configuration of one weight, after the rules.
+
+        Args:
+          path: of the weight, such as ``layers.3.down_proj``.
+
+        Returns:
+          The configuration; None to leave the weight dense.
+        """
         for rule in self.rules:
             if re.search(rule.pattern, path):
                 if rule.skip:
@@ -277,11 +344,16 @@ class SpQRConfig:
         return self
 
     def for_head(self, path: str) -> SpQRConfig | None:
-        """The configuration of the output head at `path`, or None to leave it dense.
+        """The configuration of the output head, after the rules.
 
-        With up to 4 bits the head is treated as any other weight. With more it is
-        rounded to nearest in groups of 32: no calibration, no outliers, and with 8
-        bits (8.4 stored) no loss that could be measured.
+        Up to 4 bits, the head is treated as any other weight. With more bits it is rounded to nearest in groups of 32,
+        without calibration and outliers. With 8 bits (8.4 stored) the loss was too small to measure.
+
+        Args:
+          path: of the head, ``lm_head`` or ``embed_tokens``.
+
+        Returns:
+          The configuration; None to leave the head dense.
         """
         if self.head_bits is None:
             return None
@@ -293,7 +365,7 @@ class SpQRConfig:
         return base.for_path(path)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serializable dictionary; `from_json` reads it back."""
+        """A dictionary of JSON values. `from_json` reads it back."""
         values = dataclasses.asdict(self)
         values["rules"] = list(values["rules"])
         values["bit_choices"] = list(values["bit_choices"])
@@ -306,10 +378,14 @@ class SpQRConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], label: str = "the quantization config") -> SpQRConfig:
-        """Reads what `to_json` wrote.
+        """Reads the result of `to_json`.
+
+        Args:
+          values: the dictionary.
+          label: name of the source in error messages.
 
         Raises:
-          SpQRError: an unknown or unusable entry; names `label`.
+          SpQRError: an entry is unknown or cannot be used.
         """
         entries = Entries(values if isinstance(values, Mapping) else {"config": values}, label, error=SpQRError)
         if not isinstance(values, Mapping):

@@ -9,10 +9,9 @@ _END = 300  # characters of a longer message that are kept of its end, which tel
 
 
 class SpQRError(ValueError):
-    """Bad input: the call cannot be carried out as it stands.
+    """Bad input. The call cannot be carried out.
 
-    Messages quote what stands in files. Whatever that is, they can be printed (characters
-    that would steer a terminal, or are halves of one, are escaped) and are not endless.
+    Every message can be printed: characters that could control a terminal are escaped, and a long message is cut.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -30,16 +29,16 @@ def _readable(text: str) -> str:
 
 
 class CheckpointError(SpQRError):
-    """A checkpoint is missing, damaged, edited or of another format version."""
+    """A checkpoint is missing, damaged, edited or of another format version, or cannot be written."""
 
 
 class ModelError(SpQRError):
-    """A model's files or configuration do not describe a model we can run."""
+    """The files or the configuration of a model do not describe a model that spqr-jax runs."""
 
 
 class DataError(SpQRError):
-    """Calibration or evaluation text is missing, empty or unusable."""
+    """Calibration or evaluation text is missing, empty or cannot be used."""
 
 
 class NotFiniteError(SpQRError):
-    """A result is no number: infinities or NaN arose in weights or activations."""
+    """Weights or activations became infinite or NaN."""

@@ -33,19 +33,17 @@ _NO_TOKEN = -1  # drawn where the scores are not finite
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Result of :func:`generate`.
+    """The result of `generate`: tokens, and how long they took.
 
     Attributes:
-      tokens: new tokens of each prompt, its stop token left out.
-      prompt_tokens: tokens of each prompt.
-      compile_seconds: spent by XLA before the first prompt was read.
-      prefill_seconds: reading the prompts.
-      first_token_seconds: until the first token, without compilation.
-      decode_tokens_per_second: tokens a second after the first, all prompts
-        together (nan if there were none).
-      ended: why the text of each prompt ended: "stop" at a stop token or as `stop_when` asked,
-        "length" after `max_new_tokens`, "context" where the model's context was full (of several
-        prompts, that of the longest).
+      tokens: new tokens of each prompt, without the stop token.
+      prompt_tokens: number of tokens of each prompt.
+      compile_seconds: time that XLA compiled, before the first prompt was read.
+      prefill_seconds: time to read the prompts.
+      first_token_seconds: time to the first token, without compilation.
+      decode_tokens_per_second: tokens per second after the first, all prompts together (nan if there were none).
+      ended: why the text of each prompt ended. "stop": a stop token, or ``stop_when`` returned True. "length": after
+        ``max_new_tokens``. "context": the model's context was full; with several prompts, the context of the longest.
     """
 
     tokens: list[list[int]]
@@ -150,14 +148,27 @@ def _decode(
 
 
 class Generator:
-    """A model made ready to generate, with the programs compiled so far.
+    """A model that is ready to generate, with the programs compiled so far.
 
-    Use it where text is generated more than once: weights are prepared once, and
-    prompts of similar length share compiled programs.
+    Use it to generate text more than once: it prepares the weights once, and prompts of similar length share
+    compiled programs.
 
     Args:
       params: the model, dense or quantized.
       int8_activations: as in `prepare`.
+
+    Attributes:
+      config: the model's `DecoderConfig`.
+
+    Raises:
+      SpQRError: ``int8_activations`` is set and the native CPU kernels are not available.
+
+    Example:
+      >>> generator = spqr_jax.Generator(model)
+      >>> first = generator([[1, 5, 9]], max_new_tokens=4)
+      >>> second = generator([[1, 5, 9]], max_new_tokens=4)  # compiles nothing
+      >>> first.tokens == second.tokens
+      True
     """
 
     def __init__(self, params: Decoder, *, int8_activations: bool = False) -> None:
@@ -167,7 +178,7 @@ class Generator:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that the prepared weights take."""
+        """Bytes of the prepared weights."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
 
     def __call__(
@@ -181,7 +192,7 @@ class Generator:
         stop_when: Callable[[list[int]], bool] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Generation:
-        """Continues prompts; arguments, result and errors as :func:`generate`."""
+        """Continues prompts. Arguments, result and errors are those of `generate`."""
         config = self.config
         lengths = _checked_prompts(prompts, config, max_new_tokens)
         if not -_SEEDS <= seed < _SEEDS:
@@ -321,21 +332,33 @@ def _bucket(length: int) -> int:
 def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
     """Continues prompts.
 
+    To generate more than once with a model, use a `Generator`: it compiles less.
+
     Args:
       params: the model, dense or quantized.
-      prompts: token ids, of different lengths if need be.
-      max_new_tokens: at most this many each (128); fewer where the model's context ends.
-      sampling: a `Sampling`; greedy by default.
-      seed: of the random draws (0); the same seed gives the same text.
-      stop_tokens: end a prompt's text; the model's own by default.
-      stop_when: asked after each token, given the new tokens of its prompt, whether the text
-        ends with it, such as at a phrase.
-      on_token: called with (prompt index, token) as tokens are made.
+      prompts: token ids of each prompt; lengths may differ.
+      max_new_tokens (int): most new tokens of each prompt, 128 by default. Fewer if the model's context ends.
+      sampling (Sampling): how tokens are chosen; greedy by default.
+      seed (int): seed of the random draws, 0 by default. The same seed gives the same text.
+      stop_tokens (Iterable[int] | None): tokens that end a text; by default those of the model.
+      stop_when (Callable[[list[int]], bool] | None): called after each token with the new tokens of its prompt;
+        True ends the text.
+      on_token (Callable[[int, int], None] | None): called with (prompt index, token) for each new token.
+
+    Returns:
+      The new tokens of each prompt, and timings.
 
     Raises:
-      DataError: no prompt, an empty one, one that fills the model's context, ids
-        outside the vocabulary, or a seed beyond 64 bits.
-      NotFiniteError: the scores of a next token are not finite; says where that begins.
+      DataError: no prompt, an empty prompt, a prompt that fills the model's context, token ids outside the
+        vocabulary, or a seed of more than 64 bits.
+      NotFiniteError: the logits of a next token are not finite. The message says where in the model this begins.
+
+    Example:
+      >>> prompt = [1, 5, 9]  # tokenizer("Once upon a time")["input_ids"]
+      >>> sampling = spqr_jax.Sampling(temperature=0.8)
+      >>> out = spqr_jax.generate(model, [prompt], max_new_tokens=4, sampling=sampling)
+      >>> len(out.tokens[0]) <= 4
+      True
     """
     return Generator(params)(prompts, **options)
 

@@ -24,17 +24,23 @@ _LAYOUTS: dict[str, spqr_matmul.Layout] = {"mosaic_gpu": "fragments", "triton": 
 
 
 def linear(w: Weight, x: jax.Array) -> jax.Array:
-    """y = x · Wᵀ.
+    """Multiplies activations by a matrix: y = x Wᵀ.
 
     Args:
-      w: [out, in], dense, quantized, or quantized and prepared.
+      w: the matrix [out, in]: dense, a `SpQRArray`, or the result of `prepare`.
       x: activations [..., in].
 
     Returns:
-      [..., out] in the type of `x`.
+      [..., out], in the type of ``x``.
 
     Raises:
-      SpQRError: the last axis of `x` is not `in`.
+      SpQRError: the last axis of ``x`` is not ``in``.
+
+    Example:
+      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> array = spqr_jax.quantize_weight(w, None, spqr_jax.SpQRConfig.rtn(bits=4))
+      >>> spqr_jax.linear(array, jnp.ones((2, 32))).shape
+      (2, 64)
     """
     if x.shape[-1] != w.shape[1]:
         raise SpQRError(f"linear: activations {x.shape} do not fit a weight of shape {w.shape} [out, in]")
@@ -125,22 +131,31 @@ def why_no_pallas() -> str:
 def prepare(
     params: Any, dtype: Any = None, implementation: Implementation | None = None, *, int8_activations: bool = False
 ) -> Any:
-    """Brings every quantized weight of a tree into the layout its matmul reads.
+    """Brings every quantized weight of a tree into the layout that a fast kernel reads.
 
-    Done once at load, never in a step.
+    Do this once, after loading. `Generator` and `perplexity` do it for you.
 
     Args:
-      params: a tree with `SpQRArray` leaves.
+      params: any tree with `SpQRArray` leaves, for example a `Decoder`.
       dtype: type of the weights that ``xla`` dequantizes; None for float32.
-      implementation: ``cpu``, the native kernels; ``mosaic_gpu``, ``triton`` or ``tpu``,
-        the Pallas kernels; all of these read packed weights; ``xla``, which reads dense
-        ones; None for `default_implementation`. A weight in a format that Pallas kernels
-        do not read becomes dense, with a warning.
-      int8_activations: with ``cpu``, round activations to 8 bits where up to 16 rows of
-        them meet a weight: faster, with a relative error of some 0.5% a product.
+      implementation: the kernels to prepare for. ``cpu``: native CPU kernels. ``mosaic_gpu``, ``triton`` and ``tpu``:
+        Pallas kernels. All of these read packed weights. ``xla``: dense weights, dequantized here. None: the
+        best for this machine. A weight in a format that the Pallas kernels do not read becomes dense, with a warning.
+      int8_activations: with ``cpu`` only: round activations to 8 bits for up to 16 rows of activations. This is
+        faster, with a relative error of about 0.5% per product.
+
+    Returns:
+      The same tree with a prepared weight in place of each `SpQRArray`. `linear` takes it.
 
     Raises:
-      SpQRError: `implementation` is not there, or cannot do what is asked.
+      SpQRError: the implementation is not available here, or cannot do what was asked.
+
+    Example:
+      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> layer = {"w": spqr_jax.quantize_weight(w, None, spqr_jax.SpQRConfig.rtn(bits=4))}
+      >>> ready = spqr_jax.prepare(layer)
+      >>> spqr_jax.linear(ready["w"], jnp.ones((2, 32))).shape
+      (2, 64)
     """
     implementation = implementation or default_implementation()
     if implementation not in ("cpu", "xla", *_LAYOUTS):

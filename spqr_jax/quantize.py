@@ -31,14 +31,14 @@ from spqr_jax.solver import (
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One weight that has been quantized.
+    """What quantizing one weight did; `quantize` passes one to ``on_layer`` for each weight.
 
     Attributes:
-      path: of the weight, such as ``layers.3.down_proj``.
+      path: path of the weight, such as ``layers.3.down_proj``.
       shape: (out, in).
-      bits: code bits.
-      stats: errors, outliers and sizes.
-      seconds: since the last report, calibration included.
+      bits: bits of a weight code.
+      stats: error, outliers and size.
+      seconds: time since the last report, calibration included.
     """
 
     path: str
@@ -66,26 +66,44 @@ def quantize(
     """Quantizes a model's weight matrices.
 
     Args:
-      params: a `Decoder`, or any pytree together with `forward`.
-      calib_batches: any iterable of int32 [batch, seq] token ids (with `forward`:
-        of whatever it takes). Not needed by round to nearest.
-      config: what to do; None for `SpQRConfig.preset()`, with `forward` for `SpQRConfig()`.
-      forward: for models of your own, ``forward(params, batch, linear)``. It must
-        apply each matrix to be quantized, a leaf [out, in] of `params`, as
-        ``linear(path, w, x)``; paths are yours to name. All Hessians then come
-        from one pass through the dense model (`config.sequential` plays no part)
-        and are held at once.
+      params: a `Decoder`, or any pytree together with ``forward``.
+      calib_batches: calibration text: any iterable of token ids, int32 [batch, seq]. With ``forward``: any iterable
+        of batches that it takes. Round-to-nearest needs none.
+      config: how to quantize; None for `SpQRConfig.preset`'s default, or with ``forward`` for `SpQRConfig` without
+        arguments.
+      forward: runs a model of your own, ``forward(params, batch, linear)``. It must apply each matrix that you want
+        quantized, a leaf [out, in] of ``params``, as ``linear(path, w, x)``; you choose the paths. All Hessians come
+        from one pass through the dense model and are in memory together; ``config.sequential`` has no effect.
       on_layer: called after each weight.
 
     Returns:
-      The same tree with a `SpQRArray` in place of each quantized matrix. With
-      `forward`, go on calling it with ``linear=lambda path, w, x:
-      spqr_jax.linear(w, x)``.
+      The same tree with a `SpQRArray` in place of each quantized matrix. To run a model of your own, call
+      ``forward`` with ``linear=lambda path, w, x: spqr_jax.linear(w, x)``.
 
     Raises:
-      DataError: no calibration text where the method needs it, or unusable text.
-      NotFiniteError: activations of the text are infinite or no numbers; says from which weight on.
-      SpQRError: the model or the configuration cannot be used as given.
+      DataError: the method needs calibration text and there is none, or the text cannot be used.
+      NotFiniteError: activations of the text are infinite or NaN. The message says at which weight this begins.
+      SpQRError: the model or the configuration cannot be used.
+
+    Example:
+      A model that `load_model` returned:
+
+      >>> windows = np.arange(192, dtype=np.int32).reshape(6, 32)  # your text, as token ids
+      >>> batches = spqr_jax.batched(windows, tokens_per_batch=64)
+      >>> small = spqr_jax.quantize(model, batches, spqr_jax.SpQRConfig(bits=3))
+      >>> small.layers[0].q_proj.bits
+      3
+
+      A model of your own:
+
+      >>> params = {"up": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> def forward(params, batch, linear):
+      ...     return linear("up", params["up"], batch)
+      >>> batches = [jax.random.normal(jax.random.key(1), (256, 32))]
+      >>> small = spqr_jax.quantize(params, batches, forward=forward)
+      >>> y = forward(small, batches[0], lambda path, w, x: spqr_jax.linear(w, x))
+      >>> y.shape
+      (256, 64)
     """
     if forward is not None:
         return _quantize_forward(params, calib_batches, config or SpQRConfig(), forward, on_layer)

@@ -29,7 +29,7 @@ from spqr_jax.output import unfinished_note
 
 MODEL_HELP = (
     "'demo' (SmolLM2-135M-Instruct), 'gemma3-270m', a GGUF file, a Hugging Face directory (config.json and "
-    "safetensors), a hub id such as org/name, or a directory that spqr wrote"
+    "safetensors files), a hub id such as org/name, or a directory that spqr wrote"
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -162,13 +162,28 @@ def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
 
 
 def load_model(spec: str, dtype: str | None = None) -> tuple[Decoder, Any]:
-    """Reads a model into memory. What should be known of its files is a warning.
+    """Reads a model and its tokenizer into memory.
+
+    What you should know about the model's files comes as a warning.
 
     Args:
-      spec, dtype: as :func:`open_model`.
+      spec: the model: ``demo`` (SmolLM2-135M-Instruct), ``gemma3-270m``, a GGUF file, a Hugging Face directory
+        (``config.json`` and safetensors), a hub id such as ``org/name``, or a directory that `save` or ``spqr`` wrote.
+      dtype: type of the dense weights: ``float32``, ``bfloat16`` or ``float16``. None for float32 on a CPU, bfloat16 on
+        GPUs and TPUs. A directory that `save` or ``spqr`` wrote keeps its types.
 
     Returns:
-      Its parameters and its tokenizer (None where it has none).
+      The model, and its tokenizer (a transformers tokenizer; None if the model has none).
+
+    Raises:
+      ModelError: no such model, or a model that spqr-jax does not run.
+      CheckpointError: a directory that `save` or ``spqr`` wrote is damaged or edited.
+      SpQRError: an unknown ``dtype``.
+
+    Example:
+      >>> model, tokenizer = spqr_jax.load_model("demo")
+      >>> model.config.num_layers == len(model.layers)
+      True
     """
     notes: list[str] = []
     opened = open_model(spec, dtype, notes.append)

@@ -13,12 +13,16 @@ from spqr_jax.errors import SpQRError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """How the next token is chosen.
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token (greedy).
-      top_k: only the k likeliest tokens; 0 for all.
-      top_p: only the likeliest tokens that together reach this probability; 1 for all.
+      top_k: keep only the k likeliest tokens; 0 keeps all.
+      top_p: keep the fewest likeliest tokens whose probabilities add up to at least this value; 1 keeps all. Applied
+        after ``top_k``.
+
+    Raises:
+      SpQRError: a value outside its range: ``temperature`` >= 0, ``top_k`` >= 0, 0 < ``top_p`` <= 1.
     """
 
     temperature: float = 0.0

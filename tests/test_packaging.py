@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import email
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from spqr_jax import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +43,18 @@ def test_the_wheel_holds_the_package_and_its_licence(wheel):
     assert {name for name in sources if name.endswith((".cc", ".h"))} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
+
+
+def test_the_version_has_one_source(wheel):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "spqr_jax.__version__"}
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    assert email.message_from_bytes(archive.read(name))["Version"] == __version__
+    command = [sys.executable, "-m", "spqr_jax", "--version"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(f"spqr-jax {__version__} (")
 
 
 def test_the_installed_wheel_runs(wheel, tmp_path):

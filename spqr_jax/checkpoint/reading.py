@@ -236,8 +236,23 @@ def _first_line(error: BaseException) -> str:
 
 
 def load(path: Path | str) -> Decoder:
-    """Reads a checkpoint into memory; errors as :class:`CheckpointSource`.
+    """Reads a checkpoint into memory and verifies it.
 
-    Needs neither the original model nor a network.
+    It needs neither the original model nor a network. To read the tokenizer too, use `load_model`.
+
+    Args:
+      path: a directory that `save` or ``spqr`` wrote.
+
+    Returns:
+      The model.
+
+    Raises:
+      CheckpointError: not a checkpoint, another format version, incomplete, truncated or edited. The message names
+        the array at fault.
+
+    Example:
+      >>> path = spqr_jax.save("small", model)
+      >>> spqr_jax.load("small").config == model.config
+      True
     """
     return collect(CheckpointSource(path))

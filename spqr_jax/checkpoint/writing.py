@@ -140,10 +140,26 @@ def save(
     provenance: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model in memory; arguments and errors as :class:`CheckpointSink`.
+    """Writes a model to a directory. It appears under its name only when it is complete.
+
+    Args:
+      path: the directory to make.
+      params: the model, dense or quantized.
+      quantization: how it was quantized, kept with the model; None if it was not.
+      tokenizer: a transformers tokenizer to keep with the model, or None.
+      provenance: a dictionary of JSON values that tells where the model comes from, or None.
+      overwrite: replace an existing directory, once the new one is complete.
 
     Returns:
-      Where it lies: `path`, unless something else appeared there meanwhile.
+      ``path``, or the directory's other name if something else appeared at ``path`` during the writing.
+
+    Raises:
+      CheckpointError: ``path`` exists and ``overwrite`` is not set, another run writes to it, or the disk is full.
+
+    Example:
+      >>> path = spqr_jax.save("other", model, provenance={"model": "demo"})
+      >>> path.name
+      'other'
     """
     source = TreeSource(params)
     with (

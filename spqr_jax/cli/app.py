@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,28 +31,55 @@ from spqr_jax.cli.display import (
     tell,
     write_json,
 )
+from spqr_jax.cli.examples import EXAMPLES, START
 from spqr_jax.cli.exchange import export, import_original
 from spqr_jax.cli.generate import generate
-from spqr_jax.cli.help import PlainTyper
+from spqr_jax.cli.help import EXCHANGE, MAKE, MEASURE, USE, PlainTyper, argument, flag
 from spqr_jax.cli.main import run
 from spqr_jax.cli.measure import compare, perplexity
+from spqr_jax.cli.next_step import after_writing
 from spqr_jax.cli.options import (
-    METHOD_HELP,
-    STEPS_HELP,
     Calibration,
+    CalibrationSeed,
+    CalibrationSeqLen,
     Dtype,
     Json,
     Model,
-    SeqLen,
+    Out,
+    Overwrite,
+    Windows,
     build_config,
     build_tuning,
     parse_rule,
     read_calibration,
 )
+from spqr_jax.cli.outlook import before_quantize
+from spqr_jax.cli.quantize_options import (
+    Bits,
+    CalibrationDtype,
+    Damping,
+    DriftCorrection,
+    Fit,
+    GroupSize,
+    HeadBits,
+    Method,
+    Order,
+    OutlierThreshold,
+    Preset,
+    Rule,
+    Sequential,
+    StatsBits,
+    StatsGroupSize,
+    Steps,
+    TargetBits,
+    TuneEpochs,
+    TuneLearningRate,
+    TuneObjective,
+)
 from spqr_jax.cli.report import analyze, report
 from spqr_jax.cli.stream import describe_products
+from spqr_jax.cli.version import show_version
 from spqr_jax.cli.zero_shot import evaluate
-from spqr_jax.config import DEFAULT_PRESET, PRESETS
 from spqr_jax.errors import ModelError
 from spqr_jax.estimate import quantized_bytes
 from spqr_jax.inspection import summarize
@@ -65,86 +93,60 @@ app = PlainTyper(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Large language models, small: SpQR quantization in JAX.",
+    help="Compress large language models to 3–4 bits per weight and run them, in JAX.",
+    epilog=START,
 )
 
 
-app.command()(perplexity)
-app.command()(compare)
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(bench)
-app.command()(analyze)
-app.command()(report)
-app.command()(export)
-app.command("import")(import_original)
+@app.callback()
+def settings(
+    version: Annotated[
+        bool,
+        flag(
+            None,
+            "--version",
+            "Show the versions of spqr-jax, JAX and Python, and the device.",
+            is_eager=True,
+            callback=show_version,
+        ),
+    ] = False,
+) -> None:
+    """What `spqr` takes before a command."""
 
 
-@app.command()
 def quantize(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option(help="Directory to write the quantized model to.")],
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "spqr",
-    calib: Calibration = None,
-    nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
-    seqlen: SeqLen = 2048,
-    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.", min=0)] = 0,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"A documented point between size and quality: {', '.join(PRESETS)}. {DEFAULT_PRESET} if neither "
-            "--bits, --outlier-threshold nor --target-bits is given."
-        ),
-    ] = None,
-    target_bits: Annotated[
-        float | None, typer.Option(help="Stored bits a weight to come to, widths and thresholds chosen to lose least.")
-    ] = None,
-    bits: Annotated[
-        str | None,
-        typer.Option(help="Bits a weight code, 2..8; several (3,4) or auto (2,3,4): to choose from, with a target."),
-    ] = None,
-    tune: Annotated[
-        str, typer.Option(help="Train statistics and outlier values afterwards: none, blocks or logits.")
-    ] = "none",
-    tune_epochs: Annotated[int | None, typer.Option(help="Times that tuning goes through the text.", min=1)] = None,
-    tune_learning_rate: Annotated[
-        float | None, typer.Option(help="Highest rate of tuning, in shares of a parameter's size.")
-    ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0: one group a row.")] = None,
-    stats_bits: Annotated[int | None, typer.Option(help="Bits of a scale or zero; 16: 16-bit floats.")] = None,
-    stats_group_size: Annotated[int | None, typer.Option(help="Rows that share second-level statistics.")] = None,
-    outlier_threshold: Annotated[float | None, typer.Option(help="Relative threshold tau; inf: no outliers.")] = None,
-    damping: Annotated[float | None, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = None,
-    drift_correction: Annotated[
-        float | None, typer.Option(help="Share, 0..1, to which weights make up for their inputs' drift; see the docs.")
-    ] = None,
-    calibration_dtype: Annotated[
-        str | None, typer.Option(help="Of products that calibration text goes through: bfloat16 or float32.")
-    ] = None,
-    order: Annotated[str | None, typer.Option(help="Order of the inputs: activation or identity.")] = None,
-    fit: Annotated[str | None, typer.Option(help="How scales are fitted: search, minmax or reference.")] = None,
-    sequential: Annotated[
-        bool | None, typer.Option(help="Later weights of a block see its earlier ones quantized.")
-    ] = None,
-    rule: Annotated[
-        list[str] | None, typer.Option(help="PATTERN=skip or PATTERN=BITS for weights whose path matches; repeatable.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help=STEPS_HELP, min=1),
-    ] = None,
-    head_bits: Annotated[
-        str | None,
-        typer.Option(
-            help="Bits of the output head (a tied one is the embedding): 8, as presets have it, 4, .. or none."
-        ),
-    ] = None,
-    dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    out: Out,
+    overwrite: Overwrite = False,
     json: Json = None,
+    preset: Preset = None,
+    target_bits: TargetBits = None,
+    bits: Bits = None,
+    outlier_threshold: OutlierThreshold = None,
+    head_bits: HeadBits = None,
+    rule: Rule = None,
+    calib: Calibration = None,
+    nsamples: Windows = 128,
+    seqlen: CalibrationSeqLen = 2048,
+    seed: CalibrationSeed = 0,
+    tune: TuneObjective = "none",
+    tune_epochs: TuneEpochs = None,
+    tune_learning_rate: TuneLearningRate = None,
+    method: Method = "spqr",
+    steps: Steps = None,
+    group_size: GroupSize = None,
+    stats_bits: StatsBits = None,
+    stats_group_size: StatsGroupSize = None,
+    fit: Fit = None,
+    order: Order = None,
+    damping: Damping = None,
+    drift_correction: DriftCorrection = None,
+    sequential: Sequential = None,
+    calibration_dtype: CalibrationDtype = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Quantize MODEL and write it to OUT."""
+    """Compress a model and save it."""
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
     config = build_config(
         method,
@@ -168,14 +170,15 @@ def quantize(
     claim = context.with_resource(Claim(out, overwrite))
     opened = open_model(model, dtype, say)
     if opened.quantized:
-        raise ModelError(f"{model} is quantized already: quantize the original model")
+        raise ModelError(f"{model} is already quantized: give the original model instead")
     claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
     batches, calibration, windows = None, None, None
     if config.needs_calibration or tuning is not None:
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
         batches = batched(windows)
     elif calib:
-        say(f"--method {method} reads no text: --calib is not used")
+        say(f"--method {method} uses no calibration text: --calib is ignored")
+    outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
     begun = time.perf_counter()
     plan = None
     if config.target_bits is not None:
@@ -218,15 +221,15 @@ def quantize(
     summary = summarize(CheckpointSource(sink.path))
     tell(
         (str(sink.path), "bold"),
-        f": {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
-        f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in all "
-        f"({size(summary['dense_bytes'])} dense), {seconds:.0f} s",
+        f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
+        f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in total "
+        f"(dense: {size(summary['dense_bytes'])}); {seconds:.0f} s",
     )
-    write_json(
-        json, {**{k: v for k, v in summary.items() if k != "layers"}, "seconds": seconds, "layers": summary["layers"]}
-    )
+    figures = {k: v for k, v in summary.items() if k != "layers"}
+    write_json(json, {**figures, "seconds": seconds, **outlook.to_json(), "layers": summary["layers"]})
     if opened.note is not None:
         say(opened.note)
+    outlook.end(after_writing(out))
 
 
 def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, settings: TuneConfig) -> None:
@@ -251,16 +254,15 @@ def _files_to_keep(opened: OpenedModel) -> dict[str, bytes]:
         opened.tokenizer()
         return opened.configurations() | opened.tokenizer_files()
     except ModelError as error:
-        say(f"no tokenizer is kept: {error}")
+        say(f"the tokenizer is not copied: {error}")
         return opened.configurations()
 
 
-@app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A directory that spqr wrote.", show_default=False)],
+    directory: Annotated[Path, argument("MODEL", "A directory that spqr wrote.")],
     json: Json = None,
 ) -> None:
-    """Verify a quantized model and show what it holds."""
+    """Check a quantized model's files, and show each weight's bits, outliers and error."""
     source = CheckpointSource(directory)
     summary = summarize(source)
     rows = [
@@ -275,16 +277,29 @@ def inspect(
         ]
         for path, layer in summary["layers"].items()
     ]
-    table(str(directory), ["weight", "shape", "bits", "ideal", "stored", "outliers", "output error"], rows)
+    table(
+        str(directory), ["weight", "shape", "code bits", "ideal bits", "stored bits", "outliers", "output error"], rows
+    )
     tell(
-        f"{summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a quantized weight, "
-        f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}\n"
-        f"{size(summary['bytes'])} in all: {size(summary['quantized_bytes'])} quantized, "
-        f"{size(summary['bytes'] - summary['quantized_bytes'])} dense (norms and what was left out); "
-        f"{size(summary['dense_bytes'])} before"
+        f"Quantized weights: {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
+        f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}.\n"
+        f"Size: {size(summary['bytes'])} in total: {size(summary['quantized_bytes'])} quantized, "
+        f"{size(summary['bytes'] - summary['quantized_bytes'])} dense. The dense model: {size(summary['dense_bytes'])}."
     )
     tell(describe_products())
     write_json(json, summary)
+
+
+def _register(panel: str, commands: dict[str, Callable[..., Any]]) -> None:
+    """Adds commands to a panel of ``spqr --help``, in this order."""
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel, epilog=EXAMPLES[name])(command)
+
+
+_register(MAKE, {"quantize": quantize})
+_register(MEASURE, {"perplexity": perplexity, "compare": compare, "eval": evaluate, "bench": bench, "analyze": analyze})
+_register(USE, {"generate": generate, "inspect": inspect, "report": report})
+_register(EXCHANGE, {"export": export, "import": import_original})
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import console, number, progress_bar, say, size, table, write_json
+from spqr_jax.cli.help import flag, option
+from spqr_jax.cli.next_step import after_bench
 from spqr_jax.cli.options import Json, Model
+from spqr_jax.cli.outlook import before_bench, say_next
 from spqr_jax.cli.stream import describe_products
 from spqr_jax.errors import DataError
 from spqr_jax.generate import Generator
@@ -22,36 +24,53 @@ from spqr_jax.models.decoder import Decoder
 from spqr_jax.resolve import open_model
 from spqr_jax.speed import Speed, generating, read_bandwidth, take_turns
 
+COMPARISON, WORK = "Comparison", "Work"
+
 
 def bench(
     model: Model,
-    dense: Annotated[str | None, typer.Option(help="A dense model to compare with, such as the one it was.")] = None,
-    bfloat16: Annotated[bool, typer.Option(help="The dense model in bfloat16 as well; on CPUs this is slow.")] = False,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in a turn.", min=2)] = 64,
-    turns: Annotated[int, typer.Option(help="Turns of each rival.", min=1)] = 5,
+    dense: Annotated[
+        str | None, option(COMPARISON, "MODEL", "A dense model to compare with, such as the original model.")
+    ] = None,
+    bfloat16: Annotated[
+        bool, flag(COMPARISON, "--bfloat16", "Also measure the dense model in bfloat16 (slow on a CPU).")
+    ] = False,
+    prompt_tokens: Annotated[int, option(WORK, "N", "Tokens in the prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, option(WORK, "N", "Tokens to generate in each turn.", min=2)] = 64,
+    turns: Annotated[int, option(WORK, "N", "Turns for each model.", min=1)] = 5,
     json: Json = None,
 ) -> None:
-    """Measure tokens a second. All rivals run in one process and take turns."""
+    """Measure how many tokens per second a model generates on this machine.
+
+    All models run in one process and take turns, so that they meet the same conditions.
+    """
     models = candidates(model, dense, bfloat16)
     config = next(iter(models.values())).config
     if prompt_tokens + new_tokens > config.max_positions:
         raise DataError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit into {model}'s context of "
-            f"{config.max_positions}: ask for fewer"
+            f"{prompt_tokens} prompt tokens and {new_tokens} new tokens do not fit into {model}'s context of "
+            f"{config.max_positions} tokens: ask for fewer"
         )
     bandwidth = read_bandwidth()
-    processors = f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}"
-    console.print(f"{processors}, {bandwidth:.1f} GB/s of memory; {describe_products()}")
+    console.print(f"{describe_processors()}; memory reads at {bandwidth:.1f} GB/s; {describe_products()}")
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, prompt_tokens).tolist()
+    sizes = [(params.config, held_bytes(params), name.startswith("packed")) for name, params in models.items()]
+    before_bench(sizes, prompt_tokens, new_tokens, turns, 1e9 * bandwidth)
     rivals = {name: generating(Generator(params)) for name, params in models.items()}
     with progress_bar("generating", (turns + 1) * len(rivals)) as advance:
         speeds = take_turns(rivals, prompt, new_tokens, turns, advance)
     results = {name: summary(speeds[name], params) for name, params in models.items()}
-    show(f"{model}: {prompt_tokens} prompt and {new_tokens} new tokens, medians of {turns} turns", results)
+    show(f"{model}: {prompt_tokens} prompt tokens, {new_tokens} new tokens, medians of {turns} turns", results)
     write_json(
         json, {"model": model, "read_bandwidth_gb_s": bandwidth, "processors": os.cpu_count(), "results": results}
     )
+    say_next(after_bench(model))
+
+
+def describe_processors() -> str:
+    """How many processors there are, and how busy they are where the system says so (Windows does not)."""
+    busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{os.cpu_count()} processors{busy}"
 
 
 def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decoder]:
@@ -64,13 +83,18 @@ def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decod
     given = collect(open_model(model, "float32", say).source)
     leaves = jax.tree.leaves(given, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
     if not any(isinstance(leaf, SpQRArray) for leaf in leaves):
-        models["as it is"] = given
+        models["not quantized"] = given
     elif default_implementation() == "cpu":
         models["packed"] = prepare(given)
         models["packed, int8 activations"] = prepare(given, int8_activations=True)
     else:
         models["dequantized" if default_implementation() == "xla" else "packed"] = prepare(given)
     return models
+
+
+def held_bytes(params: Decoder) -> int:
+    """Bytes of a model's weights."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def summary(speed: Speed, params: Decoder | None) -> dict[str, Any]:
@@ -82,7 +106,7 @@ def summary(speed: Speed, params: Decoder | None) -> dict[str, Any]:
         "prefill_turns": speed.prefill.tolist(),
     }
     if params is not None:
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        held = held_bytes(params)
         rows_only = 0 if params.config.tied_head else params.outer.embed_tokens.nbytes
         values["bytes"] = held
         values["gb_per_second"] = (held - rows_only) * values["decode_tokens_per_second"] / 1e9
@@ -101,4 +125,6 @@ def show(title: str, results: dict[str, dict[str, Any]]) -> None:
         lines.append(
             [*line, size(values["bytes"]) if known else "–", number(values["gb_per_second"], 1) if known else "–"]
         )
-    table(title, ["what", "tokens/s", "×", "prefill tokens/s", "×", "weights", "GB/s of them"], lines)
+    notes = "×: relative to the first row. Weights read: GB of weights read per second while generating."
+    columns = ["model", "tokens/s", "×", "prefill tokens/s", "×", "weights", "weights read, GB/s"]
+    table(title, columns, lines, notes)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
@@ -23,6 +24,7 @@ from spqr_jax.cli import interrupt
 from spqr_jax.output import write_file
 from spqr_jax.quantize import LayerReport
 
+_GAP = 3  # between columns of a table
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -94,7 +96,7 @@ class QuantizeProgress:
         self._block: list[LayerReport] = []
         self.reports: list[LayerReport] = []
         errors.print(
-            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'bits':>6}  {'stored':>6}",
+            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'ideal':>6}  {'stored':>6}",
             style="bold",
         )
 
@@ -129,15 +131,15 @@ class QuantizeProgress:
 def describe_head(summary: dict[str, Any]) -> str:
     """What `summarize` says of the output head."""
     bits = summary["head_bits"]
-    return "head dense" if bits is None else f"head {bits:.2f} stored bits"
+    return "output head: dense" if bits is None else f"output head: {bits:.2f} stored bits per weight"
 
 
 def show_plan(plan: Plan) -> None:
     """One line on how a budget is spent."""
     shares = ", ".join(f"{bits} bits for {100 * share:.0f}%" for bits, share in plan.share_of_bits().items())
     errors.print(
-        f"plan for {plan.target_bits:g} stored bits a weight: {shares} of the weights; "
-        f"loss expected to rise by {plan.loss:.3f} nats a token"
+        f"plan for {plan.target_bits:g} stored bits per weight: {shares} of the weights; "
+        f"expected increase of the loss: {plan.loss:.3f} nats per token"
     )
 
 
@@ -146,10 +148,24 @@ def _block_of(path: str) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], notes: str = "") -> None:
-    """A table, first column left, the rest right."""
-    drawn = Table(title=title, title_justify="left", caption=notes or None, caption_justify="left")
+    """A table, first column left, the rest right. Where it is too wide, headings take a line for each word."""
+    longest = [max((len(row[index]) for row in rows), default=0) for index in range(len(columns))]
+    width = sum(max(len(column), cell) for column, cell in zip(columns, longest, strict=True))
+    narrow = width + _GAP * (len(columns) - 1) > console.width
+    drawn = Table(
+        title=title,
+        title_justify="left",
+        caption=notes or None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right")
+        heading = "\n".join(column.split()) if narrow and len(column) > longest[index] else column
+        drawn.add_column(heading, justify="left" if index == 0 else "right")
     for row in rows:
         drawn.add_row(*row)
     console.print(drawn)

@@ -11,7 +11,10 @@ import typer
 
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
 from spqr_jax.cli.display import progress_bar, say, size, tell
-from spqr_jax.cli.options import Dtype
+from spqr_jax.cli.help import argument, flag, option
+from spqr_jax.cli.next_step import after_export, after_writing
+from spqr_jax.cli.options import Dtype, Out, Overwrite
+from spqr_jax.cli.outlook import say_next
 from spqr_jax.errors import DataError, ModelError, SpQRError
 from spqr_jax.estimate import exported_bytes, quantized_bytes
 from spqr_jax.files.companions import origin_config, origin_files, origin_generation_config
@@ -26,38 +29,42 @@ from spqr_jax.report import read_result
 from spqr_jax.resolve import DTYPES, default_dtype
 
 FORMATS = ("dense", "hf-spqr")
+FORMAT, HUB, ORIGIN = "Format", "Model card and hub", "Original model"
 
 
 def export(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="A directory that spqr wrote.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Directory to write to.")],
+    directory: Annotated[Path, argument("MODEL", "A directory that spqr wrote.")],
+    out: Out,
+    overwrite: Overwrite = False,
     form: Annotated[
         str,
-        typer.Option(
+        option(
+            FORMAT,
+            "FORMAT",
+            "dense: a Hugging Face directory with dequantized weights, for any program. hf-spqr: the quantized format "
+            "that transformers runs with the public CUDA kernel; needs 3 bits and 16 × 16 groups.",
             "--format",
-            help="dense: a Hugging Face directory of dequantized weights, for any program; hf-spqr: the format that "
-            "transformers runs by the public CUDA kernel (3 bits, 16 x 16 tiles).",
         ),
     ] = "dense",
     dtype: Annotated[
-        str, typer.Option(help=f"Of dense weights: {', '.join(DTYPES)}. hf-spqr has float16.")
+        str, option(FORMAT, "TYPE", f"Type of the dense weights: {', '.join(DTYPES)}. hf-spqr: float16 only.")
     ] = "float16",
     perplexity: Annotated[
         list[Path] | None,
-        typer.Option(help="What 'spqr perplexity --json' wrote, for the model card; repeatable."),
+        option(HUB, "FILE", "A result of 'spqr perplexity --json' to show in the model card. Repeatable."),
     ] = None,
     push: Annotated[
-        str | None, typer.Option(help="Upload to this repository of the Hugging Face hub, such as you/name.")
+        str | None,
+        option(HUB, "REPO", "After writing, upload to this repository of the Hugging Face hub, such as you/name."),
     ] = None,
-    private: Annotated[bool, typer.Option(help="Make that repository a private one.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    private: Annotated[bool, flag(HUB, "--private", "Make the repository private if it is new.")] = False,
 ) -> None:
-    """Write a quantized model for other programs, with a model card."""
+    """Convert a quantized model for other programs, with a model card."""
     if form not in FORMATS:
         raise SpQRError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
     if dtype not in DTYPES or (form == "hf-spqr" and dtype != "float16"):
-        raise SpQRError(f"--dtype must be one of {', '.join(DTYPES)}, and float16 for hf-spqr, got {dtype!r}")
+        raise SpQRError(f"--dtype must be one of {', '.join(DTYPES)} (hf-spqr: float16 only), got {dtype!r}")
     claim = context.with_resource(Claim(out, overwrite))
     results = [_read_result(path) for path in perplexity or ()]
     source = CheckpointSource(directory)
@@ -77,26 +84,29 @@ def export(
     tell((str(target.path), "bold"), f": {', '.join(path.name for path in files)}; {size(total)}")
     if push is not None:
         _push(target.path, push, private)
+    say_next(after_export(push or str(out), form))
 
 
 def import_original(
     context: typer.Context,
-    folder: Annotated[
-        Path, typer.Argument(help="A folder that the original's main.py --save wrote.", show_default=False)
+    folder: Annotated[Path, argument("FOLDER", "The folder that the original code's 'main.py --save' wrote.")],
+    base: Annotated[
+        Path, option(ORIGIN, "DIR", "Directory of the dense model: its config.json and tokenizer are needed.")
     ],
-    base: Annotated[Path, typer.Option(help="Directory of the model that it was made from: config.json, tokenizer.")],
-    out: Annotated[Path, typer.Option(help="Directory to write to.")],
+    out: Out,
+    overwrite: Overwrite = False,
     outliers: Annotated[
         str,
-        typer.Option(
-            help="replaced: outliers take the place of dense weights, as the folder's own loader has it; added: they "
-            "are added to them, as its converter has it."
+        option(
+            ORIGIN,
+            "HOW",
+            "replaced: outliers replace dense weights, as in the original loader. added: outliers are added to dense "
+            "weights, as in the original converter.",
         ),
     ] = "replaced",
     dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Read a folder of the original implementation, safely, and write it as a model of ours."""
+    """Convert a model that the original SpQR code saved. Runs no code from its files."""
     if outliers not in get_args(Outliers):
         raise SpQRError(f"--outliers must be one of {', '.join(get_args(Outliers))}, got {outliers!r}")
     claim = context.with_resource(Claim(out, overwrite))
@@ -107,7 +117,7 @@ def import_original(
         load_tokenizer(base)
         files |= tokenizer_files(base)
     except ModelError as error:
-        say(f"no tokenizer is kept: {error}")
+        say(f"the tokenizer is not copied: {error}")
     provenance = {"model": str(base), "method": "original", "calibration": None, "folder": str(folder)}
     with (
         CheckpointSink(claim, source.config, source.settings(), provenance=provenance, files=files) as sink,
@@ -120,9 +130,10 @@ def import_original(
     summary = summarize(CheckpointSource(sink.path))
     tell(
         (str(sink.path), "bold"),
-        f": {summary['ideal_bits']:.3f} ideal and {summary['stored_bits']:.3f} stored bits a weight, "
-        f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in all",
+        f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
+        f"{summary['outlier_percent']:.2f}% outliers; {size(summary['bytes'])} in total",
     )
+    say_next(after_writing(out))
 
 
 def _write_companions(target: HFDirectory, source: CheckpointSource, directory: Path) -> None:
@@ -135,7 +146,7 @@ def _write_companions(target: HFDirectory, source: CheckpointSource, directory: 
         load_tokenizer(directory)
         target.write_files(tokenizer_files(directory))
     except ModelError as error:
-        say(f"no tokenizer is exported: {error}")
+        say(f"the tokenizer is not exported: {error}")
 
 
 def _generation_config(source: CheckpointSource) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def _read_result(path: Path) -> dict[str, Any]:
     """What a model card says of a measured perplexity."""
     result = read_result(path)
     if "perplexity" not in result:
-        raise DataError(f"{path} is not what 'spqr perplexity --json' writes: it has no perplexity")
+        raise DataError(f"{path} was not written by 'spqr perplexity --json': it has no perplexity")
     result.setdefault("stderr", math.nan)  # there was one window
     return result
 
@@ -164,8 +175,8 @@ def _push(folder: Path, repository: str, private: bool) -> None:
         found = hub.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # the network and the hub fail in many ways
         raise SpQRError(
-            f"{folder} is written, but could not be uploaded to {repository!r}: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}; log in with 'hf auth login' and upload it with "
+            f"{folder} was written but could not be uploaded to {repository!r}: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}; log in with 'hf auth login', then upload it with "
             f"'hf upload {repository} {folder}'"
         ) from None
     tell(f"uploaded: {found}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import typer
-
 from spqr_jax.cli.display import number, say, write_json
+from spqr_jax.cli.help import COMPUTATION, flag, option
 from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.cli.stream import TextStream, converse, encode_prompts, load_generator, read_prompts
 from spqr_jax.errors import SpQRError
@@ -16,34 +15,52 @@ from spqr_jax.models.tokenizer import pick_template
 from spqr_jax.resolve import open_model
 from spqr_jax.sampling import Sampling
 
+PROMPT, GENERATION = "Prompt", "Generation"
+
 
 def generate(
     model: Model,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue; repeatable. Default: read from stdin.")
+        list[str] | None, option(PROMPT, "TEXT", "Text to continue. Repeatable.", show_default="read from stdin")
     ] = None,
     chat: Annotated[
-        bool, typer.Option(help="The prompt is a user's message: apply the model's chat template.")
+        bool,
+        flag(
+            PROMPT,
+            "--chat",
+            "Send the prompt as a user's message, in the model's chat template. Without a prompt, at a terminal: start "
+            "a conversation.",
+        ),
     ] = False,
     chat_template: Annotated[
         str | None,
-        typer.Option(help="With --chat: name of one of the model's chat templates, or path of a Jinja file."),
+        option(PROMPT, "NAME", "With --chat: one of the model's chat templates by name, or a Jinja file."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens up to this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    max_new_tokens: Annotated[int, option(GENERATION, "N", "Stop after this many new tokens.", min=1)] = 128,
+    temperature: Annotated[
+        float,
+        option(GENERATION, "T", "Randomness. 0: always take the most likely token; 1: the model's probabilities."),
+    ] = 0.0,
+    top_k: Annotated[int, option(GENERATION, "K", "Draw from the K most likely tokens only. 0: from all.")] = 0,
+    top_p: Annotated[
+        float, option(GENERATION, "P", "Draw from the most likely tokens that together have probability P only.")
+    ] = 1.0,
+    seed: Annotated[int, option(GENERATION, "N", "Seed for the random choice of tokens.")] = 0,
     int8_activations: Annotated[
-        bool, typer.Option(help="On a CPU, round activations to 8 bits: faster, at some 0.5% of error a product.")
+        bool,
+        flag(
+            COMPUTATION,
+            "--int8-activations",
+            "On a CPU: round activations to 8 bits. Faster, with an error of about 0.5% per matrix product.",
+        ),
     ] = False,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
-    """Continue a prompt, or answer it with --chat; at a terminal, --chat alone is a conversation."""
+    """Continue a text, or chat with a model."""
     sampling = Sampling(temperature, top_k, top_p)
     if chat_template is not None and not chat:
-        raise SpQRError("--chat-template is for --chat: add it, or leave the template out")
+        raise SpQRError("--chat-template needs --chat: add --chat, or leave --chat-template out")
     opened = open_model(model, dtype, say)
     tokenizer = opened.tokenizer()
     template = pick_template(tokenizer, chat_template) if chat else None
@@ -76,9 +93,9 @@ def generate(
     stream.finish(prompts, texts)
     say(describe_ends(result, max_new_tokens, context))
     say(
-        f"{sum(map(len, result.tokens))} tokens, {number(result.decode_tokens_per_second, 1)} tokens/s; "
-        f"prompt of {max(result.prompt_tokens)} in {result.prefill_seconds:.2f} s "
-        f"(and {result.compile_seconds:.1f} s to compile)"
+        f"{sum(map(len, result.tokens))} tokens at {number(result.decode_tokens_per_second, 1)} tokens/s; "
+        f"prompt of {max(result.prompt_tokens)} tokens read in {result.prefill_seconds:.2f} s; "
+        f"{result.compile_seconds:.1f} s to compile"
     )
     write_json(json, _as_json(result, texts))
 
@@ -94,11 +111,13 @@ def describe_ends(result: Generation, asked: int, context: int) -> str:
     words = []
     for tokens, why in zip(result.tokens, result.ended, strict=True):
         if why == "stop":
-            words.append("ended by a stop token")
+            words.append("the model ended its text")
         elif why == "length":
-            words.append(f"ended after {asked} tokens, as asked")
+            words.append(f"stopped after {asked} tokens (--max-new-tokens)")
         else:
-            words.append(f"the model's context of {context} tokens is full: {len(tokens)} of {asked} tokens")
+            words.append(
+                f"stopped after {len(tokens)} of {asked} tokens: the model's context of {context} tokens is full"
+            )
     if len(words) == 1:
         return words[0]
     return "; ".join(f"prompt {row}: {word}" for row, word in enumerate(words))

@@ -51,7 +51,7 @@ def run(command: Callable[[], Any]) -> None:
 
 
 def _say_stopped() -> None:
-    errors.print("stopped; nothing is left half-written", style="yellow")
+    errors.print("stopped; no incomplete output is left", style="yellow")
     _cancel_timers()
 
 
@@ -62,12 +62,12 @@ def _explain(error: Exception) -> int:
     if isinstance(error, SpQRError):
         fail(str(error))
     elif _is_out_of_memory(error):
-        fail(f"not enough memory: {_first_line(error)}; close other programs, or ask for less at a time (--seqlen, "
-             "--nsamples, --batch-size, --max-new-tokens), or for --dtype bfloat16")  # fmt: skip
+        fail(f"not enough memory: {_first_line(error)}; close other programs, choose smaller values (--seqlen, "
+             "--nsamples, --batch-size, --max-new-tokens), or use --dtype bfloat16")  # fmt: skip
     elif isinstance(error, OSError):
         fail(_describe_system_error(error))
     else:
-        fail(f"internal error: {type(error).__name__}: {_first_line(error)} at {_place(error)}; this is a fault of "
+        fail(f"internal error: {type(error).__name__}: {_first_line(error)} at {_place(error)}; this is a bug in "
              f"spqr-jax, please report it{_kept_traceback(error)}")  # fmt: skip
         return OUR_FAULT
     return BAD_INPUT
@@ -82,7 +82,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _describe_system_error(error: OSError) -> str:
     reason = error.strerror or _first_line(error)
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
-    return f"{' and '.join(names)}: {reason}" if names else f"the system says: {reason}"
+    return f"{' and '.join(names)}: {reason}" if names else f"system error: {reason}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -108,7 +108,7 @@ def _kept_traceback(error: Exception) -> str:
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError:
-        return f" ({TRACEBACK_VARIABLE}=1 shows where it was raised)"
+        return f" ({TRACEBACK_VARIABLE}=1 shows the traceback)"
     return f" with {name}"
 
 

@@ -6,19 +6,21 @@ import math
 from typing import Annotated, Any
 
 import numpy as np
-import typer
 
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
+from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
+from spqr_jax.cli.next_step import after_compare, after_perplexity
 from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
+from spqr_jax.cli.outlook import before_compare, before_perplexity
 from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import Fidelity
 from spqr_jax.evaluate.fidelity import compare as compare_models
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
 from spqr_jax.resolve import MODEL_HELP, OpenedModel, open_model
 
-Windows = Annotated[int | None, typer.Option(help="Use only the first N windows.", min=1)]
-BatchSize = Annotated[int, typer.Option(help="Windows at a time.", min=1)]
+Windows = Annotated[int | None, option(TEXT, "N", "Use only the first N windows.", min=1, show_default="all")]
+BatchSize = Annotated[int, option(COMPUTATION, "N", "Windows to compute at the same time.", min=1)]
 
 
 def perplexity(
@@ -26,38 +28,45 @@ def perplexity(
     data: Data = None,
     seqlen: SeqLen = 2048,
     windows: Windows = None,
-    batch_size: BatchSize = 1,
     against: Annotated[
-        str | None, typer.Option(help="The dense model: also say how far the predictions are from its; see compare.")
+        str | None,
+        option(
+            "Comparison", "MODEL", "The dense model. Also show how far the predictions differ from its predictions."
+        ),
     ] = None,
+    batch_size: BatchSize = 1,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
-    """Measure perplexity over windows that do not overlap."""
+    """Measure a model's perplexity on a text."""
     opened = open_model(model, dtype, say)
     dense = None if against is None else open_model(against, dtype, say)
     data = data or default_corpus()
     tokens = _windows(opened, data, seqlen, windows)
-    if dense is not None:
+    if dense is not None and against is not None:
+        outlook = before_compare(dense, opened, tokens, data, batch_size, dtype)
         result = _compare(dense, opened, tokens, batch_size)
         tell(
             "perplexity ",
             (f"{result.perplexity:.4f}", "bold"),
             f" ± {number(result.perplexity_stderr, 4)} on {data}, "
-            f"{result.windows} windows of {tokens.shape[1]}, {result.seconds:.1f} s\n"
+            f"{result.windows} windows of {tokens.shape[1]} tokens, {result.seconds:.1f} s\n"
             f"{against}: {result.dense_perplexity:.4f}; ratio {result.perplexity_ratio:.4f} ± "
             f"{number(result.perplexity_ratio_stderr, 4)}, KL {result.kl_mean:.4f} nats, "
             f"same top token {100 * result.same_top:.2f}%",
         )
         write_json(json, result.to_json() | _setting(model, data, tokens) | {"against": against})
+        outlook.end(after_compare(against, model))
         return
+    outlook = before_perplexity(opened, tokens, data, batch_size, dtype)
     params = collect(opened.source)
     with progress_bar("perplexity", len(tokens)) as advance:
         alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
     tell(
         "perplexity ",
         (f"{alone.perplexity:.4f}", "bold"),
-        f" ± {number(alone.stderr, 4)} on {data}, {alone.windows} windows of {tokens.shape[1]}, {alone.seconds:.1f} s",
+        f" ± {number(alone.stderr, 4)} on {data}, {alone.windows} windows of {tokens.shape[1]} tokens, "
+        f"{alone.seconds:.1f} s",
     )
     write_json(
         json,
@@ -71,11 +80,13 @@ def perplexity(
             **_setting(model, data, tokens),
         },
     )
+    limit = [] if windows is None else ["--windows", windows]
+    outlook.end(after_perplexity(opened, "--data", data, "--seqlen", tokens.shape[1], *limit))
 
 
 def compare(
-    dense: Annotated[str, typer.Argument(help=f"The dense model: {MODEL_HELP}", show_default=False)],
-    quantized: Annotated[str, typer.Argument(help="The model that was made from it.", show_default=False)],
+    dense: Annotated[str, argument("DENSE", f"The dense model: {MODEL_HELP}.")],
+    quantized: Annotated[str, argument("QUANTIZED", "The model that was made from it.")],
     data: Data = None,
     seqlen: SeqLen = 2048,
     windows: Windows = None,
@@ -83,18 +94,18 @@ def compare(
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
-    """Compare a quantized model's predictions with the dense one's, token by token, in one pass over the same text."""
+    """Compare a quantized model's predictions with the dense model's, token by token."""
     reference, opened = open_model(dense, dtype, say), open_model(quantized, dtype, say)
     data = data or default_corpus()
     tokens = _windows(reference, data, seqlen, windows)
+    outlook = before_compare(reference, opened, tokens, data, batch_size, dtype)
     result = _compare(reference, opened, tokens, batch_size)
-    title = (
-        f"{quantized} beside {dense}: {result.windows} windows of {tokens.shape[1]} of {data}, {result.tokens} tokens"
-    )
+    title = f"{quantized} compared with {dense}: {result.windows} windows of {tokens.shape[1]} tokens of {data}"
     table(title, ["", "", "±"], fidelity_rows(result))
-    text = "± is the standard error, from the spread between windows. Sure: its likeliest token has 50% or more."
-    tell((f"{text} {result.seconds:.1f} s", "dim"))
+    text = "±: standard error over the windows. Sure: the dense model gives its top token at least 50%."
+    tell((f"{text} {result.tokens} tokens predicted in {result.seconds:.1f} s.", "dim"))
     write_json(json, result.to_json() | _setting(quantized, data, tokens) | {"against": dense})
+    outlook.end(after_compare(dense, quantized))
 
 
 def fidelity_rows(result: Fidelity) -> list[list[str]]:
@@ -107,8 +118,8 @@ def fidelity_rows(result: Fidelity) -> list[list[str]]:
         ["perplexity", number(result.perplexity, 4), number(result.perplexity_stderr, 4)],
         ["perplexity, dense", number(result.dense_perplexity, 4), ""],
         ["perplexity ratio", number(result.perplexity_ratio, 5), number(result.perplexity_ratio_stderr, 5)],
-        ["loss above dense, nats", f"{result.loss_increase:+.5f}", number(result.loss_increase_stderr, 5)],
-        ["KL divergence, mean, nats", number(result.kl_mean, 5), number(result.kl_stderr, 5)],
+        ["loss increase, nats per token", f"{result.loss_increase:+.5f}", number(result.loss_increase_stderr, 5)],
+        ["KL divergence, mean, nats per token", number(result.kl_mean, 5), number(result.kl_stderr, 5)],
     ]
     names = {50.0: "median"}
     for which, value in result.kl_percentiles.items():

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import numpy as np
-import typer  # the command line from type annotations; it brings rich, which draws the rest
 
 from spqr_jax.cli.display import say
-from spqr_jax.config import BASELINES, DEFAULT_PRESET, DEFAULT_STEPS, LayerRule, SpQRConfig
+from spqr_jax.cli.help import CALIBRATION, COMPUTATION, OUTPUT, TEXT, argument, flag, option
+from spqr_jax.config import BASELINES, DEFAULT_PRESET, LayerRule, SpQRConfig
 from spqr_jax.data import DATA_HELP, Split, load_tokens, mixed_windows, shares, split_weight
 from spqr_jax.errors import SpQRError
 from spqr_jax.evaluate.perplexity import checked_windows
@@ -24,7 +24,7 @@ from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
 from spqr_jax.tune import Tune, TuneConfig
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+Model = Annotated[str, argument("MODEL", f"The model: {MODEL_HELP}.")]
 
 
 def _checked_file(path: Path | None) -> Path | None:
@@ -34,30 +34,39 @@ def _checked_file(path: Path | None) -> Path | None:
     return path
 
 
+_DEFAULT_TEXT = "wikitext2, or pydoc without a network"
+
+Out = Annotated[Path, option(OUTPUT, "DIR", "Directory to write.")]
+Overwrite = Annotated[bool, flag(OUTPUT, "--overwrite", "Replace the output if it exists.")]
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Write the result to this file as JSON.", callback=_checked_file)
+    Path | None, option(OUTPUT, "FILE", "Also write the result to this JSON file.", "--json", callback=_checked_file)
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help=f"Type of the dense weights: {', '.join(DTYPES)}. Default: float32 on CPU, else bfloat16."),
-]
-Data = Annotated[str | None, typer.Option(help=f"Text: {DATA_HELP}. Default: wikitext2, or pydoc without a network.")]
-Calibration = Annotated[
-    list[str] | None,
-    typer.Option(
-        help=f"Text: {DATA_HELP}. Repeatable, with weights: wikitext2 and code.jsonl=2 take one window of the first "
-        "for two of the second. Default: wikitext2, or pydoc without a network."
+    option(
+        COMPUTATION,
+        "TYPE",
+        f"Type of the dense weights: {', '.join(DTYPES)}.",
+        show_default="float32 on a CPU, bfloat16 on a GPU or TPU",
     ),
 ]
-SeqLen = Annotated[int, typer.Option(help="Tokens a window.", min=2)]
+Data = Annotated[str | None, option(TEXT, "TEXT", f"The text to measure on: {DATA_HELP}.", show_default=_DEFAULT_TEXT)]
+SeqLen = Annotated[int, option(TEXT, "N", "Tokens per window.", min=2)]
+Calibration = Annotated[
+    list[str] | None,
+    option(
+        CALIBRATION,
+        "TEXT",
+        f"The calibration text: {DATA_HELP}. Repeat the option to mix texts. TEXT=WEIGHT sets a text's weight: "
+        "'--calib wikitext2 --calib code.jsonl=2' takes two windows of code.jsonl for each window of wikitext2.",
+        show_default=_DEFAULT_TEXT,
+    ),
+]
+Windows = Annotated[int, option(CALIBRATION, "N", "Number of windows of calibration text.", "--nsamples", min=1)]
+CalibrationSeqLen = Annotated[int, option(CALIBRATION, "N", "Tokens per window.", "--seqlen", min=2)]
+CalibrationSeed = Annotated[int, option(CALIBRATION, "N", "Seed for the random choice of windows.", "--seed", min=0)]
 
 _DIGITS = re.compile("[0-9]{1,9}")
-
-METHOD_HELP = (
-    "spqr, gptq, rtn (round to nearest), reference (the original SpQR's choices), or another to compare with: "
-    f"{', '.join(BASELINES)}."
-)
-STEPS_HELP = f"Steps of methods that learn: {', '.join(f'{name} ({steps})' for name, steps in DEFAULT_STEPS.items())}."
 
 _HUB = ("huggingface.co", 443)
 
@@ -70,7 +79,7 @@ def default_corpus() -> str:
             return "wikitext2"
         except OSError:
             pass
-    say("no network to the Hugging Face hub: using the text 'pydoc'")
+    say("the Hugging Face hub cannot be reached: using the text 'pydoc'")
     return "pydoc"
 
 
@@ -158,12 +167,12 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
     if method not in methods:
         raise SpQRError(f"method must be one of {', '.join(methods)}, got {method!r}")
     if preset is not None and method != "spqr":
-        raise SpQRError(f"presets are settings of SpQR: they do not go with --method {method}")
+        raise SpQRError(f"--preset works with --method spqr only, not with --method {method}")
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("group_size") == 0:
         changes["group_size"] = None
     if method == "rtn" and (unused := _CALIBRATED & set(changes)):
-        raise SpQRError(f"round to nearest has no use for {', '.join(sorted(unused))}")
+        raise SpQRError(f"--method rtn does not use {', '.join(sorted(unused))}: leave it out")
     if (head := changes.get("head_bits")) is not None:
         changes["head_bits"] = None if head == "none" else _whole_number("--head-bits", head, "'none'")
     bits = changes.pop("bits", None)
@@ -174,7 +183,7 @@ def build_config(method: str, preset: str | None = None, **given: Any) -> SpQRCo
     if method == "spqr" and not {"target_bits", "bits", "outlier_threshold"} & set(changes):
         preset = preset or DEFAULT_PRESET
     if (bits == "auto" or len(widths) > 1) and preset is None and "target_bits" not in changes:
-        raise SpQRError(f"--bits {bits} chooses widths to meet a size: give --target-bits or a --preset")
+        raise SpQRError(f"--bits {bits} lets spqr choose widths to reach a size: give --target-bits or --preset")
     return SpQRConfig.preset(preset, **changes) if preset else methods[method](**changes)
 
 
@@ -186,6 +195,6 @@ def build_tuning(objective: str, **given: Any) -> TuneConfig | None:
     if objective == "none":
         if changes:
             options = ", ".join(f"--tune-{name.replace('_', '-')}" for name in sorted(changes))
-            raise SpQRError(f"{options}: nothing is tuned without --tune logits or --tune blocks")
+            raise SpQRError(f"{options}: add --tune logits or --tune blocks, or leave it out")
         return None
     return TuneConfig(objective=cast(Any, objective), **changes)

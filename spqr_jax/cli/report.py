@@ -19,7 +19,19 @@ from spqr_jax.atomic import AtomicDirectory
 from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.display import progress_bar, say, table, tell
-from spqr_jax.cli.options import Calibration, Dtype, Model, read_calibration
+from spqr_jax.cli.help import OUTPUT, argument, option
+from spqr_jax.cli.next_step import after_analyze
+from spqr_jax.cli.options import (
+    Calibration,
+    CalibrationSeed,
+    CalibrationSeqLen,
+    Dtype,
+    Model,
+    Overwrite,
+    Windows,
+    read_calibration,
+)
+from spqr_jax.cli.outlook import before_analyze
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.inspection import summarize
@@ -28,33 +40,45 @@ from spqr_jax.quantize import quantizable_paths
 from spqr_jax.report import Run, figures, read_result, read_run, render_page, write_analysis
 from spqr_jax.resolve import OpenedModel, open_model
 
+ANALYSIS = "Analysis"
+
 Results = Annotated[
     list[Path] | None,
-    typer.Option(help="What 'spqr perplexity', 'compare' or 'eval' wrote with --json; repeatable."),
+    option(
+        "Measured results",
+        "FILE",
+        "A result of 'spqr perplexity', 'compare' or 'eval' with --json, to show. Repeatable.",
+    ),
 ]
 
 
 def analyze(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option(help="Directory to write to: report.html, analysis.json, figures.")],
+    out: Annotated[Path, option(OUTPUT, "DIR", "Directory to write: report.html, analysis.json and figures.")],
+    overwrite: Overwrite = False,
+    results: Results = None,
     calib: Calibration = None,
-    nsamples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the draw of windows.", min=0)] = 0,
+    nsamples: Windows = 16,
+    seqlen: CalibrationSeqLen = 1024,
+    seed: CalibrationSeed = 0,
     dense: Annotated[
-        str | None, typer.Option(help="The dense model of a quantized one. Default: the one it says it was made from.")
+        str | None,
+        option(ANALYSIS, "MODEL", "The dense model of a quantized one.", show_default="the model it was made from"),
     ] = None,
-    bits: Annotated[int, typer.Option(help="How wide a dense model's weights would be rounded.", min=2, max=8)] = 3,
+    bits: Annotated[int, option(ANALYSIS, "BITS", "For a dense MODEL: bits per code to assume.", min=2, max=8)] = 3,
     maps: Annotated[
         str,
-        typer.Option(help="Regular expression: whose weights to draw. Default: the first, middle and last block's."),
+        option(
+            ANALYSIS,
+            "PATTERN",
+            "Draw maps of the weights whose path matches this regular expression.",
+            show_default="first, middle and last block",
+        ),
     ] = "",
-    results: Results = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     dtype: Dtype = None,
 ) -> None:
-    """Measure how sensitive each weight is to rounding, and find patterns among the most sensitive."""
+    """Find the weights that are most sensitive to rounding, and the patterns that they form."""
     _check_pattern(maps)
     claim = context.with_resource(Claim(out, overwrite))
     _need_plots()
@@ -71,6 +95,7 @@ def analyze(
         "config": config.to_json(),
         "command": shlex.join(["spqr", *sys.argv[1:]]),
     }
+    outlook = before_analyze(original, calibration, dtype)
     begun = time.perf_counter()
     paths = [path for path in quantizable_paths(original.source, config) if path.startswith("layers.")]
     with progress_bar("analyzing", len(paths)) as advance:
@@ -82,25 +107,26 @@ def analyze(
         page = render_page([run], f"{model}: which weights matter", setting["command"])
         (folder.partial / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
         _write_figures(folder.partial / "figures", run)
-    table(f"{model}: the costliest 1% of weights", *structure_table(found))
+    table(f"{model}: patterns among the 1% most sensitive weights", *structure_table(found))
     text = (
-        "What they carry of the cost; how many rows, columns, heads and rotary pairs they form in all blocks, and "
-        "what share of them lies there. Means over blocks."
+        "Share of cost: how much of the expected loss increase these weights cause. Rows to rotary pairs: number of "
+        "patterns in all blocks, and the percentage of these weights in them. Percentages are means over blocks."
     )
     tell((text, "dim"))
     tell((f"{folder.path}/report.html", "bold"), f", {setting['seconds']:.0f} s")
+    outlook.end(after_analyze(opened, out))
 
 
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(help="Quantized models, and what 'spqr analyze' wrote.", show_default=False)
+        list[Path], argument("MODEL", "Quantized models, and directories that 'spqr analyze' wrote.")
     ],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, option(OUTPUT, "FILE", "The HTML file to write.")] = Path("report.html"),
+    overwrite: Overwrite = False,
+    title: Annotated[str, option(OUTPUT, "TEXT", "Title of the page.")] = "Quantized models",
     results: Results = None,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Quantized models",
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Write one self-contained HTML page on quantized models: tables, figures, settings and commands."""
+    """Write one HTML page about quantized models: tables, figures, settings and commands."""
     refuse_existing(out, overwrite, directory=False)
     check_file(out)
     _need_plots()
@@ -108,7 +134,7 @@ def report(
     runs = [read_run(directory, measured) for directory in directories]
     for path, result in zip(results or (), measured, strict=True):
         if not any(result in run.results for run in runs):
-            say(f"{path}: of {result.get('model')!r}, which is none of the models given; left out")
+            say(f"{path} is left out: it is about {result.get('model')!r}, which is none of the models given")
     page = render_page(runs, title, shlex.join(["spqr", *sys.argv[1:]]))
     write_file(out, page)
     tell((str(out), "bold"), f", {len(page) / 1e6:.1f} MB, {len(runs)} models")
@@ -116,7 +142,7 @@ def report(
 
 def structure_table(found: ModelAnalysis) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: how many patterns each kind of matrix has, and what share of the costliest lies there."""
-    columns = ["kind", "carry", "rows", "columns", "heads", "rotary", "rest"]
+    columns = ["weight", "share of cost", "rows", "columns", "heads", "rotary pairs", "no pattern"]
     lines = []
     for kind in figures.kinds_of([weight.path for weight in found.weights]):
         own = [weight.structures for weight in found.weights if weight.kind == kind]
@@ -153,7 +179,7 @@ def _quantization(opened: OpenedModel) -> tuple[SpQRConfig, dict[str, Any]]:
 def _made_from(summary: dict[str, Any], model: str) -> str:
     origin = (summary["provenance"] or {}).get("model")
     if origin is None:
-        raise ModelError(f"{model} does not say what it was made from: give its dense model with --dense")
+        raise ModelError(f"{model} does not record the model it was made from: name the dense model with --dense")
     return str(origin)
 
 

@@ -27,11 +27,11 @@ def describe_products() -> str:
     """How products with quantized weights are made on this machine."""
     implementation = default_implementation()
     if implementation == "cpu":
-        return f"products here: native CPU kernels, {chosen_kernels()}"
+        return f"matrix products use the native CPU kernels ({chosen_kernels()})"
     if implementation != "xla":
-        return f"products here: Pallas kernels, {implementation}"
+        return f"matrix products use the Pallas kernels ({implementation})"
     why = why_no_kernels() if jax.default_backend() == "cpu" else why_no_pallas()
-    return f"products here: from dequantized weights, the slow way: {why}"
+    return f"matrix products dequantize the weights, which is slow: {why}"
 
 
 def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
@@ -63,7 +63,7 @@ def read_prompts(given: Sequence[str] | None) -> list[str]:
         content = stream.read()
     except (OSError, ValueError, AttributeError) as error:  # closed, or None, or a device that fails
         raise DataError(
-            f"stdin cannot be read ({getattr(error, 'strerror', None) or 'it is closed'}): give a text with --prompt"
+            f"stdin cannot be read ({getattr(error, 'strerror', None) or 'it is closed'}): give a prompt with --prompt"
         ) from None
     text = decode_text(content, "stdin") if isinstance(content, bytes) else as_text(content, "stdin")
     return [text.rstrip("\n")]
@@ -81,7 +81,7 @@ def as_text(text: str, label: str) -> str:
         try:
             return decode_text(os.fsencode(text), label)
         except UnicodeEncodeError:  # surrogates that stand for no byte
-            raise DataError(f"{label} holds lone surrogates, halves of characters: give valid text") from None
+            raise DataError(f"{label} contains lone surrogates (halves of characters): give valid text") from None
     return text
 
 
@@ -110,7 +110,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], chat: bool, template:
 
 def _some(ids: list[int]) -> list[int]:
     if not ids:
-        raise DataError("the prompt holds no tokens: give a text that is not empty, with --prompt or on stdin")
+        raise DataError("the prompt holds no tokens: give a text with --prompt or on stdin")
     return ids
 
 
@@ -131,7 +131,7 @@ def converse(
       template: a chat template; None for the tokenizer's own.
       describe_end: why an answer ended; said where that is not at a stop token.
     """
-    say("an empty line or Ctrl-D ends the conversation")
+    say("Type a message. An empty line or Ctrl-D ends the conversation.")
     messages: list[Message] = []
     while text := _ask():
         messages.append({"role": "user", "content": text})

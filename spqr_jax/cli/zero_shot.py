@@ -9,36 +9,60 @@ import typer
 
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
+from spqr_jax.cli.help import COMPUTATION, flag, option
+from spqr_jax.cli.next_step import after_eval
 from spqr_jax.cli.options import Dtype, Json, Model
+from spqr_jax.cli.outlook import before_eval, say_next
 from spqr_jax.errors import SpQRError
 from spqr_jax.resolve import open_model
 
+TASKS = "Tasks"
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"
 """The five tasks of the paper's tables."""
+
+
+def _checked_seed(seed: int) -> int:
+    if seed >= 2**32:  # NumPy's generator takes no more
+        raise typer.BadParameter(f"{seed} is not below 2**32")
+    return seed
 
 
 def evaluate(
     model: Model,
     tasks: Annotated[
-        str, typer.Option(help="Tasks or groups of the harness, separated by commas. Default: the paper's five.")
+        str,
+        option(
+            TASKS, "NAMES", "Tasks or groups of the harness, separated by commas.", show_default="the SpQR paper's 5"
+        ),
     ] = PAPER_TASKS,
+    limit: Annotated[
+        float | None,
+        option(TASKS, "N", "Questions per task; below 1, a fraction of the questions.", show_default="all"),
+    ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Worked examples before each question. Default: the task's own number.", min=0)
+        int | None,
+        option(TASKS, "N", "Solved examples before each question.", min=0, show_default="the task's own number"),
     ] = None,
-    limit: Annotated[float | None, typer.Option(help="Only N questions a task, or below 1 this share of them.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
-    apply_chat_template: Annotated[bool, typer.Option(help="Put questions as a user's messages.")] = False,
+    include_path: Annotated[Path | None, option(TASKS, "DIR", "Directory with task files of your own.")] = None,
+    apply_chat_template: Annotated[
+        bool, flag(TASKS, "--apply-chat-template", "Send questions as a user's messages, in the model's chat template.")
+    ] = False,
     gen_kwargs: Annotated[
-        str | None, typer.Option(help="Settings of generation tasks, such as max_gen_toks=64.")
+        str | None, option(TASKS, "SETTINGS", "Settings for tasks that generate text, such as max_gen_toks=64.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(help="About how many tokens to read at a time.", min=1)] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the choice of worked examples.", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[
+        int, option(TASKS, "N", "Seed for the choice of solved examples.", min=0, callback=_checked_seed)
+    ] = 0,
+    batch_tokens: Annotated[
+        int, option(COMPUTATION, "N", "Tokens to compute at the same time, approximately.", min=1)
+    ] = 4096,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
-    """Answer the tasks of EleutherAI's LM Evaluation Harness (pip install 'spqr-jax[eval]')."""
+    """Score a model on tasks of the LM Evaluation Harness (pip install 'spqr-jax[eval]')."""
     harness = import_harness()
     opened = open_model(model, dtype, say)
+    before_eval(opened, tasks, limit, dtype)
     adapter = harness.HarnessModel(
         collect(opened.source), opened.tokenizer(), batch_tokens=batch_tokens, progress=progress_bar
     )
@@ -53,8 +77,9 @@ def evaluate(
         seed=seed,
     )
     table(model, ["task", "metric", "value", "±", "questions"], task_rows(found))
-    tell((f"lm-eval {found['harness']}; ± is the harness's standard error", "dim"))
+    tell((f"lm-eval {found['harness']}; ± is the standard error that the harness reports", "dim"))
     write_json(json, {"model": model, "num_fewshot": num_fewshot, "limit": limit, "seed": seed, **found})
+    say_next(after_eval(opened, "--tasks", tasks, *(() if limit is None else ("--limit", f"{limit:g}"))))
 
 
 def import_harness() -> Any:
@@ -66,7 +91,7 @@ def import_harness() -> Any:
     try:
         from spqr_jax.integrations import harness
     except ImportError as error:
-        raise SpQRError(f"the LM Evaluation Harness is not there ({error}): pip install 'spqr-jax[eval]'") from None
+        raise SpQRError(f"the LM Evaluation Harness is not installed ({error}): pip install 'spqr-jax[eval]'") from None
     return harness
 
 

@@ -20,9 +20,9 @@ Encode = Callable[[str], np.ndarray]
 Render = Callable[[list[dict[str, Any]]], str]
 
 DATA_HELP = (
-    "a text file, a .jsonl, .json, .csv, .tsv or .parquet file with a column text or messages (FILE#COLUMN for "
-    "another), an .npy file of token ids (1-D: a stream; 2-D: windows), 'pydoc' (always available), "
-    f"or one of {', '.join(CORPORA)} (from the hub; NAME:FILE reads a local copy of wikitext2 or ptb)"
+    f"{', '.join(CORPORA)} (from the hub), pydoc (Python's documentation, always available), a text file, a .jsonl, "
+    ".json, .csv, .tsv or .parquet file with a column text or messages (FILE#COLUMN names another column), an .npy "
+    "file of token ids (1-D: a stream; 2-D: windows), or wikitext2:FILE or ptb:FILE (a local copy)"
 )
 
 

@@ -24,14 +24,13 @@ _HEAD_CHUNK = 512  # positions whose logits are held at once
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Result of :func:`perplexity`.
+    """The result of `perplexity`.
 
     Attributes:
       perplexity: exp of the mean loss.
-      stderr: standard error of the perplexity, from the spread between windows
-        (nan for one window).
-      window_losses: mean loss in nats of each window, float64 [windows].
-      tokens: predicted tokens in all.
+      stderr: standard error of the perplexity, from the spread between windows (nan with one window).
+      window_losses: mean loss of each window in nats, float64 [windows].
+      tokens: number of predicted tokens.
       windows: number of windows.
       seconds: wall-clock time, compilation included.
     """
@@ -75,21 +74,31 @@ def perplexity(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity over windows that do not see each other.
+    """Measures perplexity over independent windows, as GPTQ and SpQR report it.
 
-    exp of the mean over windows of the mean negative log-likelihood of tokens
-    2..n of each; losses in float32, their mean in float64.
+    The loss of a window is the mean negative log-likelihood of its tokens 2..n, in nats. The perplexity is exp of the
+    mean over windows. Losses are computed in float32 and averaged in float64.
 
     Args:
       params: the model, dense or quantized.
-      windows: int32 [windows, length], length >= 2.
-      batch_size: windows at a time.
-      progress: called with (windows done, windows in all).
+      windows: token ids, int32 [windows, length], length >= 2.
+      batch_size: windows that are read at a time.
+      progress: called with (windows done, number of windows).
+
+    Returns:
+      The perplexity, its standard error, and the loss of each window.
 
     Raises:
-      DataError: no windows, windows longer than the model's context, token ids
-        outside its vocabulary.
-      NotFiniteError: a loss is no number; says where in the model that begins.
+      DataError: no windows, windows longer than the model's context, or token ids outside its vocabulary.
+      NotFiniteError: a loss is not finite. The message says where in the model this begins.
+
+    Example:
+      >>> windows = np.arange(256, dtype=np.int32).reshape(4, 64)  # your text, as token ids
+      >>> result = spqr_jax.perplexity(model, windows)
+      >>> result.windows, result.tokens
+      (4, 252)
+      >>> bool(result.perplexity > 1)
+      True
     """
     windows = checked_windows(windows, params.config)
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Flax Linen models, as (module, variables): every dense and einsum layer calibrated and quantized.
+"""Quantizes Flax Linen models, given as module and variables: calibrates and quantizes every dense and einsum layer.
 
 from spqr_jax.integrations import linen as spqr_linen
 
@@ -69,26 +69,36 @@ def quantize(
 ) -> Any:
     """Quantizes the kernels of a model's dense and einsum layers.
 
-    All Hessians come from one pass through the dense model and are held at once.
+    All Hessians come from one pass through the dense model and are in memory together.
 
     Args:
-      module: stays as it is.
-      variables: as ``module.init`` gives them.
-      batches: whatever `call` takes; at least one, also for round to nearest: layers
-        are found by running the model.
-      config: what to do; None for `SpQRConfig()`. Rules match paths such as ``Block_0.Dense_1``.
-      call: runs the model on a batch, ``call(module, variables, batch)``; None for
-        ``module.apply(variables, batch)``. Not under jit.
+      module: the model.
+      variables: its variables, as ``module.init`` returns them; they are not changed.
+      batches: any iterable of inputs that ``call`` takes. At least one is needed, also for round-to-nearest: layers are
+        found by running the model.
+      config: how to quantize; None for `SpQRConfig` without arguments. Rules match paths such as ``Block_0.Dense_1``.
+      call: runs the model on a batch, ``call(module, variables, batch)``; None for ``module.apply(variables, batch)``.
+        It must not run under jit.
       on_layer: called after each weight.
 
     Returns:
-      The variables with a `SpQRArray` [out, in] in the place of each quantized kernel,
-      for :func:`apply`. A layer that is called several times is quantized once, from
-      all that it reads.
+      The variables with a `SpQRArray` [out, in] in place of each quantized kernel, for `apply`. A layer that is called
+      several times is quantized once, from all its inputs.
 
     Raises:
-      SpQRError: no such layer, one whose kernel is no one matrix, or a configuration that a Flax model cannot take.
-      DataError: no batches.
+      SpQRError: the model has no such layer, a kernel is not one matrix, or the configuration does not work for Flax
+        models.
+      DataError: there are no batches.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> from spqr_jax.integrations import linen as spqr_linen
+      >>> module = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(32)])
+      >>> x = jax.random.normal(jax.random.key(0), (256, 32))
+      >>> variables = module.init(jax.random.key(1), x)
+      >>> small = spqr_linen.quantize(module, variables, [x], spqr_jax.SpQRConfig(bits=4))
+      >>> spqr_linen.apply(module, spqr_jax.prepare(small), x).shape
+      (256, 32)
     """
     config = config or SpQRConfig()
     if batches is None:
@@ -137,7 +147,17 @@ def quantize(
 
 
 def apply(module: nn.Module, variables: Any, *args: Any, **options: Any) -> Any:
-    """``module.apply`` with quantized variables, of :func:`quantize` or `spqr_jax.prepare`; may be compiled."""
+    """Runs a model with quantized variables. It may be compiled with `jax.jit`.
+
+    Args:
+      module: the model.
+      variables: the result of `quantize` or of `spqr_jax.prepare`.
+      args: passed to ``module.apply``.
+      options: passed to ``module.apply``.
+
+    Returns:
+      The result of ``module.apply``.
+    """
     with nn.intercept_methods(_run_quantized):
         return module.apply(variables, *args, **options)
 

@@ -1,4 +1,4 @@
-"""Flax NNX models: every linear and einsum layer found, calibrated and quantized; the model stays a model.
+"""Quantizes Flax NNX models: finds, calibrates and quantizes every linear and einsum layer. The model stays a model.
 
 from spqr_jax.integrations import nnx as spqr_nnx
 
@@ -28,13 +28,13 @@ Call = Callable[[Any, Any], Any]
 
 
 class QuantizedLayer(nnx.Module):
-    """What stands in place of a linear or einsum layer: the same product with a quantized kernel.
+    """A linear or einsum layer with a quantized kernel. It computes what the original layer computes.
 
     Attributes:
-      weight: Variable with a `SpQRArray` (or what `prepare` makes of it), [out, in].
-      bias: the layer's own, or None.
-      form: how the kernel's axes lie in the matrix.
-      dtype: in which the layer computes; None for its input's.
+      weight: ``nnx.Variable`` with a `SpQRArray` [out, in], or with its prepared form.
+      bias: the bias of the original layer, or None.
+      form: how the axes of the kernel became those of the matrix.
+      dtype: type in which the layer computes; None for the type of its input.
     """
 
     def __init__(self, weight: SpQRArray, form: Contraction, bias: Any, dtype: Any) -> None:
@@ -99,7 +99,14 @@ def _children(node: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
 
 
 def find_layers(model: nnx.Module) -> dict[str, Any]:
-    """Linear and einsum layers by path, such as ``blocks.0.attention.query``; a shared one by its first."""
+    """The linear and einsum layers of a model.
+
+    Args:
+      model: the model; it is not changed.
+
+    Returns:
+      Layers by path, such as ``blocks.0.attention.query``. A shared layer has the first of its paths.
+    """
     found: dict[str, Any] = {}
     _replace(model, lambda path, layer: found.setdefault(path, layer))
     return found
@@ -136,24 +143,33 @@ def quantize(
 ) -> Any:
     """Quantizes the kernels of a model's linear and einsum layers.
 
-    All Hessians come from one pass through the dense model and are held at once.
+    All Hessians come from one pass through the dense model and are in memory together.
 
     Args:
-      model: stays as it is.
-      batches: whatever `call` takes. Not needed by round to nearest.
-      config: what to do; None for `SpQRConfig()`. Rules match paths as `find_layers` gives them.
-      call: runs the model on a batch, ``call(model, batch)``; None for ``model(batch)``.
-        Not under jit.
+      model: the model; it is not changed.
+      batches: any iterable of inputs that ``call`` takes. Round-to-nearest needs none.
+      config: how to quantize; None for `SpQRConfig` without arguments. Rules match the paths of `find_layers`.
+      call: runs the model on a batch, ``call(model, batch)``; None for ``model(batch)``. It must not run under jit.
       on_layer: called after each weight.
 
     Returns:
-      A model of the same structure with a `QuantizedLayer` in the place of each
-      quantized layer; call it as before, compile it with `nnx.jit`. Layers that are
-      shared stay shared. See `prepare`.
+      A model of the same structure with a `QuantizedLayer` in place of each quantized layer. Call it as before, or
+      compile it with ``nnx.jit``. Shared layers stay shared. See also `prepare`.
 
     Raises:
-      SpQRError: no such layer, one whose kernel is no one matrix, or a configuration that a Flax model cannot take.
-      DataError: no calibration batches, or batches that do not reach a layer.
+      SpQRError: the model has no such layer, a kernel is not one matrix, or the configuration does not work for Flax
+        models.
+      DataError: there are no calibration batches, or a layer was not called with them.
+
+    Example:
+      >>> from flax import nnx
+      >>> from spqr_jax.integrations import nnx as spqr_nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> mlp = nnx.Sequential(nnx.Linear(32, 64, rngs=rngs), nnx.relu, nnx.Linear(64, 32, rngs=rngs))
+      >>> x = jax.random.normal(jax.random.key(0), (256, 32))
+      >>> small = spqr_nnx.quantize(mlp, [x], spqr_jax.SpQRConfig(bits=4))
+      >>> nnx.jit(lambda model, x: model(x))(spqr_nnx.prepare(small), x).shape
+      (256, 32)
     """
     config = config or SpQRConfig()
     check_config(config, batches)
@@ -197,7 +213,19 @@ def _record(
 
 
 def prepare(model: Any, implementation: Implementation | None = None, dtype: Any = None) -> Any:
-    """A quantized model with weights in the layout that this machine's kernels read: `spqr_jax.linear.prepare`."""
+    """A copy of a quantized model with its weights in the layout that a fast kernel reads.
+
+    Args:
+      model: the result of `quantize`.
+      implementation: as in `spqr_jax.prepare`.
+      dtype: as in `spqr_jax.prepare`.
+
+    Returns:
+      The prepared model.
+
+    Raises:
+      SpQRError: as `spqr_jax.prepare`.
+    """
     ready = nnx.clone(model)
     for _, node in nnx.iter_graph(ready):
         if isinstance(node, QuantizedLayer):
@@ -206,7 +234,14 @@ def prepare(model: Any, implementation: Implementation | None = None, dtype: Any
 
 
 def dequantize(model: Any) -> dict[str, jax.Array]:
-    """Kernels as they are after quantization, in their own axes, by path: for comparison."""
+    """The dequantized kernels of a model, to compare with the original ones.
+
+    Args:
+      model: the result of `quantize`, not prepared.
+
+    Returns:
+      float32 kernels by path, with the axes of the original kernels.
+    """
     found: dict[str, jax.Array] = {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, QuantizedLayer):

@@ -25,11 +25,11 @@ for the names of its weights alone."""
 
 
 class BlockKind(NamedTuple):
-    """In what the blocks of one model differ; blocks of a kind share compiled programs.
+    """What may differ between the blocks of one model. Blocks of one kind share compiled programs.
 
     Attributes:
-      local: attention sees a sliding window only.
-      sparse: the MLP is one of experts.
+      local: whether attention sees a sliding window only.
+      sparse: whether the MLP is a mixture of experts.
     """
 
     local: bool = False
@@ -41,42 +41,52 @@ class DecoderConfig:
     """Sizes, constants and options of a decoder.
 
     Attributes:
-      vocab_size, hidden_size, intermediate_size: widths; the last is that of a dense MLP.
-      num_layers, num_heads, num_kv_heads, head_dim: of the attention.
-      norm_eps: added to the mean square (``rms``) or the variance (``layer``) in every norm.
+      vocab_size: number of tokens in the vocabulary.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of a dense MLP.
+      num_layers: number of blocks.
+      num_heads: number of query heads.
+      num_kv_heads: number of key-value heads.
+      head_dim: width of a head.
+      norm_eps: added to the mean square (``rms``) or to the variance (``layer``) in every norm.
       rope_theta: base of the rotary frequencies; None for no rotary embedding.
-      max_positions: longest sequence the model was made for.
-      tied_head: the output head is the embedding.
-      rope_factors: divisor of each rotary frequency (scaled contexts), or None for none.
-      bos_token_id, eos_token_ids: special tokens, as the model's files name them.
-      family: a key of `spqr_jax.models.families.FAMILIES`, by whose names the model is written.
-      norm: ``rms`` or ``layer``, the latter with a bias.
-      norm_offset: added to the gains of RMS norms, which are stored without it.
-      activation: of the MLP.
-      gated: the MLP is down(act(gate x) · up x), else down(act(up x)).
-      parallel: attention and MLP both read the block's input, and are added together.
-      shared_norm: with `parallel`, one norm for both.
-      post_norms: what attention and MLP give is normed before it is added.
-      qk_norm: queries and keys are normed, head by head, before the rotary embedding.
-      qkv_bias, o_bias, mlp_bias: products that have a bias.
+      max_positions: longest sequence of the model, in tokens.
+      tied_head: whether the embedding serves as output head.
+      rope_factors: divisor of each rotary frequency, for scaled contexts; None for no scaling.
+      bos_token_id: token that begins a text, or None.
+      eos_token_ids: tokens that end a text.
+      family: the model's family, a key of `spqr_jax.models.families.FAMILIES`; its names are used when the model is
+        written.
+      norm: ``rms`` or ``layer``; ``layer`` has a bias.
+      norm_offset: added to the stored gain of every RMS norm.
+      activation: activation function of the MLP.
+      gated: whether the MLP is down(act(gate x) · up x); otherwise it is down(act(up x)).
+      parallel: whether attention and MLP both read the block's input, and their results are added.
+      shared_norm: with ``parallel``, whether both share one norm.
+      post_norms: whether the results of attention and MLP are normalized before they are added to the residual stream.
+      qk_norm: whether queries and keys are normalized, head by head, before the rotary embedding.
+      qkv_bias: whether the query, key and value products have a bias.
+      o_bias: whether the attention's output product has a bias.
+      mlp_bias: whether the MLP's products have a bias.
       query_scale: factor on attention scores; None for head_dim^-1/2.
-      attention_softcap, logit_softcap: s in s · tanh(· / s) on attention scores and logits, or None.
-      embedding_scale: factor on token embeddings, rounded to their type, or None.
-      learned_positions: rows of a table of position embeddings, or None.
-      position_offset: row of that table which the first position reads.
-      rope_dim: leading dimensions of a head that are rotated; None for all.
+      attention_softcap: s in s · tanh(score / s), applied to attention scores; None for no cap.
+      logit_softcap: s in s · tanh(logit / s), applied to logits; None for no cap.
+      embedding_scale: factor on token embeddings, rounded to their type; None for 1.
+      learned_positions: number of rows of the position embeddings; None for no such table.
+      position_offset: row of that table for the first position.
+      rope_dim: number of leading dimensions of a head that are rotated; None for all.
       rope_scale: factor on the rotary cosines and sines.
-      sliding_window: keys that a query of a local block sees, its own included.
+      sliding_window: number of keys that a query of a local block sees, its own key included; None for no window.
       local_layers: indices of the local blocks.
-      local_rope_theta: rotary base of local blocks, unscaled; None for the other blocks' rotary embedding.
-      num_experts: of each sparse MLP; 0 for none.
-      experts_per_token: that a token is sent to.
-      expert_size: intermediate size of an expert.
-      normalize_experts: the weights of a token's experts are made to add up to 1.
-      dense_layers: indices of the blocks of a sparse model whose MLP is dense.
+      local_rope_theta: base of the rotary frequencies of local blocks, not scaled; None for that of the other blocks.
+      num_experts: number of experts of each sparse MLP; 0 for a dense model.
+      experts_per_token: number of experts that read a token.
+      expert_size: width of an expert.
+      normalize_experts: whether the weights of a token's experts are scaled to add up to 1.
+      dense_layers: indices of the blocks with a dense MLP, in a model with experts.
 
     Raises:
-      ModelError: values that contradict each other.
+      ModelError: a value is out of range, or values contradict each other.
     """
 
     vocab_size: int
@@ -206,33 +216,47 @@ class DecoderConfig:
 
     @property
     def rotated(self) -> int:
-        """Leading dimensions of a head that the rotary embedding turns."""
+        """Number of leading dimensions of a head that the rotary embedding rotates."""
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
     @property
     def head_path(self) -> str:
-        """Path of the weight that serves as output head."""
+        """Path of the output head, ``lm_head``, or ``embed_tokens`` with a tied head."""
         return "embed_tokens" if self.tied_head else "lm_head"
 
     def kind(self, index: int) -> BlockKind:
-        """Of the block at `index`."""
+        """The kind of one block.
+
+        Args:
+          index: of the block, from 0.
+
+        Returns:
+          Whether it is local, and whether it is sparse.
+        """
         return BlockKind(index in self.local_layers, bool(self.num_experts) and index not in self.dense_layers)
 
     @property
     def kinds(self) -> tuple[BlockKind, ...]:
-        """Of every block."""
+        """The kind of every block."""
         return tuple(self.kind(index) for index in range(self.num_layers))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serializable dictionary; `from_json` reads it back."""
+        """A dictionary of JSON values. `from_json` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], label: str = "the decoder configuration") -> DecoderConfig:
-        """Reads what `to_json` wrote.
+        """Reads the result of `to_json`.
+
+        Args:
+          values: the dictionary.
+          label: name of the source in error messages.
+
+        Returns:
+          The configuration.
 
         Raises:
-          ModelError: entries of another version, of another type, or that contradict each other; names `label`.
+          ModelError: unknown entries, values of another type, or values that contradict each other.
         """
         fields = read_fields(cls, values, label)
         try:

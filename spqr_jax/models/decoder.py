@@ -184,15 +184,21 @@ def logits(config: DecoderConfig, outer: Outer, residual: jax.Array, linear: Lin
 
 
 def forward(params: Decoder, tokens: jax.Array, padding: jax.Array | None = None) -> jax.Array:
-    """Logits of every position.
+    """Computes the logits of every position.
 
     Args:
       params: the model, dense or quantized.
-      tokens: int32 [batch, tokens].
-      padding: int32 [batch], left-padding tokens of each sequence; None for none.
+      tokens: token ids, int32 [batch, tokens].
+      padding: number of left-padding tokens of each sequence, int32 [batch]; None for none.
 
     Returns:
-      float32 [batch, tokens, vocab].
+      Logits, float32 [batch, tokens, vocab].
+
+    Example:
+      >>> tokens = jnp.array([[1, 5, 9]], jnp.int32)
+      >>> logits = spqr_jax.forward(model, tokens)
+      >>> logits.shape == (1, 3, model.config.vocab_size)
+      True
     """
     if padding is None:
         padding = jnp.zeros(tokens.shape[0], jnp.int32)

@@ -19,13 +19,13 @@ Weight = Any
 
 @jax.tree_util.register_pytree_with_keys_class
 class Block(Mapping[str, Weight]):
-    """One decoder block: its weights by name, in the order of `block_shapes`, and its kind.
+    """The weights of one decoder block by name, in the order of their use. Immutable; see `replace`.
 
-    ``block.q_proj`` and ``block["q_proj"]`` are the same. Matrices are [out, in]. Immutable;
-    see `replace`.
+    ``block.q_proj`` and ``block["q_proj"]`` are the same. Matrices are [out, in]. A name that the block does not have
+    raises `AttributeError` or `KeyError`.
 
     Attributes:
-      kind: static, part of the tree's structure.
+      kind: the block's kind; static, part of the tree's structure.
     """
 
     def __init__(self, weights: Mapping[str, Weight], kind: BlockKind = BlockKind()) -> None:
@@ -49,10 +49,16 @@ class Block(Mapping[str, Weight]):
         return f"Block({self._weights!r}, {self.kind})"
 
     def replace(self, changes: Mapping[str, Weight]) -> Block:
-        """The block with other weights under names that it has.
+        """A copy of the block with other weights under existing names.
+
+        Args:
+          changes: new weights by name.
+
+        Returns:
+          The new block.
 
         Raises:
-          ModelError: it has no weight of that name.
+          ModelError: the block has no weight of that name.
         """
         if unknown := [name for name in changes if name not in self._weights]:
             raise ModelError(f"a block has no weight {', '.join(unknown)}; it has {', '.join(self._weights)}")
@@ -74,14 +80,14 @@ class Block(Mapping[str, Weight]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """What is not in a block; None for what a model does not have.
+    """The weights outside of the blocks.
 
     Attributes:
-      embed_tokens: [vocab, hidden].
-      final_norm: gain [hidden].
-      lm_head: [vocab, hidden]; None if it is the embedding.
-      final_norm_bias: [hidden].
-      embed_positions: [learned_positions, hidden].
+      embed_tokens: token embeddings [vocab, hidden].
+      final_norm: gain of the last norm [hidden].
+      lm_head: output head [vocab, hidden]; None if the embedding serves as output head (a tied head).
+      final_norm_bias: bias of the last norm [hidden], or None.
+      embed_positions: learned position embeddings [learned_positions, hidden], or None.
     """
 
     embed_tokens: Weight
@@ -94,7 +100,13 @@ class Outer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A whole model: a pytree with its static configuration."""
+    """A whole model, a pytree.
+
+    Attributes:
+      outer: the weights outside of the blocks: embeddings, last norm, output head.
+      layers: the blocks, first to last.
+      config: sizes and options; static, part of the tree's structure.
+    """
 
     outer: Outer
     layers: tuple[Block, ...]

@@ -9,13 +9,13 @@ import math
 import os
 import platform
 import zipfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from spqr_jax import __version__
 from spqr_jax.analysis import ModelAnalysis
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import DataError, ModelError
@@ -58,20 +58,13 @@ def environment() -> dict[str, str]:
     device = jax.devices()[0]
     processor = platform.processor() or platform.machine()
     return {
-        "spqr-jax": _version("spqr-jax"),
+        "spqr-jax": __version__,
         "JAX": jax.__version__,
         "NumPy": np.__version__,
         "Python": platform.python_version(),
         "device": f"{device.platform}: {device.device_kind}",
         "system": f"{platform.system()} {platform.release()}, {processor}, {os.cpu_count()} processors",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "from source"
 
 
 def write_analysis(

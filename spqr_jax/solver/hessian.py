@@ -27,38 +27,60 @@ _FORM_PANEL = 1024  # the same for a quadratic form, whose product is small besi
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hessian:
-    """Running sum over calibration tokens.
+    """Sum over the calibration inputs of one matrix. Start with `empty_hessian`, add with `accumulate_hessian`.
 
     Attributes:
-      gram: X Xᵀ, float32 [in, in]; below the diagonal not all of it is there.
-      tokens: number of tokens in it, float32 scalar. One that reads zeros only is none:
-        it was not sent here.
+      gram: X Xᵀ, float32 [in, in], for inputs X [in, tokens]. Only the upper triangle is complete.
+      tokens: number of tokens, float32 scalar. All-zero inputs do not count: they are tokens that were routed to
+        another expert.
     """
 
     gram: jax.Array
     tokens: jax.Array
 
     def matrix(self) -> jax.Array:
-        """H = (2/n) X Xᵀ, float32 [in, in]."""
+        """The Hessian of the squared output error, H = (2/n) X Xᵀ for n tokens (GPTQ, arXiv 2210.17323).
+
+        Returns:
+          float32 [in, in], symmetric.
+        """
         return _mean_square(self.gram, self.tokens)
 
 
 def empty_hessian(in_features: int) -> Hessian:
-    """The sum over no tokens."""
+    """A Hessian of no tokens.
+
+    Args:
+      in_features: number of inputs of the matrix.
+
+    Returns:
+      The sum to start `accumulate_hessian` with.
+    """
     return Hessian(jnp.zeros((in_features, in_features), jnp.float32), jnp.zeros((), jnp.float32))
 
 
 @jax.jit
 def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
-    """Adds the inputs of a layer to its Hessian.
+    """Adds inputs of a matrix to its Hessian.
 
     Args:
-      hessian: the sum so far, from :func:`empty_hessian`.
-      x: activations [..., in], any float type; summed in float32.
+      hessian: the sum so far; `empty_hessian` at the start.
+      x: inputs [..., in], any float type.
+
+    Returns:
+      The new sum, in float32.
+
+    Example:
+      >>> hessian = spqr_jax.empty_hessian(32)
+      >>> for batch in range(4):
+      ...     x = jax.random.normal(jax.random.key(batch), (64, 32))
+      ...     hessian = spqr_jax.accumulate_hessian(hessian, x)
+      >>> float(hessian.tokens), hessian.matrix().shape
+      (256.0, (32, 32))
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     gram = hessian.gram
-    for first, end in _panels(x.shape[1], _GRAM_PANEL):  # each from the diagonal on
+    for first, end in gram_panels(x.shape[1]):  # each from the diagonal on
         found = lax.dot_general(
             x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
         )
@@ -70,6 +92,11 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
 def _mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
     """(2/n) times the symmetric matrix with this upper triangle."""
     return (jnp.triu(gram) + jnp.triu(gram, 1).T) * (2.0 / jnp.maximum(tokens, 1.0))
+
+
+def gram_panels(width: int) -> list[tuple[int, int]]:
+    """Columns [first, end) of a Gram matrix [width, width] that are summed together."""
+    return _panels(width, _GRAM_PANEL)
 
 
 def _panels(width: int, about: int) -> list[tuple[int, int]]:

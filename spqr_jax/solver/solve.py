@@ -31,16 +31,17 @@ from spqr_jax.solver.outliers import outlier_threshold
 
 @dataclasses.dataclass(frozen=True)
 class LayerStats:
-    """What quantizing one matrix did to it.
+    """Error and size of one quantized matrix.
 
     Attributes:
-      output_error: ‖(W-Ŵ)X‖/‖WX‖ on the calibration inputs; without a Hessian
-        ‖W-Ŵ‖/‖W‖.
-      outlier_share: weights kept apart, 0..1.
-      ideal_bits, stored_bits: of the array, see `SpQRArray`.
-      damping: what was really added to the Hessian, as a share of its mean
-        diagonal; more than asked for if the factorization needed it.
-      outlier_threshold: relative threshold; None for no outliers.
+      output_error: relative error of the outputs on the calibration text, ‖(W-Ŵ)X‖ / ‖WX‖. Without a Hessian it is the
+        relative error of the weights, ‖W-Ŵ‖ / ‖W‖.
+      outlier_share: outliers per weight, 0..1.
+      ideal_bits: bits per weight by the paper's formula, see `SpQRArray.ideal_bits`.
+      stored_bits: bits per weight in memory, see `SpQRArray.stored_bits`.
+      damping: damping that was used, relative to the mean diagonal of the Hessian. It is more than asked for if the
+        factorization needed more.
+      outlier_threshold: relative threshold that was used; None without outliers.
     """
 
     output_error: float
@@ -60,17 +61,27 @@ class Solved(NamedTuple):
 
 
 def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: SpQRConfig | None = None) -> SpQRArray:
-    """Quantizes one matrix.
+    """Quantizes one matrix (algorithm 1 of arXiv 2306.03078).
 
     Args:
-      w: [out, in], any float type.
-      hessian: of its inputs: a `Hessian`, or the matrix H [in, in] itself (any
-        positive scale gives the same result); None for round to nearest.
-      config: what to do; None for the defaults. Per-layer rules do not apply.
+      w: the matrix [out, in], any float type.
+      hessian: the Hessian of its inputs: a `Hessian`, or the matrix H [in, in] with any positive scale. None for
+        round-to-nearest.
+      config: how to quantize; None for the defaults. Per-layer rules have no effect.
+
+    Returns:
+      The quantized matrix.
 
     Raises:
-      SpQRError: shapes that do not fit, values that are not finite, or a method
-        that needs a Hessian without one.
+      SpQRError: shapes that do not fit, values that are not finite, or a method that needs a Hessian without one.
+
+    Example:
+      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> x = jax.random.normal(jax.random.key(1), (256, 32))  # the inputs of the matrix
+      >>> hessian = spqr_jax.accumulate_hessian(spqr_jax.empty_hessian(32), x)
+      >>> array = spqr_jax.quantize_weight(w, hessian, spqr_jax.SpQRConfig(bits=4))
+      >>> array.shape, array.bits
+      ((64, 32), 4)
     """
     return quantize_weights([w], hessian, [config or SpQRConfig()])[0].array
 

@@ -172,7 +172,7 @@ BAD = {
     "bad regex": (["quantize", "model", "--out", "x", "--rule", "(=skip"], "not a regular expression"),
     "bad dtype": (["perplexity", "model", "--dtype", "int7", "--data", "ids.npy"], "dtype must be one of"),
     "not a checkpoint": (["inspect", "model"], "not a checkpoint"),
-    "unused option": (["quantize", "model", "--out", "x", "--method", "rtn", "--damping", "1"], "no use for damping"),
+    "unused option": (["quantize", "model", "--out", "x", "--method", "rtn", "--damping", "1"], "does not use damping"),
     "existing output": (["quantize", "model", "--out", "model", "--calib", "ids.npy", *QUICK], "exists already"),
     "unknown option": (["perplexity", "model", "--frobnicate"], "No such option"),
 }
@@ -204,7 +204,7 @@ def test_an_interrupted_quantize_leaves_nothing(folder, how):
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "nothing is left" in errors
+    assert "no incomplete output is left" in errors
     assert not (folder / "stopped").exists()
     assert not list(folder.glob(".stopped*"))
 

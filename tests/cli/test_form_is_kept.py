@@ -72,7 +72,7 @@ def test_what_others_said_of_quantized_weights_is_no_longer_said(folder, tiny_mo
 def test_a_gguf_file_has_no_config_json_and_gets_one(folder, tiny_model):
     write_gguf(folder / "m.gguf", tiny_model, keys={"rope.scale_linear": 2.0})
     done = run("quantize", "m.gguf", "--out", "gguf-q", *RTN, cwd=folder)
-    assert "no tokenizer is kept" in done.stderr
+    assert "the tokenizer is not copied" in done.stderr
     run("export", "gguf-q", "--out", "gguf-dense", cwd=folder)
     entries = json.loads((folder / "gguf-dense/config.json").read_text())["rope_parameters"]
     assert (entries["rope_type"], entries["factor"]) == ("linear", 2.0)

@@ -84,7 +84,7 @@ def folder(tiny_model, tmp_path_factory):
         (["perplexity", "q[bold]", "--against", BRACKETS, "--data", "ids.npy", "--seqlen", 32, "--windows", 2],
          f"{BRACKETS}: "),
         (["compare", BRACKETS, "q[bold]", "--data", "ids.npy", "--seqlen", 32, "--windows", 2],
-         f"q[bold] beside {BRACKETS}: "),
+         f"q[bold] compared with {BRACKETS}: "),
         (["bench", "q[bold]", "--prompt-tokens", 4, "--new-tokens", 2, "--turns", 1], "q[bold]: 4 prompt"),
     ],
 )  # fmt: skip
@@ -177,7 +177,7 @@ def raising(error):
     ("error", "status", "says"),
     [
         (DataError("no text: [bold]"), 2, "error: no text: [bold]\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the system says: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: system error: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/a[b]"), 2, "error: /a[b]: Permission denied"),
         (MemoryError(), 2, "error: not enough memory"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.\nmore"), 2,
@@ -218,7 +218,7 @@ def test_an_interrupted_command_waits_for_no_timer():
         timer.start()
         raise SystemExit(130)
 
-    assert run_here(command) == (130, "stopped; nothing is left half-written\n")
+    assert run_here(command) == (130, "stopped; no incomplete output is left\n")
     timer.join(5)
     assert not timer.is_alive()
 
@@ -268,13 +268,13 @@ def test_generate_says_why_it_ended(folder):
         return result.stderr, json.loads((folder / "g.json").read_text())["ended"]
 
     text, ended = generate("--max-new-tokens", 3)
-    assert "ended after 3 tokens, as asked" in text
+    assert "stopped after 3 tokens (--max-new-tokens)" in text
     assert ended == "length"
     text, ended = generate("--max-new-tokens", 1000)
-    assert "the model's context of 128 tokens is full: 126 of 1000 tokens" in text
+    assert "stopped after 126 of 1000 tokens: the model's context of 128 tokens is full" in text
     assert ended == "context"
     text, ended = generate("--prompt", "you", "--max-new-tokens", 2)
-    assert "prompt 0: ended after 2 tokens, as asked; prompt 1: ended after 2" in text
+    assert "prompt 0: stopped after 2 tokens (--max-new-tokens); prompt 1: stopped after 2" in text
     assert ended == ["length", "length"]
 
 

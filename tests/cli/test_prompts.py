@@ -97,7 +97,7 @@ def test_chat_templates_fail_with_one_message(folder, template, options, says):
 def test_the_template_option_is_for_chat(folder):
     result = spqr("generate", "model", "--prompt", "w1", "--chat-template", "rag", cwd=folder)
     assert result.returncode == 2
-    assert "--chat-template is for --chat" in result.stderr
+    assert "--chat-template needs --chat" in result.stderr
 
 
 def test_a_tokenizer_of_another_model_is_one_message(folder):

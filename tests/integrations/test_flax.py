@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 import jax
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from support import ROOT
 
 from spqr_jax import DataError, LayerRule, SpQRArray, SpQRConfig, SpQRError
 from spqr_jax.integrations import linen as spqr_linen
@@ -31,17 +29,6 @@ def text(count=3, seed=0):
 
 def correlation(a, b):
     return np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]
-
-
-def test_the_page_in_the_docs_runs():
-    page = (ROOT / "docs" / "tutorials" / "flax.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        names = {"__name__": __name__}  # dataclasses look their module up
-        exec(example, names)
-        assert names["logits"].shape == (4, 32, 256)
-        assert jnp.all(jnp.isfinite(names["logits"]))
 
 
 # ---- kernels as matrices ----------------------------------------------------------------

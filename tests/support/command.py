@@ -15,8 +15,16 @@ QUICK = ["--nsamples", "4", "--seqlen", "32"]
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def spqr(*arguments, cwd, stdin=None) -> subprocess.CompletedProcess:
-    """Runs a command line in this process: its exit status and all that it wrote, as `spqr_process`."""
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def spqr(*arguments, cwd, stdin=None, columns=200, terminal=False) -> subprocess.CompletedProcess:
+    """Runs a command line in this process: its exit status and all that it wrote, as `spqr_process`.
+
+    With `terminal`, a user types `stdin` at a terminal.
+    """
     from spqr_jax.cli.app import main
 
     command = ["spqr", *map(str, arguments)]
@@ -26,9 +34,9 @@ def spqr(*arguments, cwd, stdin=None) -> subprocess.CompletedProcess:
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(errors),
-        mock.patch.dict(os.environ, _ENVIRONMENT),
+        mock.patch.dict(os.environ, _ENVIRONMENT | {"COLUMNS": str(columns)}),
         mock.patch.object(sys, "argv", command),
-        mock.patch.object(sys, "stdin", io.StringIO(stdin or "")),
+        mock.patch.object(sys, "stdin", (_Terminal if terminal else io.StringIO)(stdin or "")),
     ):
         try:
             main()

@@ -27,6 +27,7 @@ COMPAT: dict[str, set[str] | None] = {
     "models/test_attention.py": ALL,
     "formats/test_checkpoint.py": ALL,
     "integrations/test_flax.py": ALL,
+    "docs/test_tutorials.py": {"test_the_flax_tutorial_runs"},
     "solver/test_solver.py": {
         "test_matches_spqr_written_from_the_paper",
         "test_spqr_beats_gptq_beats_round_to_nearest",

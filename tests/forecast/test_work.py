@@ -1,0 +1,139 @@
+"""Operations and bytes of a forecast, against sums worked out here by hand for a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from support.problems import TINY
+
+from spqr_jax import SpQRConfig
+from spqr_jax.forecast import Text, Work, measuring, memory, passes, quantizing
+from spqr_jax.models import attention
+from spqr_jax.models.config import BlockKind
+from spqr_jax.tune import TuneConfig
+
+# TINY: 2 blocks of hidden 64, MLP 96, 4 heads and 2 key-value heads of 16; vocabulary 256, head not tied.
+Q, K, V, OUT = 64 * 64, 32 * 64, 32 * 64, 64 * 64
+GATE, UP, DOWN = 96 * 64, 96 * 64, 64 * 96
+BLOCK = Q + K + V + OUT + GATE + UP + DOWN
+HEAD = 256 * 64
+TEXT = Text(3, 128)  # 384 tokens; attention takes each window in one go
+
+
+def test_a_forward_pass_is_counted_matrix_by_matrix():
+    passed = passes.forward_pass(TINY, TEXT)
+    assert passed.products == 2 * BLOCK * 384 * 2
+    # All 128 queries of a window against all 128 keys: q kᵀ and its product with v, two operations a number each.
+    assert passed.attention == 2 * 3 * (2 * 2 * (4 * 16) * 128 * 128)
+    assert passes.head_operations(TINY, 384) == 2 * HEAD * 384
+    assert passes.model_weights(TINY) == 2 * BLOCK + 2 * HEAD
+
+
+def test_attention_skips_keys_that_no_query_sees():
+    assert passes.QUERY_CHUNK == attention._QUERY_CHUNK
+    # Two chunks of queries: 128 keys, then 256.
+    full = passes.attention_operations(TINY, local=False, text=Text(1, 256))
+    assert full == 4 * 64 * (128 * 128 + 128 * 256)
+    local = dataclasses.replace(TINY, sliding_window=32, local_layers=(0,))
+    # The second chunk's first query sees 31 keys before it.
+    assert passes.attention_operations(local, local=True, text=Text(1, 256)) == 4 * 64 * (128 * 128 + 128 * (128 + 31))
+
+
+def test_hessians_are_one_for_each_input():
+    # q, k, v read one input; o, gate and up, down read three more. Widths below a panel are summed whole.
+    assert [width for _, width in passes.input_groups(TINY, BlockKind())] == [64, 64, 64, 96]
+    assert passes.hessian_operations(TINY, 384) == 2 * 2 * 384 * (3 * 64**2 + 96**2)
+    # 512 columns are two panels of 256: the second needs half of the columns only.
+    assert passes.gram_operations(512, 10) == 2 * 10 * (256 * 512 + 256 * 256)
+
+
+def test_calibration_and_solver():
+    work = quantizing.quantize_work(TINY, SpQRConfig(), TEXT)
+    assert work.bfloat16 == 2 * BLOCK * 384 * 2
+    assert work.dense == 0
+    assert work.factor == pytest.approx(4 / 3 * 2 * (3 * 64**3 + 96**3))
+    # Stacks of q, k, v (128 rows), o (64, solved as 128), gate and up (192), down (64, solved as 128).
+    visits = 2 * (128 * 64 + 128 * 64 + 192 * 64 + 128 * 96)
+    assert work.searched == visits
+    assert work.float32 == 2 * (64 * (128 + 128 + 192) * 64 + 96 * 128 * 96)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "times"),
+    [
+        (SpQRConfig(drift_correction=0.25), "bfloat16", 2),
+        (SpQRConfig(sequential=False), "bfloat16", 2),
+        (SpQRConfig(calibration_dtype="float32"), "dense", 1),
+        (SpQRConfig.rtn(), "bfloat16", 0),
+    ],
+)
+def test_passes_of_calibration(config, kind, times):
+    assert getattr(quantizing.quantize_work(TINY, config, TEXT), kind) == times * 2 * BLOCK * 384 * 2
+
+
+def test_a_target_measures_first():
+    text = Text(40, 128)
+    assert quantizing.plan_text(text) == Text(32, 128)  # batches of 8 windows, 4096 tokens in all
+    plan = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3), text)
+    assert plan.dense == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
+    assert plan.attention == 5 * passes.forward_pass(TINY, Text(32, 128)).attention
+    with_target = quantizing.quantize_work(TINY, SpQRConfig(target_bits=4.3), text)
+    without = quantizing.quantize_work(TINY, SpQRConfig(), text)
+    assert with_target.dense - without.dense == plan.dense
+    assert with_target.searched > plan.searched + without.searched  # some weights are solved again
+
+
+def test_tuning_takes_a_step_for_each_batch_and_pass():
+    tuning = TuneConfig(epochs=3)
+    work = quantizing.tuning_work(TINY, tuning, Text(16, 128))
+    tokens, products = 16 * 128, 2 * BLOCK * 2
+    assert work.dense == products * tokens  # the dense model, once
+    assert work.bfloat16 == 3 * tokens * (3 * products + 3 * 2 * HEAD)
+    assert work.unpacked == 3 * 2 * 2 * BLOCK  # two batches of 8 windows
+    blocks = quantizing.tuning_work(TINY, TuneConfig("blocks", epochs=3), Text(16, 128))
+    assert blocks.bfloat16 == tokens * products * (1 + 3 * 2)
+
+
+def test_perplexity_and_compare():
+    work = measuring.perplexity_work(TINY, TEXT)
+    assert work.dense == (2 * BLOCK * 2 + 2 * HEAD) * 384
+    assert measuring.compare_work(TINY, TINY, TEXT).dense == 2 * work.dense
+    analysis = measuring.analyze_work(TINY, TEXT)
+    assert (analysis.bfloat16, analysis.mapped) == (2 * BLOCK * 384 * 2, 2 * BLOCK)
+
+
+def test_experts_that_inference_skips_are_not_counted():
+    sparse = dataclasses.replace(TINY, num_experts=4, experts_per_token=1, expert_size=32)
+    attention_part = Q + K + V + OUT
+    expert = 3 * 32 * 64
+    assert passes.forward_pass(sparse, TEXT).products == 2 * (attention_part + expert) * 384 * 2
+    assert passes.forward_pass(sparse, TEXT, every_expert=True).products == 2 * (attention_part + 4 * expert) * 384 * 2
+
+
+@pytest.mark.parametrize(
+    "config", [SpQRConfig(), SpQRConfig.preset("4bit"), SpQRConfig.gptq(), SpQRConfig.baseline("brecq")]
+)
+def test_more_text_is_never_less_work_or_memory(config):
+    texts = [Text(windows, 128) for windows in (1, 4, 16, 64, 256)]
+    works = [dataclasses.astuple(quantizing.quantize_work(TINY, config, text, TuneConfig())) for text in texts]
+    peaks = [memory.quantize_bytes(TINY, config, text, TuneConfig(), 4) for text in texts]
+    for before, after in itertools.pairwise(works):
+        assert all(a <= b for a, b in zip(before, after, strict=True))
+        assert before != after
+    assert peaks == sorted(set(peaks))
+
+
+def test_bytes_of_calibration_and_models():
+    # A token: the residual stream (64) and the widest input between stages (96), float32.
+    assert memory.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 + 96) * 4
+    assert memory.calibration_bytes(TINY, SpQRConfig(drift_correction=0.5), TEXT, 4) == 2 * 384 * (64 + 96) * 4
+    dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)
+    assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (2 * BLOCK + 2 * HEAD)
+    assert memory.perplexity_bytes(TINY, TEXT, 2, 4, packed=False) > dense
+
+
+def test_work_adds_up():
+    assert Work(dense=1.0) + Work(dense=2.0, gram=3.0) == Work(dense=3.0, gram=3.0)
+    assert 2 * Work(dense=1.0, factor=4.0) == Work(dense=2.0, factor=8.0)
