@@ -143,13 +143,13 @@ def block_sensitivities(
         before.append(residuals)
         block = source.block(index)
         residuals = [pass_block(config, block, x, where) for x, where in zip(residuals, places, strict=True)]
-        refuse_infinite(residuals, f"activations behind block {index}")
+        refuse_infinite(residuals, f"activations after block {index}")
         if progress is not None:
             progress(f"forward through block {index}")
     gradients = [
         loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
     ]
-    refuse_infinite(gradients, "gradients of the loss behind the last block")
+    refuse_infinite(gradients, "gradients of the loss after the last block")
     tokens_seen = sum(tokens.size for tokens in batches)
     for index in reversed(range(config.num_layers)):
         block = source.block(index)
@@ -165,4 +165,4 @@ def block_sensitivities(
         named = [(names, hessian) for (names, _), hessian in zip(groups, hessians, strict=True)]
         yield BlockSensitivity(index, block, *_experts_alike(named, fisher))
         if progress is not None:
-            progress(f"back through block {index}")
+            progress(f"backward through block {index}")

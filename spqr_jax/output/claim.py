@@ -205,7 +205,9 @@ def refuse_existing(path: Path | str, overwrite: bool, *, directory: bool = True
             f"{path} is {'not a directory' if directory else 'a directory'}: choose another name for the result"
         )
     if not overwrite:
-        raise CheckpointError(f"{path} exists already: choose another {_kind(directory)}, or ask to overwrite it")
+        raise CheckpointError(
+            f"{path} exists already: choose another {_kind(directory)}, or replace it (--overwrite; in Python, overwrite=True)"
+        )
     if directory and (place in (here, *here.parents) or place in (Path.home(), *Path.home().parents)):
         raise CheckpointError(
             f"{path} is the current directory, your home directory or a parent of them, and is not replaced: choose "

@@ -56,7 +56,7 @@ def test_quantizing_names_the_first_weight_that_reads_them(overflowing, tiny_bat
 
 
 def test_planning_a_budget_names_the_block(overflowing, tiny_batches):
-    with pytest.raises(NotFiniteError, match="activations behind block 1 are not finite"):
+    with pytest.raises(NotFiniteError, match="activations after block 1 are not finite"):
         plan_budget(TreeSource(overflowing), tiny_batches, SpQRConfig(target_bits=3.5, bit_choices=(2, 3)))
 
 
