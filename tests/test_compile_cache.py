@@ -63,7 +63,7 @@ def test_a_place_that_cannot_be_written_is_said_and_no_more(folder):
     (folder / "a file").write_text("")
     status, _, errors = measure(folder, folder / "a file")
     assert status == 0
-    assert "compiled programs are not kept" in errors
+    assert "compiled programs cannot be cached" in errors
     assert compile_cache.CACHE_VARIABLE in errors
 
 

@@ -148,11 +148,11 @@ def test_scores_that_end_being_finite_are_found_where_they_do(tiny_model):
         ([[1] * 128], "no room in the model's context of 128"),
         ([[1, 999]], "vocabulary has 256"),
         ([[-1]], "vocabulary has 256"),
-        (["a text"], "lists of token ids, whole numbers, got ..a text"),
-        ([[1.5]], "whole numbers"),
-        ([[None]], "whole numbers"),
-        ([1, 2], "whole numbers"),
-        (None, "whole numbers"),
+        (["a text"], "lists of integer token ids, got ..a text"),
+        ([[1.5]], "lists of integer token ids"),
+        ([[None]], "lists of integer token ids"),
+        ([1, 2], "lists of integer token ids"),
+        (None, "lists of integer token ids"),
     ],
 )
 def test_unusable_prompts_say_why(tiny_model, prompts, says):
