@@ -86,7 +86,9 @@ def matmul_all(x: jax.Array, ws: Sequence[Packed], *, kernels: str | None = None
             raise ValueError(f"matmul: activations {x.shape} do not fit a matrix of shape {w.shape} [out, in]")
     rounding = {w.int8_activations for w in ws}
     if len(rounding) != 1:
-        raise ValueError("matmul_all needs matrices that all round activations, or none of which does")
+        raise ValueError(
+            "matmul_all: either all matrices must round activations, or none (and at least one matrix is needed)"
+        )
     name = chosen_kernels(kernels)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     ys = _products(name, rounding.pop(), threads)(rows, tuple(ws))

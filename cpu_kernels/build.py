@@ -51,7 +51,7 @@ def headers() -> str:
     """
     found = importlib.util.find_spec("jaxlib")
     if found is None or found.origin is None:
-        raise BuildError("jaxlib is not installed; its headers are needed")
+        raise BuildError("jaxlib is not installed, but its headers are needed")
     return str(Path(found.origin).parent / "include")
 
 
@@ -60,7 +60,7 @@ def ffi_version(include: str) -> tuple[int, int]:
     text = (Path(include) / "xla" / "ffi" / "api" / "c_api.h").read_text()
     major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR"))
     if major is None or minor is None:
-        raise BuildError(f"no version of XLA's FFI in the headers in {include}")
+        raise BuildError(f"the headers in {include} do not define the version of XLA's FFI")
     return int(major[1]), int(minor[1])
 
 

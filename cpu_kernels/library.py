@@ -52,7 +52,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except Exception as error:  # whatever the loader or another version of XLA says
         return None, (
-            f"the native CPU kernels do not load ({error}); they were built for another jaxlib or machine? "
+            f"the native CPU kernels cannot be loaded ({error}): were they built for another jaxlib or machine? "
             "Run `python -m cpu_kernels`"
         )
     return library, ""
@@ -102,5 +102,7 @@ def chosen_kernels(wanted: str | None = None) -> str:
     if not wanted or wanted == "none":
         return names[0]
     if wanted not in names:
-        raise LibraryError(f"no CPU kernels called {wanted!r} here ({KERNELS_VARIABLE}): there are {', '.join(names)}")
+        raise LibraryError(
+            f"no CPU kernels called {wanted!r} ({KERNELS_VARIABLE}); this machine has {', '.join(names)}"
+        )
     return wanted

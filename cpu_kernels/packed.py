@@ -106,7 +106,7 @@ def pack(
     """
     out, inner = shape
     if out < 1 or inner < 1 or not 2 <= bits <= FORMATS[-1] or group_size < 8 or group_size % 8:
-        raise ValueError(f"no format for shape {shape}, {bits} bits, groups of {group_size}")
+        raise ValueError(f"unsupported matrix: shape {shape}, {bits} bits, groups of {group_size}")
     width = next(width for width in FORMATS if width >= bits)
     group = group_size if group_size in (8, 16) or group_size % BLOCK == 0 else math.gcd(group_size, BLOCK)
     if scale_codes is not None:
@@ -122,7 +122,7 @@ def pack(
     outliers = _pack_outliers(out, np.asarray(row_ptr), np.asarray(cols), np.asarray(values, np.float16))
     order = np.zeros(0, np.int32) if perm is None else np.asarray(perm).astype(np.int32)
     if order.shape not in ((0,), (inner,)):
-        raise ValueError(f"perm has {order.shape[0]} entries, the matrix {inner} columns")
+        raise ValueError(f"perm has {order.shape[0]} entries, but the matrix has {inner} columns")
     header = np.zeros(_HEADER_WORDS, np.int64)
     header[:9] = (_MAGIC, out, inner, width, group, kind, outliers[0][-1], outliers[3].itemsize, perm is not None)
     data = _joined([header, _pack_codes(np.asarray(codes), out, inner, bits, width), stats, *outliers, order])

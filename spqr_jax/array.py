@@ -329,7 +329,7 @@ def _layout_problems(array: SpQRArray) -> list[str]:
     if not 1 <= array.bits <= 8 or array.group_size < 8 or array.group_size % 8 or array.stats_group_size < 8:
         return [
             f"bits={array.bits}, group_size={array.group_size}, stats_group_size={array.stats_group_size} "
-            "is no supported format"
+            "is not a supported format"
         ]
     second_level = array.quantized_stats
     expected = leaf_specs(
@@ -347,9 +347,9 @@ def _layout_problems(array: SpQRArray) -> list[str]:
         have = None if leaf is None else (tuple(leaf.shape), np.dtype(leaf.dtype))
         if want is None:
             if have is not None:
-                problems.append(f"{name} should be absent, is {have}")
+                problems.append(f"{name} should be absent, but is {have}")
         elif have != (want[0], np.dtype(want[1])):
-            problems.append(f"{name} should be {np.dtype(want[1])} {want[0]}, is {have}")
+            problems.append(f"{name} should be {np.dtype(want[1])} {want[0]}, but is {have}")
     return problems
 
 
@@ -370,7 +370,7 @@ def _value_problems(array: SpQRArray) -> list[str]:
         if not np.all(rising | first_of_row[1 : array.nnz]):
             problems.append("outlier_cols do not rise within a row")
     if np.any(values[array.nnz :] != 0):
-        problems.append("an outlier entry past nnz has a value")
+        problems.append("an outlier entry past nnz is not zero")
     if not np.all(np.isfinite(values)):
         problems.append("an outlier value is not finite")
     if not np.all(np.isfinite(np.asarray(array.tile_stats))):

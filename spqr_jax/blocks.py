@@ -76,7 +76,7 @@ class TreeSink:
         missing = [i for i in range(self._config.num_layers) if i not in self._blocks]
         if missing or self._outer is None:
             raise ModelError(
-                f"the model is incomplete: blocks {missing} missing, outer weights {self._outer is not None}"
+                f"the model is incomplete: missing blocks {missing}; outer weights present: {self._outer is not None}"
             )
         return Decoder(self._outer, tuple(self._blocks[i] for i in range(self._config.num_layers)), self._config)
 

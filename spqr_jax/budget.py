@@ -246,7 +246,7 @@ def make_plan(curves: Sequence[WeightCurve], target_bits: float, config: SpQRCon
     most, least = at(low).stored_bits, at(high).stored_bits
     if not least <= target_bits <= most:
         raise SpQRError(
-            f"a target of {target_bits:g} stored bits a weight is out of reach: with these settings this model takes "
+            f"a target of {target_bits:g} stored bits per weight is out of reach: with these settings this model takes "
             f"{least:.2f} to {most:.2f}. Change --bits, --group-size or the target"
         )
     price = _bisect(lambda price: at(price).stored_bits, target_bits, low, high)

@@ -232,12 +232,12 @@ def _checked_batch(tokens: np.ndarray, config: DecoderConfig) -> np.ndarray:
     if tokens.shape[1] > config.max_positions:
         raise DataError(
             f"calibration sequences of {tokens.shape[1]} tokens are longer than the model's context of "
-            f"{config.max_positions}; cut them (--seqlen)"
+            f"{config.max_positions}; use shorter ones (--seqlen)"
         )
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise DataError(
-            f"calibration token ids reach from {tokens.min()} to {tokens.max()}, but the model's vocabulary has "
-            f"{config.vocab_size}: tokenized for another model?"
+            f"calibration token ids range from {tokens.min()} to {tokens.max()}, but the model's vocabulary has "
+            f"{config.vocab_size} tokens: was the text tokenized for another model?"
         )
     return tokens.astype(np.int32)
 

@@ -56,7 +56,10 @@ def keep_programs(root: Path | None = None, max_bytes: int = MAX_BYTES) -> str |
         folder.mkdir(parents=True, exist_ok=True)
         trim(root, max_bytes)
     except OSError as error:
-        return f"compiled programs are not kept in {folder}: {error.strerror or error} ({CACHE_VARIABLE}=off or a path)"
+        return (
+            f"compiled programs cannot be cached in {folder}: {error.strerror or error}. "
+            f"Set {CACHE_VARIABLE} to another directory, or to off"
+        )
     for name, value in settings(folder).items():
         jax.config.update(name, value)
     return None

@@ -170,7 +170,7 @@ class SpQRConfig:
         if self.stats_group_size < 8 or self.stats_group_size % 8:
             problems.append(f"stats_group_size must be a multiple of 8, got {self.stats_group_size}")
         if not self.outlier_threshold > 0:
-            problems.append(f"outlier_threshold must be positive, or inf for none, got {self.outlier_threshold}")
+            problems.append(f"outlier_threshold must be positive, or inf for no outliers, got {self.outlier_threshold}")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             problems.append(f"damping must be a finite number >= 0, got {self.damping}")
         if not 0 <= self.drift_correction <= 1:
@@ -179,31 +179,31 @@ class SpQRConfig:
             if getattr(self, name) not in get_args(kind):
                 problems.append(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if not self.bit_choices:
-            problems.append("bit_choices is empty: give at least one width")
+            problems.append("bit_choices is empty: give at least one bit width")
         if self.target_bits is not None and not (self.compensate and 2 <= self.target_bits <= 16):
             problems.append(
-                f"target_bits must lie in 2..16 and needs compensate=True, got {self.target_bits} and {self.compensate}"
+                f"target_bits must lie in 2..16 and needs compensate=True, got {self.target_bits} and "
+                f"compensate={self.compensate}"
             )
         if not self.compensate and self.outliers:
-            problems.append(
-                "outliers are found through the compensated error: with compensate=False set outlier_threshold=inf"
-            )
+            problems.append("outliers need error compensation: with compensate=False, set outlier_threshold=inf")
         return problems + self._baseline_problems()
 
     def _baseline_problems(self) -> list[str]:
         problems = []
         if self.steps is not None and (self.steps < 1 or self.solver not in DEFAULT_STEPS):
             problems.append(
-                f"steps must be at least 1 and goes with {', '.join(DEFAULT_STEPS)}; got {self.steps} for {self.solver}"
+                f"steps must be at least 1 and works only with the solvers {', '.join(DEFAULT_STEPS)}; got "
+                f"steps={self.steps} for {self.solver}"
             )
         if self.solver == "columns":
             return problems
         if self.outliers or self.target_bits is not None:
-            problems.append(f"{self.solver} keeps no weights apart and meets no target: set outlier_threshold=inf")
+            problems.append(f"{self.solver} supports neither outliers nor target_bits: set outlier_threshold=inf")
         if self.order != "identity" or not self.compensate or self.corrects_drift:
             problems.append(f"{self.solver} needs order='identity', compensate=True and no drift_correction")
         if self.solver in ("adaquant", "bit-split") and self.quantized_stats:
-            problems.append(f"{self.solver} finds scales of its own, which are 16-bit floats: set stats_bits=16")
+            problems.append(f"{self.solver} learns its scales as 16-bit floats: set stats_bits=16")
         return problems
 
     @property

@@ -367,10 +367,10 @@ def _checked_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, ma
     try:
         rows = [[operator.index(token) for token in prompt] for prompt in prompts]
     except TypeError:  # a text, a number for a list, fractions
-        raise DataError(f"prompts must be lists of token ids, whole numbers, got {shown(prompts)}") from None
+        raise DataError(f"prompts must be lists of integer token ids, got {shown(prompts)}") from None
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) == 0:
-        raise DataError(f"expected at least one prompt and one token in each, got lengths {lengths}")
+        raise DataError(f"expected at least one prompt and at least one token in each, got lengths {lengths}")
     if max_new_tokens < 1:
         raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if max(lengths) >= config.max_positions:
@@ -380,7 +380,7 @@ def _checked_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, ma
     ids = [token for row in rows for token in row]
     if min(ids) < 0 or max(ids) >= config.vocab_size:
         raise DataError(
-            f"prompt token ids reach from {min(ids)} to {max(ids)}, but the vocabulary has {config.vocab_size}: "
-            "tokenized for another model?"
+            f"prompt token ids range from {min(ids)} to {max(ids)}, but the vocabulary has {config.vocab_size} tokens: "
+            "was the text tokenized for another model?"
         )
     return lengths

@@ -120,7 +120,10 @@ def why_no_pallas() -> str:
     if target.platform == "tpu":
         return ""
     if target.platform != "gpu" or target.capability < (8, 0):
-        return f"Pallas kernels need a TPU or an NVIDIA GPU of compute capability 8.0 or higher, this is {target.kind}"
+        return (
+            "Pallas kernels need a TPU or an NVIDIA GPU of compute capability 8.0 or higher, but this device is "
+            f"{target.kind}"
+        )
     mosaic, triton = spqr_matmul.why_no_mosaic(target), spqr_matmul.why_no_triton()
     return f"{mosaic}; {triton}" if mosaic and triton else ""
 
@@ -159,7 +162,8 @@ def prepare(
         raise SpQRError(f"implementation must be cpu, {', '.join(_LAYOUTS)} or xla, got {implementation!r}")
     if implementation != "cpu" and int8_activations:
         raise SpQRError(
-            f"int8 activations need the native CPU kernels: {cpu_kernels.why_unavailable() or 'not chosen'}"
+            "int8 activations need the native CPU kernels: "
+            f"{cpu_kernels.why_unavailable() or 'another implementation was chosen'}"
         )
 
     def one(leaf: Any) -> Any:
@@ -171,7 +175,10 @@ def prepare(
             why = why_not_pallas(leaf)
             if not why:
                 return pack_for_pallas(leaf, _LAYOUTS[implementation])
-            warnings.warn(f"a weight of shape {leaf.shape} is dequantized: {why}", stacklevel=2)
+            warnings.warn(
+                f"a weight of shape {leaf.shape} is dequantized, since the Pallas kernels do not support {why}",
+                stacklevel=2,
+            )
         return leaf.to_dense(dtype or jnp.float32)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))

@@ -33,7 +33,7 @@ def packed_words(num_codes: int, bits: int) -> int:
         raise SpQRError(f"bits must lie in 1..16, got {bits}")
     if num_codes % CODES_PER_RUN:
         raise SpQRError(
-            f"codes are packed in runs of {CODES_PER_RUN}: the last axis has {num_codes}, "
+            f"codes are packed in runs of {CODES_PER_RUN}: but the last axis has {num_codes}; "
             f"pad it to {-(-num_codes // CODES_PER_RUN) * CODES_PER_RUN}"
         )
     return num_codes // CODES_PER_RUN * bits
@@ -79,7 +79,7 @@ def unpack_codes(words: Any, bits: int) -> Any:
     if not 1 <= bits <= 16:
         raise SpQRError(f"bits must lie in 1..16, got {bits}")
     if words.shape[-1] % bits:
-        raise SpQRError(f"{words.shape[-1]} words do not hold whole runs of {bits}-bit codes")
+        raise SpQRError(f"{words.shape[-1]} words do not divide into runs of {bits}-bit codes")
     runs = xp.asarray(words).astype(xp.uint32).reshape(*words.shape[:-1], -1, bits)
     mask = (1 << bits) - 1
     codes = []

@@ -110,7 +110,7 @@ def quantize(
     if not isinstance(params, Decoder):
         raise SpQRError(
             f"params is a {type(params).__name__}: expected a Decoder (see spqr_jax.load_model); "
-            "for a model of your own give its forward function, forward=fn"
+            "for your own model, give its forward function, forward=fn"
         )
     sink = TreeSink(params.config)
     quantize_blocks(TreeSource(params), sink, calib_batches, config or SpQRConfig.preset(), on_layer=on_layer)
@@ -306,8 +306,8 @@ class _BlockSolver:
         if self.starved:
             listed = ", ".join(f"{expert} ({tokens})" for expert, tokens in self.starved.items())
             warnings.warn(
-                f"{prefix.rstrip('.')}: calibration text hardly reaches these experts (tokens): {listed}. They are "
-                "quantized with more damping; more text (--nsamples) tells more of them",
+                f"{prefix.rstrip('.')}: these experts see few calibration tokens (number in parentheses): {listed}. "
+                "They are quantized with more damping; use more calibration text (--nsamples)",
                 stacklevel=2,
             )
             self.starved = {}
@@ -338,14 +338,14 @@ def _quantize_forward(
 ) -> Any:
     if config.target_bits is not None:
         raise SpQRError(
-            "target_bits is planned from a backward pass through a Decoder's blocks, which forward=fn does not have: "
-            "give bits and outlier_threshold, or rules for single weights"
+            "target_bits needs a backward pass through a Decoder's blocks, which forward=fn does not have: "
+            "set bits and outlier_threshold instead, or give rules for individual weights"
         )
     leaves, tree = jax.tree.flatten(params)
     batches = iter(batches if batches is not None else ())
     first = next(batches, None)
     if first is None:
-        raise DataError("no calibration batches: forward=fn needs at least one, also to learn which weights there are")
+        raise DataError("no calibration batches: forward=fn needs at least one, also to find the model's weights")
     groups, leaf_of, widths = _trace_forward(forward, leaves, tree, first)
 
     @jax.jit
@@ -380,9 +380,9 @@ class _ForwardRecorder(InputRecorder):
 
     def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
         if name in self.leaf_of:
-            raise SpQRError(f"linear was called twice with the path {name!r}: give each weight a path of its own")
+            raise SpQRError(f"linear was called twice with the path {name!r}: give each weight its own path")
         if id(w) not in self._index:
-            raise SpQRError(f"linear({name!r}): the weight is no leaf of params; pass it as it stands there, [out, in]")
+            raise SpQRError(f"linear({name!r}): the weight is not a leaf of params; pass it unchanged, [out, in]")
         self.leaf_of[name] = self._index[id(w)]
         super().__call__(name, w, x)
         return jax.numpy.matmul(x, w.T)

@@ -92,25 +92,25 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
     path = packaged_model(spec, say) if spec in PACKAGED else Path(spec).expanduser()
     if path.is_file():
         if not is_gguf(path):
-            raise ModelError(f"{spec} is no GGUF file: it is {first_bytes(path)}; expected {MODEL_HELP}")
+            raise ModelError(f"{spec} is not a GGUF file: it is {first_bytes(path)}; expected {MODEL_HELP}")
         return _open_gguf(spec, path, weights_dtype, say)
     if path.is_dir():
         if is_checkpoint(path):
             return OpenedModel(spec, CheckpointSource(path), lambda: load_tokenizer(path, say), quantized=True)
         if is_legacy(path):
             raise ModelError(
-                f"{spec} is a folder of the original implementation: read it with "
+                f"{spec} was written by the original SpQR implementation: import it with "
                 f"'spqr import {spec} --base DIRECTORY_OF_THE_MODEL --out OUT'"
             )
         if not (path / "config.json").exists() and (models := _gguf_models(path)):
             if len(models) > 1:
                 names = ", ".join(model.name for model in models)
-                raise ModelError(f"{spec} holds several GGUF models: {names}; name one of them")
+                raise ModelError(f"{spec} holds several GGUF models: {names}; give one of these files")
             return _open_gguf(spec, models[0], weights_dtype, say)
         return _open_hf_directory(spec, path, weights_dtype, say)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not unfinished_note(path):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
-    raise ModelError(f"no model {spec!r}: expected {MODEL_HELP}{unfinished_note(path)}")
+    raise ModelError(f"no model found for {spec!r}: expected {MODEL_HELP}{unfinished_note(path)}")
 
 
 def _open_gguf(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
@@ -156,7 +156,7 @@ def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the network and the hub fail in many ways
         raise ModelError(
-            f"{name!r} is no local path and could not be fetched from the hub: "
+            f"{name!r} is not a local path and could not be fetched from the hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from None
 

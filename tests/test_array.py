@@ -160,7 +160,7 @@ def broken(array: SpQRArray):
     yield {"tile_stats": np.asarray(array.tile_stats, np.float32)}, "tile_stats should be float16"
     yield {"bits": 4}, "codes should be"
     yield {"scale_codes": None}, "should be"
-    yield {"group_size": 7}, "no supported format"
+    yield {"group_size": 7}, "is not a supported format"
 
 
 def test_each_broken_invariant_is_named():

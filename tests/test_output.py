@@ -97,7 +97,7 @@ def test_no_room_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(space, "free_bytes", lambda path: 1_100_000_000)
     with Claim(tmp_path / "q") as held:
         held.need(1e9)
-        with pytest.raises(CheckpointError, match=r"q needs about 3.2 GB, 1.1 GB are free on /"):
+        with pytest.raises(CheckpointError, match=r"q needs about 3.2 GB, but only 1.1 GB are free on /"):
             held.need(3.2e9)
     monkeypatch.setattr(claim, "free_bytes", lambda path: None)  # a system that does not say
     with Claim(tmp_path / "q") as held:
@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_says_how_much_is_free(tmp_path):
         with AtomicDirectory(tmp_path / "q"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(CheckpointError, match=r"q: No space left on device; .*B are free on /.*make room"):
+    with pytest.raises(CheckpointError, match=r"q: No space left on device; .*B are free on /.*free some space"):
         fill()
     assert names(tmp_path) == []
 
@@ -179,7 +179,9 @@ def test_of_two_in_one_process_the_later_gets_a_name_beside(tmp_path):
             assert write(tmp_path / "q", "quick") == tmp_path / "q"
         return slow.path
 
-    with pytest.warns(UserWarning, match=r"q was written by another.*lies in .*q-2"):
+    with pytest.warns(
+        UserWarning, match=r"another process wrote .*q during this run: the result of this run is in .*q-2"
+    ):
         assert write_slowly() == tmp_path / "q-2"
     assert {name: (tmp_path / name / "text").read_text() for name in names(tmp_path)} == {"q": "quick", "q-2": "slow"}
 
@@ -255,11 +257,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_what_a_killed_run_left_is_named_and_removed(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "q"], check=False)
     assert len(names(tmp_path)) == 2  # its directory and its lock
-    with pytest.raises(ModelError, match=r"no model .*an unfinished run to that name lies in .*\.q\.partial-"):
+    with pytest.raises(ModelError, match=r"no model found .*an unfinished result is in .*\.q\.partial-"):
         load_model(str(tmp_path / "q"))
-    with pytest.raises(CheckpointError, match=r"does not exist; an unfinished run"):
+    with pytest.raises(CheckpointError, match=r"does not exist; an unfinished result"):
         CheckpointSource(tmp_path / "q")
-    with pytest.warns(UserWarning, match=r"removed .*\.q\.partial-.* \(1.0 MB\), which a run that was killed left"):
+    with pytest.warns(UserWarning, match=r"removed .*\.q\.partial-.* \(1.0 MB\), left by a run that was killed"):
         write(tmp_path / "q")
     assert names(tmp_path) == ["q"]
 
@@ -274,7 +276,7 @@ def test_what_is_not_known_to_be_ours_and_dead_is_left_alone(tmp_path):
         leave(tmp_path, "partial", host=here, random="too-long-to-be-ours"),
         leave(tmp_path, "old", host=here),
     ]
-    with pytest.warns(UserWarning, match="left, here or elsewhere: remove it") as notes:
+    with pytest.warns(UserWarning, match="killed run on this or another machine: remove it") as notes:
         write(tmp_path / "q")
     assert len(notes) == 3
     assert names(tmp_path) == sorted([path.name for path in kept] + ["q"])
@@ -284,7 +286,7 @@ def test_a_model_that_was_laid_aside_is_put_back(tmp_path):
     old = leave(tmp_path, "old", host=socket.gethostname())
     (old / "old").mkdir()
     (old / "old" / "text").write_text("the user's")
-    with pytest.raises(CheckpointError, match=r"q exists already.*q is put back: a run was killed"):
+    with pytest.raises(CheckpointError, match=r"q exists already.*q was restored: a run was killed"):
         write(tmp_path / "q")
     assert names(tmp_path) == ["q"]
     assert (tmp_path / "q" / "text").read_text() == "the user's"
@@ -363,8 +365,8 @@ def test_a_link_stands_for_what_it_points_to(tmp_path):
     ("place", "says"),
     [
         ("folder", "it is a directory"),
-        ("nowhere/x.json", "there is no folder"),
-        ("file/x.json", "there is no folder"),
+        ("nowhere/x.json", "there is no directory"),
+        ("file/x.json", "there is no directory"),
         ("/proc/x.json", "nothing can be created in /proc"),
         ("x" * 256, "File name too long"),
         ("a\0b", "null"),

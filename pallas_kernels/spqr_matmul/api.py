@@ -60,11 +60,11 @@ class _Call:
     def require(self, layout: str, platform: str, most: int) -> None:
         """Raises NotImplementedError unless the matrix, the device and the batch fit."""
         if self.prepared.layout != layout:
-            raise NotImplementedError(f"the matrix was prepared as {self.prepared.layout!r}, {layout!r} is needed")
+            raise NotImplementedError(f"the matrix was prepared as {self.prepared.layout!r}, but {layout!r} is needed")
         if self.interpret is False and not self.named and self.target.platform != platform:
-            raise NotImplementedError(f"needs a {platform.upper()}, this is {self.target.platform}")
+            raise NotImplementedError(f"needs a {platform.upper()}, but this device is a {self.target.platform}")
         if self.x.shape[0] > most:
-            raise NotImplementedError(f"{self.x.shape[0]} rows of activations; up to {most} is what it is for")
+            raise NotImplementedError(f"{self.x.shape[0]} rows of activations, but this kernel takes at most {most}")
 
     @property
     def problem(self) -> tuning.Problem:
@@ -80,9 +80,9 @@ def why_no_mosaic(target: devices.Target) -> str:
     except ImportError as error:
         return f"JAX {jax.__version__} cannot load Pallas's Mosaic GPU backend: {error}"
     if not hasattr(mosaic_gpu, "mma"):
-        return f"JAX {jax.__version__} has no mma in Mosaic GPU; 0.11 and later have"
+        return f"JAX {jax.__version__} has no mma in Mosaic GPU; JAX 0.11 or later is needed"
     if target.platform == "gpu" and target.capability < (8, 0):
-        return f"{target.kind} has compute capability {target.capability}, (8, 0) is needed"
+        return f"{target.kind} has compute capability {target.capability}, but at least (8, 0) is needed"
     return ""
 
 
@@ -247,7 +247,7 @@ def _names(implementation: str | Sequence[str] | None) -> Sequence[str]:
     names = IMPLEMENTATIONS if implementation is None else implementation
     names = [names] if isinstance(names, str) else list(names)
     if not names or any(name not in _IMPLEMENTATIONS for name in names):
-        raise ValueError(f"implementation must be of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+        raise ValueError(f"implementation must be one or more of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     return names
 
 

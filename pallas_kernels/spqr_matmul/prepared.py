@@ -204,7 +204,9 @@ def _check(
     for name, (array, wanted) in least.items():
         have = tuple(array.shape)
         if len(have) != len(wanted) or any(h < w for h, w in zip(have, wanted, strict=True)):
-            raise ValueError(f"{name} of shape {have} does not cover a matrix of {out} x {inner}: {wanted} is needed")
+            raise ValueError(
+                f"{name} of shape {have} does not cover a matrix of {out} x {inner}: at least {wanted} is needed"
+            )
     row_ptr, cols = np.asarray(row_ptr), np.asarray(cols)
     if row_ptr.shape != (out + 1,) or row_ptr[0] != 0 or np.any(np.diff(row_ptr) < 0):
         raise ValueError(f"row_ptr of shape {row_ptr.shape} does not rise from 0 over {out} rows")

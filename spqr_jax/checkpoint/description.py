@@ -123,7 +123,7 @@ def _leaf_spec(entries: Entries) -> LeafSpec:
 def _leaf_shapes(entries: Entries, shape: tuple[int, ...], meta: dict[str, int], permuted: bool) -> dict[str, Any]:
     """Shapes that the leaves of a quantized weight must have: nothing larger is read into memory."""
     if len(shape) != 2:
-        entries.refuse("shape", "two sizes")
+        entries.refuse("shape", "two sizes: [out, in]")
     for name, least, most in (("bits", 1, 8), ("scale_bits", 1, 16), ("zero_bits", 1, 16)):
         entries.integer(name, least=least, most=most)
     for name in ("group_size", "stats_group_size"):

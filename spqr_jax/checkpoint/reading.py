@@ -51,7 +51,9 @@ class CheckpointSource:
         if not os.path.lexists(self.path):
             raise CheckpointError(f"{path} does not exist{unfinished_note(self.path)}")
         if not is_checkpoint(self.path):
-            raise CheckpointError(f"{path} is not a checkpoint of {FORMAT} (no model/ and layers/ in it)")
+            raise CheckpointError(
+                f"{path} is not a checkpoint directory of {FORMAT}, which has both model/ and layers/"
+            )
         self._header = header = _read_header(self.path / "model")
         quantization = header.raw("quantization")
         label = header.label
@@ -100,8 +102,8 @@ class CheckpointSource:
                 raise described.lacks(name, f"a weight of shape {expected[name]}")
             shape = described.nested(name).integers("shape")
             if tuple(shape) != expected.get(name):
-                wanted = f"expected {list(expected[name])}" if name in expected else "which the model does not have"
-                raise CheckpointError(f"{directory}: it holds a weight {shown(name)} of shape {shown(shape)}, {wanted}")
+                wanted = f"expected {list(expected[name])}" if name in expected else "but the model has no such weight"
+                raise CheckpointError(f"{directory}: weight {shown(name)} has shape {shown(shape)}, {wanted}")
         specs = {name: WeightSpec.from_json(described.nested(name)) for name in described}
         tree = _read_tree(directory, specs)
         weights = {}
@@ -109,8 +111,8 @@ class CheckpointSource:
             for leaf, value in tree[name].items():
                 if fingerprint(np.asarray(value))["sha256"] != spec.leaves[leaf].sha256:
                     raise CheckpointError(
-                        f"{directory}: leaf {name}.{leaf} is not what was written (checksum differs): "
-                        "the file is damaged or edited"
+                        f"{directory}: leaf {name}.{leaf} does not match its checksum: "
+                        "the file is damaged or was edited"
                     )
             weights[name] = spec.build(tree[name], f"{directory}: {name}")
         return {name: weights[name] for name in expected}
@@ -140,8 +142,8 @@ def _read_header(directory: Path) -> Entries:
         raise CheckpointError(f"{directory} is not a checkpoint of {FORMAT}")
     if header.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{directory} has format version {shown(header.get('format_version'))}, this program reads "
-            f"{FORMAT_VERSION}: use the version of spqr-jax that wrote it, or quantize the model again"
+            f"{directory} has format version {shown(header.get('format_version'))}, but this program reads "
+            f"version {FORMAT_VERSION}: use the version of spqr-jax that wrote it, or quantize the model again"
         )
     return Entries(header, str(directory), error=CheckpointError)
 
@@ -170,7 +172,7 @@ def _read_tree(directory: Path, specs: dict[str, WeightSpec]) -> dict[str, dict[
     except Exception as error:
         bad = _unreadable_leaves(directory, abstract)
         raise CheckpointError(
-            f"{directory}: {', '.join(bad[:_SHOWN]) or 'the arrays'} cannot be read, the files are truncated or "
+            f"{directory}: {', '.join(bad[:_SHOWN]) or 'the arrays'} cannot be read; the files are truncated or "
             f"damaged: {_first_line(error)}"
         ) from None
 
@@ -180,7 +182,8 @@ def _refuse_bombs(directory: Path, claimed: int) -> None:
     stored = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     if claimed > _SMALL_ANYWAY and claimed > _MOST_COMPRESSED * stored:
         raise CheckpointError(
-            f"{directory} tells of arrays of {claimed} bytes and holds {stored}: the files are truncated or edited"
+            f"{directory} describes arrays of {claimed} bytes, but its files have only {stored} bytes: "
+            "they are truncated or were edited"
         )
 
 

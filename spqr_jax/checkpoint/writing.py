@@ -88,7 +88,9 @@ class CheckpointSink(AtomicDirectory):
         """Keeps the tokenizer and other files, once every part was put."""
         missing = sorted(set(range(self._config.num_layers)) - self._blocks)
         if missing or not self._has_outer:
-            raise CheckpointError(f"the checkpoint is incomplete: blocks {missing} or the outer weights were never put")
+            raise CheckpointError(
+                f"the checkpoint is incomplete: blocks {missing} or the outer weights were never written"
+            )
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(self.partial)
         write_files(self.partial, self._files)

@@ -53,7 +53,7 @@ def load_tokens(spec: str, split: Split, encode: Encode, render: Render | None =
         if column is None and (path.suffix.lower() == ".npy" or _holds_ids(path)):
             return _read_ids(path)
         if not os.path.exists(path):
-            raise DataError(f"no data {spec!r}: expected {DATA_HELP}")
+            raise DataError(f"no data found for {spec!r}: expected {DATA_HELP}")
         text = _join_documents(_read_column(path, column, TEXT_NAMES), render)
     tokens = encode(text) if text.strip() else np.empty(0, np.int32)
     if not tokens.size:
@@ -72,7 +72,7 @@ def _split_column(spec: str) -> tuple[Path, str | None]:
 def _read_column(path: Path, column: str | None, names: Sequence[str]) -> str | list[Document]:
     documents = read_documents(path, names if column is None else (column,))
     if column is not None and isinstance(documents, str):
-        raise DataError(f"{path} is plain text, it has no columns: leave out '#{column}'")
+        raise DataError(f"{path} is plain text and has no columns: remove '#{column}'")
     return documents
 
 
@@ -95,7 +95,7 @@ def _join_documents(documents: str | list[Document], render: Render | None) -> s
 def _rendered(document: Document, render: Render | None) -> str:
     if render is None:
         raise DataError(
-            f"{document.place} is a conversation, but the model has no chat template: give texts, or use an "
+            f"{document.place} is a conversation, but the model has no chat template: give plain text, or use an "
             "instruction-tuned model"
         )
     assert not isinstance(document.content, str)
@@ -121,7 +121,7 @@ def _read_ids(path: Path) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies asks for no memory
         if not isinstance(ids, np.ndarray):
-            raise ValueError("it is an archive of several arrays (.npz)")
+            raise ValueError("it is an archive of several arrays (.npz), expected one array")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except OSError as error:
@@ -135,7 +135,9 @@ def _read_ids(path: Path) -> np.ndarray:
     if ids.min() < 0:
         raise DataError(f"{path} holds negative token ids (smallest {ids.min()})")
     if ids.max() > LARGEST:
-        raise DataError(f"{path} holds token ids beyond 32 bits (largest {ids.max()}): are these token ids?")
+        raise DataError(
+            f"{path} has values that do not fit in 32 bits (largest {ids.max()}): are these really token ids?"
+        )
     return np.array(ids, np.int32)
 
 
@@ -143,7 +145,7 @@ def _read_local(name: str, file: str) -> str:
     """A local copy of a corpus, its lines or records joined as the corpus is."""
     corpus = CORPORA[name]
     if corpus.join_lines is None:
-        raise DataError(f"{name} has no rule for a local file; give the file's path alone")
+        raise DataError(f"{name} cannot be read from a local copy as {name}:FILE; give only the file's path")
     path, column = _split_column(file)
     if not os.path.exists(path):
         raise DataError(f"{path} does not exist")
@@ -152,7 +154,7 @@ def _read_local(name: str, file: str) -> str:
         return corpus.join_lines(documents.splitlines(keepends=True))
     for document in documents:
         if not isinstance(document.content, str):
-            raise DataError(f"{document.place} is a conversation, expected {name}'s text: give the file's path alone")
+            raise DataError(f"{document.place} is a conversation, but {name} is plain text: give only the file's path")
     return corpus.join_lines(str(document.content) for document in documents)
 
 
@@ -172,7 +174,7 @@ def split_weight(spec: str) -> tuple[str, float]:
         value = math.nan
     if not text or not (math.isfinite(value) and value > 0):
         raise DataError(
-            f"{spec!r}: no file has this name, so {weight!r} should be the text's weight, a positive number, as in "
-            "code.jsonl=2"
+            f"{spec!r}: there is no file with this name, so {weight!r} must be the weight of the text: a positive "
+            "number, as in code.jsonl=2"
         )
     return text, value

@@ -35,9 +35,7 @@ def evaluation_windows(
         count = tokens.size // taken
         windows = _begun(tokens[: count * taken].reshape(count, taken), first_token)
     if not len(windows):
-        raise DataError(
-            f"{source} holds {tokens.size} tokens, less than one window of {length}; ask for shorter windows"
-        )
+        raise DataError(f"{source} holds {tokens.size} tokens, less than one window of {length}; use shorter windows")
     return windows if limit is None else windows[:limit]
 
 
@@ -79,14 +77,13 @@ def _drawn(
     if tokens.ndim == 2:
         if len(tokens) < count or tokens.shape[1] < length:
             raise DataError(
-                f"{source} holds {tokens.shape[0]} windows of {tokens.shape[1]}, asked for {count} of {length}"
+                f"{source} has {tokens.shape[0]} windows of {tokens.shape[1]} tokens, but {count} windows of "
+                f"{length} tokens are needed"
             )
         return tokens[:count, :length]
     taken = length - (first_token is not None)
     if tokens.size < taken:
-        raise DataError(
-            f"{source} holds {tokens.size} tokens, less than one window of {length}; ask for shorter windows"
-        )
+        raise DataError(f"{source} holds {tokens.size} tokens, less than one window of {length}; use shorter windows")
     starts = np.random.default_rng(seed).integers(0, tokens.size - taken + 1, count)
     return _begun(np.stack([tokens[start : start + taken] for start in starts]), first_token)
 
@@ -141,7 +138,7 @@ def shares(weights: Sequence[float], count: int) -> list[int]:
             raise DataError(f"the weight of a text must be a positive number, got {weight}")
     if count < len(weights):
         raise DataError(
-            f"{count} windows of {len(weights)} texts: ask for more windows (--nsamples) or give fewer texts"
+            f"{count} windows are too few for {len(weights)} texts: use more windows (--nsamples) or fewer texts"
         )
     scaled = np.asarray(weights, np.float64) / max(weights)
     exact = scaled / scaled.sum() * count

@@ -98,7 +98,7 @@ def _checked(index: int, context: Tokens, continuation: Tokens, config: DecoderC
     if not len(context) or not len(continuation):
         raise DataError(
             f"request {index} has {len(context)} tokens of context and {len(continuation)} of continuation: at least "
-            "one of each is needed (an empty context: give the BOS or EOS token)"
+            "one token of each is needed (for an empty context, give the BOS or EOS token)"
         )
     room = config.max_positions + 1 - len(continuation)  # the last token of a continuation is never read
     if room < 1:
@@ -110,7 +110,7 @@ def _checked(index: int, context: Tokens, continuation: Tokens, config: DecoderC
     if min(whole) < 0 or max(whole) >= config.vocab_size:
         raise DataError(
             f"request {index} has token ids from {min(whole)} to {max(whole)}, but the model's vocabulary has "
-            f"{config.vocab_size}: tokenized for another model?"
+            f"{config.vocab_size} tokens: was the text tokenized for another model?"
         )
     split = len(whole) - len(continuation)
     return _Request(index, whole[: split - 1], whole[split - 1 : -1], whole[split:])

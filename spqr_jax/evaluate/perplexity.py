@@ -140,7 +140,7 @@ def checked_windows(windows: np.ndarray, config: DecoderConfig) -> np.ndarray:
         )
     if windows.min() < 0 or windows.max() >= config.vocab_size:
         raise DataError(
-            f"token ids reach from {windows.min()} to {windows.max()}, but the model's vocabulary has "
-            f"{config.vocab_size}: tokenized for another model?"
+            f"token ids range from {windows.min()} to {windows.max()}, but the model's vocabulary has "
+            f"{config.vocab_size} tokens: was the text tokenized for another model?"
         )
     return windows

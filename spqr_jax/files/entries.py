@@ -107,12 +107,12 @@ class Entries:
         """A text, or None where there is none."""
         value = self.raw(name)
         if value is not None and not _is_text(value):
-            self.refuse(name, "a text")
+            self.refuse(name, "a string")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
         """As :meth:`maybe_text`; an absent one is `default`, or an error where that is None."""
-        return self._given(name, self.maybe_text(name), default, "a text")
+        return self._given(name, self.maybe_text(name), default, "a string")
 
     def maybe_flag(self, name: str) -> bool | None:
         """True or false, or None where there is none."""
@@ -148,7 +148,7 @@ class Entries:
         values = self._list(name)
         for value in values:
             if not _is_text(value):
-                self.refuse(name, "texts", value)
+                self.refuse(name, "strings", value)
         return values
 
     def nested(self, name: str, defaults: Mapping[str, Any] | None = None) -> Entries:
@@ -236,7 +236,7 @@ def plain(name: str) -> str:
 def shown(value: Any) -> str:
     """A value for a message, shortened."""
     if isinstance(value, np.ndarray) and value.ndim != 1:
-        return f"an array of {value.dtype} {value.shape}"
+        return f"an array of type {value.dtype} and shape {value.shape}"
     if isinstance(value, dict) and len(value) > 5:
         return f"an object of {len(value)} entries"
     several = isinstance(value, (list, np.ndarray))
@@ -244,11 +244,11 @@ def shown(value: Any) -> str:
     if isinstance(first, np.ndarray):
         first = first.tolist()
     if _is_large(first):
-        return "something of too many values to be shown"
+        return "a value too large to show"
     try:
         text = " ".join(repr(first).split())
     except (RecursionError, ValueError):  # ValueError: a whole number too long to write
-        return "something nested too deeply, or too long, to be shown"
+        return "a value nested too deeply or too long to show"
     if several and len(value) > 5:
         text = f"{text[:-1]}, ...] ({len(value)} values)"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -41,13 +41,13 @@ def read_fields(kind: type, values: Any, label: str, error: type[SpQRError] = Mo
         inner, optional = _without_none(hint)
         if name not in values:
             if fields[name].default is dataclasses.MISSING and fields[name].default_factory is dataclasses.MISSING:
-                raise entries.lacks(name, "needed")
+                raise entries.lacks(name, "required")
         elif values[name] is not None:
             read[name] = _value(entries, name, inner)
         elif optional:
             read[name] = None
         else:
-            entries.refuse(name, "a value")
+            entries.refuse(name, "a value other than null")
     return read
 
 

@@ -79,7 +79,7 @@ def read_documents(path: Path, names: Sequence[str] = TEXT_NAMES) -> str | list[
         rows = parquet_rows(data, label, names, [_SYSTEM])
     elif suffix in (".parquet", ".pq"):
         decode_text(data, label)  # what else it is, if that can be told
-        raise DataError(f"{label} is no Parquet file (these begin and end with 'PAR1'): fetch it again")
+        raise DataError(f"{label} is not a Parquet file (which begins and ends with 'PAR1'): fetch it again")
     else:
         text = decode_text(data, label)
         if suffix in (".csv", ".tsv"):
@@ -106,7 +106,7 @@ def read_limited(path: Path) -> bytes:
         size = 0  # reading it says what is wrong
     if size > LARGEST:
         raise DataError(
-            f"{path} holds {size / 1e9:.1f} GB; at most 2.1 GB are read: take a part, `head -n 100000 FILE > PART`"
+            f"{path} has {size / 1e9:.1f} GB, but at most 2.1 GB can be read: use a part, `head -n 100000 FILE > PART`"
         )
     return read_bytes(path, DataError)
 
@@ -117,7 +117,7 @@ def _content(value: Any, place: str, label: str, names: Sequence[str]) -> str | 
         return checked_characters(value, place)
     if not isinstance(value, dict):
         raise DataError(
-            f"{place}: {shown(value)}, expected a text, or an object with {' or '.join(names)}: correct or remove it"
+            f"{place} is {shown(value)}, expected a string or an object with {' or '.join(names)}: correct or remove it"
         )
     name = next((name for name in names if value.get(name) is not None), None)
     if name is None:
@@ -133,7 +133,7 @@ def _content(value: Any, place: str, label: str, names: Sequence[str]) -> str | 
     if isinstance(content, str):
         return checked_characters(content, place)
     if not isinstance(content, list):
-        raise DataError(f"{place}: {name} is {shown(content)}, expected a text or a list of messages")
+        raise DataError(f"{place}: {name} is {shown(content)}, expected a string or a list of messages")
     messages = [_message(message, f"{place}: {name}[{index}]") for index, message in enumerate(content)]
     system = value.get(_SYSTEM)
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
@@ -153,13 +153,13 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         message |= {"role": _SPEAKERS[speaker.lower()], "content": message.pop("value", None)}
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
-        raise DataError(f"{place}: role is {shown(role)}, expected a text such as 'user'")
+        raise DataError(f"{place}: role is {shown(role)}, expected a string such as 'user'")
     if content is None and message.get("tool_calls"):
         content = ""
     if isinstance(content, list):
         content = "".join(_part(part, f"{place}: content[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
-        raise DataError(f"{place}: content is {shown(content)}, expected a text")
+        raise DataError(f"{place}: content is {shown(content)}, expected a string")
     return {**message, "role": role, "content": content}
 
 
@@ -168,4 +168,4 @@ def _part(part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         text: str = part["text"]
         return text
-    raise DataError(f"{place} is {shown(part)}, expected {{'type': 'text', 'text': ...}}: only text is read")
+    raise DataError(f"{place} is {shown(part)}, expected {{'type': 'text', 'text': ...}}: only text is supported")

@@ -76,13 +76,13 @@ class SafetensorsReader:
                     continue  # a copy: the index takes the tensor from elsewhere
                 if name in self._tensors:
                     raise ModelError(
-                        f"{directory}: tensor {name} stands in {self._tensors[name].path.name} and in {path.name}: "
-                        f"keep the files of one model, or name its file {WEIGHTS}"
+                        f"{directory}: tensor {name} is in both {self._tensors[name].path.name} and {path.name}: "
+                        f"keep the files of one model only, or rename its file to {WEIGHTS}"
                     )
                 self._tensors[name] = tensor
         if lacking := [name for name in index if name not in self._tensors]:
             raise ModelError(
-                f"{directory}: {weights_file or INDEX} names {len(lacking)} tensors that its files lack "
+                f"{directory}: {weights_file or INDEX} names {len(lacking)} tensors that are not in its files "
                 f"({_some(lacking)}): fetch the files and the index again"
             )
 
@@ -104,7 +104,7 @@ class SafetensorsReader:
         except OSError as error:
             raise ModelError(f"{tensor.path} cannot be read: {error.strerror}") from None
         if values.size != count:
-            raise ModelError(f"{tensor.path} has become shorter since it was opened: tensor {name} is cut off")
+            raise ModelError(f"{tensor.path} became shorter after it was opened: tensor {name} is cut off")
         values = values.reshape(tensor.shape)
         with np.errstate(over="ignore"):  # infinities are reported by whoever looks at the values
             return values if dtype is None else values.astype(dtype, copy=False)
@@ -130,7 +130,7 @@ def _names_in(directory: Path) -> list[str]:
 def _weight_files(directory: Path, names: list[str], asked: str | None) -> tuple[list[Path], Mapping[str, str]]:
     """The files of weights, and tensor -> file where an index says so."""
     if asked is not None and not _stays_inside(asked):
-        raise ModelError(f"{directory}: config.json asks for weights in {asked!r}: expected a file of the directory")
+        raise ModelError(f"{directory}: config.json names {asked!r} as the weights: expected a file in this directory")
     name = asked or next((name for name in (WEIGHTS, INDEX) if name in names), None)
     if name is None:
         return [directory / name for name in _unnamed_files(directory, names)], {}
@@ -139,7 +139,7 @@ def _weight_files(directory: Path, names: list[str], asked: str | None) -> tuple
     index = _read_index(directory / name)
     files = sorted(set(index.values()))
     if missing := [file for file in files if not os.path.lexists(directory / file)]:
-        raise ModelError(f"{directory}: {name} names files that are not there: {', '.join(missing)}: fetch them")
+        raise ModelError(f"{directory}: {name} names files that are missing: {', '.join(missing)}: fetch them")
     return [directory / file for file in files], index
 
 
@@ -147,14 +147,14 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> file, as an index has it; a file's name must not lead out of the directory."""
     entries = read_object(path)
     if "weight_map" not in entries:
-        raise entries.lacks("weight_map", "an object: the file of each tensor")
+        raise entries.lacks("weight_map", "an object that maps each tensor to its file")
     files = entries.nested("weight_map")
     index = {tensor: files.text(tensor) for tensor in files}
     for tensor, file in index.items():
         if not _stays_inside(file):
             files.refuse(tensor, "the name of a file in the same directory")
     if not index:
-        entries.refuse("weight_map", "the file of each tensor")
+        entries.refuse("weight_map", "at least one tensor and its file")
     return index
 
 
@@ -175,22 +175,22 @@ def _unnamed_files(directory: Path, names: list[str]) -> list[str]:
         return usual
     if models:
         raise ModelError(
-            f"{directory} has its weights in {_some(models)} only, under Mistral's own names: fetch {WEIGHTS} (or its "
-            f"shards and {INDEX}) too"
+            f"{directory} has weights only in {_some(models)}, which uses Mistral's own tensor names: also fetch "
+            f"{WEIGHTS} (or its shards and {INDEX})"
         )
     if set(ADAPTERS) & set(names):
         raise _adapter_alone(directory)
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
     if pickles:
         raise ModelError(
-            f"{directory} has its weights in {_some(pickles)} only, and no *.safetensors file: no pickles are read, "
-            "because reading one can run any program; save the model again with transformers' save_pretrained, "
-            "or fetch a copy that has safetensors"
+            f"{directory} has no *.safetensors file, only {_some(pickles)}. Pickle files are not read, because reading "
+            "one can run any program: save the model again with transformers' save_pretrained, or fetch a copy that "
+            "has safetensors"
         )
     if files := [name for name in names if name.lower().endswith(".gguf")]:
         raise ModelError(f"{directory} has no *.safetensors file, but {_some(files)}: give that file as the model")
     raise ModelError(
-        f"{directory} has no *.safetensors file; other weight formats are not read (no pickles): fetch {WEIGHTS}"
+        f"{directory} has no *.safetensors file; other weight formats, such as pickles, are not read: fetch {WEIGHTS}"
     )
 
 
@@ -200,13 +200,13 @@ def _refuse_missing_shards(directory: Path, names: list[str]) -> None:
         count = int(match[3])
         wanted = {f"{match[1]}-{number:05d}-of-{match[3]}.safetensors" for number in range(1, min(count, 9999) + 1)}
         if missing := sorted(wanted - set(names)):
-            raise ModelError(f"{directory}: of {count} files of weights, {_some(missing)} are not there: fetch them")
+            raise ModelError(f"{directory}: of {count} weight files, these are missing: {_some(missing)}: fetch them")
 
 
 def _adapter_alone(directory: Path) -> ModelError:
     return ModelError(
-        f"{directory} holds a LoRA adapter, no model: merge it into its base model first (peft: merge_and_unload, then "
-        "save_pretrained), and give the directory of the result"
+        f"{directory} holds a LoRA adapter, not a model: merge it into its base model first (peft: merge_and_unload, "
+        "then save_pretrained), and give the directory of the merged model"
     )
 
 
@@ -233,7 +233,7 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
             file.seek(8)
             header = parse_json(file.read(length), str(path))
     except FileNotFoundError:
-        what = "is a link to a file that is not there" if path.is_symlink() else "is not there"
+        what = "is a link to a missing file" if path.is_symlink() else "is missing"
         raise ModelError(f"{path} {what}: fetch it again") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -257,6 +257,6 @@ def _refuse_no_tensors(path: Path, start: bytes) -> None:
         raise ModelError(f"{path} is empty: fetch the file again")
     if start == _POINTER:
         raise ModelError(
-            f"{path} is a pointer of Git LFS, not the weights: run 'git lfs pull' where it was cloned, or fetch the "
+            f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in the cloned repository, or fetch the "
             "file from the hub"
         )

@@ -43,8 +43,8 @@ def _json_values(text: str, label: str) -> Iterator[Row]:
             raise DataError(f"{label}, line {line}: the JSON is nested too deeply: remove the record") from None
         except ValueError as problem:  # of JSON, and of numbers too long to convert
             raise DataError(
-                f"{label}, line {line}: not valid JSON ({problem}); expected one JSON object a line, or one array of "
-                "objects: correct or remove it (plain text is read from names without .json)"
+                f"{label}, line {line}: not valid JSON ({problem}); expected one JSON object per line, or one array of "
+                "objects: correct or remove it (a plain text file must not be named .json or .jsonl)"
             ) from None
         yield f"{label}, line {line}", value
         line += text.count("\n", position, end)
@@ -100,8 +100,8 @@ def csv_rows(text: str, label: str, delimiters: str, names: Sequence[str], more:
         place = f"{label}, line {line}"
         if len(fields) != len(header):
             raise DataError(
-                f"{place}: {len(fields)} fields, but the first row names {len(header)} columns: quote texts that hold "
-                f"{delimiter!r} or line ends"
+                f"{place}: {len(fields)} fields, but the first row names {len(header)} columns: put texts with "
+                f"{delimiter!r} or line breaks in quotes"
             )
         row = dict(zip(header, fields, strict=True))
         yield place, {name: row[name] for name in wanted}
@@ -126,7 +126,7 @@ def _csv_fields(text: str, label: str, delimiter: str) -> Iterator[tuple[int, li
             fields = next(reader, None)
         except csv.Error as problem:
             raise DataError(
-                f"{label}, line {line}: not a row of a table ({problem}): a quote in a quoted text is written twice"
+                f"{label}, line {line}: not a valid table row ({problem}): inside a quoted text, write each quote twice"
             ) from None
         finally:
             csv.field_size_limit(before)
@@ -184,5 +184,5 @@ def no_text(place: str, kind: str, there: Sequence[str], label: str, names: Sequ
     listed = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "")
     return DataError(
         f"{place}: no {kind} {' or '.join(map(repr, names))}; there are: {listed or 'none'}. "
-        f"Name the one that holds the text, as {label}#{next(iter(there), kind.upper())}"
+        f"Name the one with the text, for example {label}#{next(iter(there), kind.upper())}"
     )

@@ -22,16 +22,16 @@ _MARKS = (
 
 # What files of other kinds begin with, what they are, and how their text is had.
 _KINDS = (
-    (rb"version https://git-lfs\.github\.com/spec/", "a pointer of Git LFS", "fetch the file itself, `git lfs pull`"),
-    (rb"\x28\xb5\x2f\xfd", "data packed by zstd", "unpack it, `zstd -d FILE`"),
-    (rb"BZh[1-9]1AY&SY", "data packed by bzip2", "unpack it, `bunzip2 FILE`"),
-    (rb"\xfd7zXZ\0", "data packed by xz", "unpack it, `unxz FILE`"),
-    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive (.docx, .xlsx, .npz, .pt are some)", "unpack or convert it"),
+    (rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer", "fetch the file itself, `git lfs pull`"),
+    (rb"\x28\xb5\x2f\xfd", "zstd-compressed data", "decompress it, `zstd -d FILE`"),
+    (rb"BZh[1-9]1AY&SY", "bzip2-compressed data", "decompress it, `bunzip2 FILE`"),
+    (rb"\xfd7zXZ\0", "xz-compressed data", "decompress it, `unxz FILE`"),
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive (such as .docx, .xlsx, .npz or .pt)", "unpack or convert it"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (rb".{257}ustar", "a tar archive", "unpack it, `tar -xf FILE`"),
-    (rb"PAR1.{4,}PAR1\Z", "a Parquet table", "give it as a file of its own, not packed"),
+    (rb"PAR1.{4,}PAR1\Z", "a Parquet table", "give it as an uncompressed file"),
     (rb"(ARROW1\0|\xff\xff\xff\xff)", "an Arrow table", "write it as Parquet, `Dataset.to_parquet`"),
-    (rb"\x93NUMPY", "a NumPy array", "give token ids as an .npy file, not packed"),
+    (rb"\x93NUMPY", "a NumPy array", "give token ids as an uncompressed .npy file"),
     (rb"GGUF[^\n]\0\0", "a model (GGUF)", "give text instead"),
     (rb".{5}\0\0\0\{", "a model's weights (safetensors)", "give text instead"),
     (rb"\x80[\x02-\x05]", "a Python pickle, which is not read", "write its texts as JSON lines"),
@@ -40,7 +40,7 @@ _KINDS = (
     (rb"\xd0\xcf\x11\xe0", "an old Word or Excel document", "save it as plain text"),
     (rb"(\x89PNG|\xff\xd8\xff|GIF8[79]a)", "a picture", "give text instead"),
     (rb"\x7fELF", "a program", "give text instead"),
-    (rb"SQLite format 3\0", "an SQLite data base", "export its texts as CSV"),
+    (rb"SQLite format 3\0", "an SQLite database", "export its texts as CSV"),
 )
 
 _GZIP = b"\x1f\x8b"
@@ -71,15 +71,15 @@ def decode_text(data: bytes, label: str, error: type[SpQRError] = DataError) -> 
     name, begin = _marked(data) or (_encoding_by_zeros(data) or "utf-8", 0)
     if name == "utf-8" and b"\0" in data:
         raise error(
-            f"{label}: {_place(data, data.index(0))} is no text: it is binary data, or in an encoding that cannot be "
-            "told; if it is text, convert it, such as by `iconv -f utf-16le -t utf-8 FILE > NEW`"
+            f"{label}: {_place(data, data.index(0))} is not text: the file is binary, or its text encoding cannot be "
+            "determined. Convert text to UTF-8, for example with `iconv -f utf-16le -t utf-8 FILE > NEW`"
         )
     try:
         text = data[begin:].decode(name)
     except UnicodeDecodeError as problem:
-        advice = "convert it to UTF-8, such as by `iconv -f latin1 -t utf-8 FILE > NEW`"
+        advice = "convert it to UTF-8, for example with `iconv -f latin1 -t utf-8 FILE > NEW`"
         if begin:
-            advice = "its byte order mark says so; is it damaged or cut short?"
+            advice = "its byte order mark announces this encoding; is the file damaged or cut off?"
         raise error(
             f"{label}: {_place(data, begin + problem.start)} is not {name.upper()} text ({problem.reason}): {advice}"
         ) from None
@@ -96,8 +96,8 @@ def checked_characters(text: str, label: str, error: type[SpQRError] = DataError
         text.encode()
     except UnicodeEncodeError as problem:
         raise error(
-            f"{label}: \\u{ord(text[problem.start]):04x} at character {problem.start} is half of a surrogate pair, no "
-            "character: write \\ufffd in its place, or remove it"
+            f"{label}: \\u{ord(text[problem.start]):04x} at character {problem.start} is half of a surrogate pair, not "
+            "a character: replace it with \\ufffd, or remove it"
         ) from None
     return text
 
@@ -142,13 +142,13 @@ def _unpack(data: bytes, label: str, error: type[SpQRError]) -> bytes:
                 parts.append(part)
                 total += len(part)
                 if total > LARGEST:
-                    raise error(f"{label} unpacks to more than 2 GiB: take a part of it")
+                    raise error(f"{label} decompresses to more than 2 GiB: use a part of it")
     except EOFError:
-        raise error(f"{label} is a gzip file that is cut short: fetch it again") from None
+        raise error(f"{label} is a truncated gzip file: fetch it again") from None
     except (OSError, zlib.error) as problem:
         raise error(f"{label} is a damaged gzip file ({problem}): fetch it again") from None
     if parts and parts[0].startswith(_GZIP):
-        raise error(f"{label} is packed by gzip twice: unpack it once, `gunzip FILE`")
+        raise error(f"{label} is compressed with gzip twice: decompress it once, `gunzip FILE`")
     return b"".join(parts)
 
 

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 _USES = {
-    "dense": """Dense weights, dequantized: any program that reads the architecture runs them.
+    "dense": """These are dense (dequantized) weights. Any program that supports the architecture can run them.
 
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```""",
-    "hf-spqr": """In Hugging Face's SpQR format: transformers runs it on an NVIDIA GPU (`pip install spqr_quant[gpu]`),
-spqr-jax everywhere.
+    "hf-spqr": """The model is in Hugging Face's SpQR format. transformers runs it on NVIDIA GPUs
+(`pip install spqr_quant[gpu]`). spqr-jax runs it on every device that JAX supports.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -59,12 +59,12 @@ def model_card(
             "",
             f"# {name}",
             "",
-            f"`{base}`, quantized by [spqr-jax](https://arxiv.org/abs/2306.03078): a JAX implementation of SpQR, the",
-            "sparse-quantized representation of Dettmers et al.",
+            f"This is `{base}`, quantized with spqr-jax, a JAX implementation of",
+            "[SpQR](https://arxiv.org/abs/2306.03078), the sparse-quantized representation of Dettmers et al.",
             "",
             _USES[form].format(name=name),
             "",
-            "## How it was made",
+            "## How it was quantized",
             "",
             *_table(_facts(summary, origin)),
             "",
@@ -87,18 +87,24 @@ def _facts(summary: dict[str, Any], origin: dict[str, Any]) -> list[tuple[str, s
     calibration = origin.get("calibration")
     text = "none"
     if isinstance(calibration, dict) and {"windows", "seqlen", "data", "seed"} <= set(calibration):
-        text = "{windows} windows of {seqlen} tokens of {data}, seed {seed}".format(**calibration)
+        text = "{windows} windows of {seqlen} tokens from {data}, seed {seed}".format(**calibration)
     elif calibration:
         text = str(calibration)
     head = summary["head_bits"]
     return [
         ("Method", str(origin.get("method", "unknown"))),
         ("Calibration", text),
-        ("Stored bits a weight", f"{summary['stored_bits']:.3f} (everything counted, in the blocks)"),
-        ("Bits by the paper's formula", f"{summary['ideal_bits']:.3f}"),
+        (
+            "Stored bits per weight",
+            f"{summary['stored_bits']:.3f} (matrices of the transformer blocks, every stored byte counted)",
+        ),
+        ("Bits per weight by the paper's formula", f"{summary['ideal_bits']:.3f}"),
         ("Outliers", f"{summary['outlier_percent']:.2f}%"),
-        ("Output head", "dense" if head is None else f"{head:.2f} stored bits a weight"),
-        ("Size in spqr-jax", f"{summary['bytes'] / 1e6:.1f} MB of {summary['dense_bytes'] / 1e6:.1f} MB"),
+        ("Output head", "dense" if head is None else f"{head:.2f} stored bits per weight"),
+        (
+            "Size in spqr-jax's format",
+            f"{summary['bytes'] / 1e6:.1f} MB (dense model: {summary['dense_bytes'] / 1e6:.1f} MB)",
+        ),
     ]
 
 
@@ -113,8 +119,8 @@ def _command(origin: dict[str, Any]) -> list[str]:
 
 def _perplexities(results: Sequence[dict[str, Any]]) -> list[str]:
     if not results:
-        return ["Not measured for this card; `spqr perplexity MODEL --data wikitext2 --json FILE` does, and"
-                " `spqr export --perplexity FILE` writes it here."]  # fmt: skip
+        return ["Perplexity was not measured for this card. To add it, run `spqr perplexity MODEL --data wikitext2"
+                " --json FILE`, then export again with `spqr export --perplexity FILE`."]  # fmt: skip
     row = "| {data} | {windows} of {seqlen} tokens | {perplexity:.4f} | {stderr:.4f} |"
     rows = [row.format(**one) for one in results]
     return ["| text | windows | perplexity | standard error |", "| --- | --- | --- | --- |", *rows]

@@ -26,7 +26,7 @@ def dense_part(
     except (ValueError, IndexError, TypeError):  # NumPy's, of sizes that cannot be split
         part = None
     if part is None or part.shape != shape:
-        raise ModelError(f"{label}: {row.tensor} has shape {tensor.shape}, which does not hold {path} {shape}")
+        raise ModelError(f"{label}: {row.tensor} has shape {tensor.shape}, but {path} needs {shape}")
     part = part.astype(dtype)
     if not np.all(np.isfinite(part)):
         raise ModelError(f"{label}: {row.tensor} has values that are not finite in {np.dtype(dtype)}")

@@ -36,8 +36,8 @@ def _dense(path: str, weight: Any, dtype: Any) -> np.ndarray:
         cast = values.astype(dtype)
     if not np.all(np.isfinite(cast)):
         raise SpQRError(
-            f"{path} has values up to {np.abs(values).max():.3g}, beyond {np.dtype(dtype)}; "
-            "export --format dense with --dtype bfloat16"
+            f"{path} has values up to {np.abs(values).max():.3g}, beyond {np.dtype(dtype)}'s range; "
+            "use --format dense with --dtype bfloat16"
         )
     return cast
 
@@ -125,7 +125,7 @@ def export_hf_spqr(
             out.add(parts)
         progress(label)
     if not shapes:
-        raise SpQRError("no weight of this model is quantized: quantize it first, or export --format dense")
+        raise SpQRError("no weight of this model is quantized: quantize it first, or use --format dense")
     if source.config.tied_head:
         dense.append("lm_head.weight")
     out.write_json(
@@ -140,9 +140,9 @@ def _refuse_family(source: BlockSource) -> None:
     if config.num_experts:
         reason = "transformers keeps experts in one tensor, not in linear layers"
     elif any(row.packing is not AS_IT_IS and len(row.paths) > 1 for row in fused):
-        reason = f"{config.family} keeps Q, K and V in one matrix, which would have to be quantized as one"
+        reason = f"{config.family} keeps Q, K and V in one matrix, which would have to be quantized as one matrix"
     if reason:
-        raise SpQRError(f"the Hugging Face SpQR format cannot hold this model: {reason}; export --format dense")
+        raise SpQRError(f"the Hugging Face SpQR format cannot hold this model: {reason}; use --format dense")
 
 
 def _quantization_entries(shapes: dict[str, int], dense: list[str]) -> dict[str, Any]:

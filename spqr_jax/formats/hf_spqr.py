@@ -39,7 +39,7 @@ TILE = 16
 MOST_COLUMNS = 32768
 """A column is a signed 16-bit number to the program that merges columns and values."""
 
-_ADVICE = "quantize with --bits 3 --group-size 16 --stats-bits 3 --stats-group-size 16, or export --format dense"
+_ADVICE = "quantize with --bits 3 --group-size 16 --stats-bits 3 --stats-group-size 16, or use --format dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def why_unsupported(array: SpQRArray) -> str:
     out, inner = array.shape
     reasons = []
     if out % TILE or inner % TILE:
-        reasons.append(f"its sizes {array.shape} are no multiples of {TILE}")
+        reasons.append(f"its sizes {array.shape} are not multiples of {TILE}")
     if inner > MOST_COLUMNS:
         reasons.append(f"it has {inner} inputs, more than {MOST_COLUMNS}")
     if array.bits != BITS:
@@ -137,7 +137,9 @@ def _fields(matrix: WordMatrix) -> _Fields:
 
     pieces = bits(54, 8).reshape(tiles, TILE // 2, 2, groups)
     if np.any(pieces[:, :, 0] != pieces[:, :, 1]) or np.any(bits(62, 2)):
-        raise SpQRError("the words' statistics contradict each other: a damaged file, or another version of the format")
+        raise SpQRError(
+            "the statistics in dense_weights are inconsistent: the file is damaged, or in another version of the format"
+        )
     stats = np.ascontiguousarray(pieces[:, :, 0].transpose(0, 2, 1)).view(np.float16)
     codes = np.stack([bits(6 + 3 * j, 3) for j in range(TILE)], axis=-1)
     return _Fields(codes, bits(0, 3), bits(3, 3), stats)
@@ -148,19 +150,22 @@ def _check_sizes(matrix: WordMatrix) -> None:
     out, inner = matrix.shape if len(matrix.shape) == 2 else (0, 0)
     if out < TILE or inner < TILE or out % TILE or inner % TILE or inner > MOST_COLUMNS:
         raise SpQRError(
-            f"sizes must be two multiples of {TILE}, at most {MOST_COLUMNS} inputs, got {shown(list(matrix.shape))}"
+            f"the shape must be two multiples of {TILE} with at most {MOST_COLUMNS} inputs, got "
+            f"{shown(list(matrix.shape))}"
         )
     sizes = {"dense_weights": out * inner // TILE, "in_perm": inner // 2}
     for name, value in matrix.tensors().items():
         dtype, size = np.dtype(np.int64 if name == "dense_weights" else np.int32), sizes.get(name)
         if value.dtype != dtype or value.ndim != 1 or size not in (None, value.size):
-            wanted = "a list" if size is None else f"({size},)"
-            raise SpQRError(f"{name} must be {dtype} {wanted}, is {value.dtype} {value.shape}")
+            wanted = "(any length,)" if size is None else f"({size},)"
+            raise SpQRError(f"{name} must be {dtype} {wanted}, but is {value.dtype} {value.shape}")
     offsets = matrix.row_offsets
     if offsets.size not in (out + 1, out // TILE + 1):
-        raise SpQRError(f"row_offsets must have {out + 1} or {out // TILE + 1} entries, has {offsets.size}")
+        raise SpQRError(f"row_offsets must have {out + 1} or {out // TILE + 1} entries, but has {offsets.size}")
     if offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1]) or offsets[-1] > matrix.col_vals.size:
-        raise SpQRError(f"row_offsets do not rise from 0 to the {matrix.col_vals.size} entries of col_vals")
+        raise SpQRError(
+            f"row_offsets must rise from 0 to at most {matrix.col_vals.size}, the number of entries in col_vals"
+        )
 
 
 def _outliers(matrix: WordMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -185,9 +190,9 @@ def _outliers(matrix: WordMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     order = np.lexsort((columns, rows))
     rows, columns, values = rows[order], columns[order], values[order]
     if np.any(columns >= inner):
-        raise SpQRError(f"outlier columns reach {columns.max()}, the matrix has {inner} inputs")
+        raise SpQRError(f"outlier columns go up to {columns.max()}, but the matrix has {inner} inputs")
     if np.any((np.diff(rows) == 0) & (np.diff(columns) == 0)):
-        raise SpQRError("a weight has two outliers: a damaged file")
+        raise SpQRError("a weight has two outliers: the file is damaged")
     return rows, columns, values
 
 

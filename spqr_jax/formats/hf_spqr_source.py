@@ -93,7 +93,9 @@ class HFSpQRSource:
         module = row.tensor.removesuffix(".weight")
         try:
             if len(shape) != 2 or len(row.paths) > 1 or row.packing is not AS_IT_IS:
-                raise SpQRError("words hold one matrix, and this tensor is none or holds several")
+                raise SpQRError(
+                    "the SpQR format stores single matrices, but this tensor is not a matrix or holds several"
+                )
             parts = {name: self._reader.read(f"{module}.{name}") for name in TENSORS}
             return unpack_words(WordMatrix(**_as_integers(parts), shape=(shape[0], shape[1])))
         except SpQRError as error:

@@ -57,11 +57,11 @@ def array_from_saved(saved: Any, bits: int, stats_bits: int, outliers: Outliers 
       SpQRError: entries are missing, misshapen or beyond their range.
     """
     if not isinstance(saved, Mapping):
-        raise SpQRError(f"no matrix as the original saves it: it holds {shown(saved)}")
-    entries = Entries(saved, "a matrix of the original", error=SpQRError)
+        raise SpQRError(f"{shown(saved)} is not a matrix in the original SpQR format")
+    entries = Entries(saved, "the saved matrix", error=SpQRError)
     sizes = entries.integers("weight_shape", least=1)
     if len(sizes) != 2:
-        entries.refuse("weight_shape", "two sizes")
+        entries.refuse("weight_shape", "two sizes: [out, in]")
     out, inner = sizes
     group_size = entries.integer("groupsize", least=8, most=round_up(inner, 16))
     if entries.maybe_integer("keep_last_columns"):
@@ -72,13 +72,18 @@ def array_from_saved(saved: Any, bits: int, stats_bits: int, outliers: Outliers 
     second_level = isinstance(entries.raw(_SECOND[0]), list) and len(entries.raw(_SECOND[0])) > 0
     first = [_by_groups(entries, name, layout.groups) for name in ("quant_layer_scale", "quant_layer_zeros")]
     if any(each.shape[1] != out for each in first):
-        raise SpQRError(f"scales and zeros of {[each.shape[1] for each in first]} rows for a matrix of {out}")
+        raise SpQRError(
+            f"scales and zero points have {[each.shape[1] for each in first]} rows, but the matrix has {out}"
+        )
     tile, scale_codes, zero_codes = 16, None, None
     if second_level:
         second = [_by_groups(entries, name, layout.groups) for name in _SECOND]
         tiles = second[0].shape[1]
         if any(each.shape[1] != tiles for each in second) or not tiles or out % tiles or out // tiles < 8:
-            raise SpQRError(f"second-level statistics of {[each.shape[1] for each in second]} tiles for {out} rows")
+            raise SpQRError(
+                f"the second-level statistics have {[each.shape[1] for each in second]} tiles, which do not fit {out} "
+                "rows"
+            )
         tile = out // tiles
         layout = array_layout((out, inner), group_size, tile)
         scale_codes, zero_codes = (_packed_statistics(each, layout.padded_out, stats_bits) for each in first)
@@ -116,10 +121,12 @@ def _whole_numbers(entries: Entries, name: str, shape: tuple[int, ...], end: int
     """A tensor of whole numbers from 0 to `end` - 1."""
     value = entries.raw(name)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or value.shape != shape:
-        found = f"a tensor {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else shown(value)
-        raise SpQRError(f"{name} is {found}, expected a tensor of whole numbers {shape}")
+        found = (
+            f"a tensor of type {value.dtype} and shape {value.shape}" if isinstance(value, np.ndarray) else shown(value)
+        )
+        raise SpQRError(f"{name} is {found}, expected a tensor of integers of shape {shape}")
     if value.min() < 0 or value.max() >= end:
-        raise SpQRError(f"{name} must lie in 0..{end - 1}, reaches from {value.min()} up to {value.max()}")
+        raise SpQRError(f"{name} must lie in 0..{end - 1}, but ranges from {value.min()} to {value.max()}")
     return value
 
 
@@ -137,7 +144,9 @@ def _by_groups(entries: Entries, name: str, groups: int) -> np.ndarray:
 def _packed_statistics(codes: np.ndarray, padded_out: int, bits: int) -> np.ndarray:
     """Codes [groups, rows], which stand there as floats, packed along the rows."""
     if not np.all((codes >= 0) & (codes < 1 << bits)):  # NaN is none either
-        raise SpQRError(f"scale and zero codes must have {bits} bits, reach from {codes.min()} to {codes.max()}")
+        raise SpQRError(
+            f"scale and zero-point codes must fit in {bits} bits, but range from {codes.min()} to {codes.max()}"
+        )
     padded = np.zeros((codes.shape[0], padded_out), np.uint8)
     padded[:, : codes.shape[1]] = codes
     return pack_codes(padded, bits)
@@ -147,11 +156,11 @@ def _with_outliers(array: SpQRArray, codes: np.ndarray, sparse: Any, meaning: Ou
     """The array with outliers; `codes` [out, in] are its own."""
     out, inner = array.shape
     if not isinstance(sparse, SparseTensor) or sparse.shape != (out, inner):
-        found = f"of shape {sparse.shape}" if isinstance(sparse, SparseTensor) else shown(sparse)
-        raise SpQRError(f"outliers {found} for a matrix {array.shape}")
+        found = f"a sparse tensor of shape {sparse.shape}" if isinstance(sparse, SparseTensor) else shown(sparse)
+        raise SpQRError(f"the outliers are {found}, but the matrix has shape {array.shape}")
     (rows, cols), values = sparse.indices, sparse.values.astype(np.float32)
     if len(rows) and (min(rows.min(), cols.min()) < 0 or rows.max() >= out or cols.max() >= inner):
-        raise SpQRError(f"outliers lie outside of a matrix {array.shape}")
+        raise SpQRError(f"some outliers are outside the matrix of shape {array.shape}")
     order = np.lexsort((cols, rows))
     order = order[values[order] != 0]  # an entry of 0 replaces nothing in the original either
     rows, cols, values = rows[order], cols[order], values[order]
@@ -187,7 +196,9 @@ class LegacySource:
 
     def __init__(self, folder: Path, base: Path, dtype: Any, outliers: Outliers = "replaced") -> None:
         if not is_legacy(folder):
-            raise ModelError(f"{folder} is no folder of the original's main.py --save: no {_REST} and {_ARGS} in it")
+            raise ModelError(
+                f"{folder} was not written by the original SpQR's main.py --save: expected {_REST} and {_ARGS} in it"
+            )
         values = read_object(base / "config.json")
         family = family_of_hf(values)
         self._folder, self._dtype, self._outliers = folder, dtype, outliers
@@ -197,7 +208,9 @@ class LegacySource:
         self._bits = self.arguments.integer("wbits", least=2, most=8)
         scale_bits, zero_bits = (self.arguments.maybe_integer(f"qq_{kind}_bits", least=1) for kind in ("scale", "zero"))
         if scale_bits != zero_bits:
-            raise ModelError(f"{folder}: scales and zeros of different widths, {scale_bits} and {zero_bits} bits")
+            raise ModelError(
+                f"{folder}: scales ({scale_bits} bits) and zero points ({zero_bits} bits) must have the same width"
+            )
         self._stats_bits = UNQUANTIZED_STATS_BITS if scale_bits is None else scale_bits
         self._rows = {path: row for row in family.table.expand(self._config).values() for path in row.paths}
         self._shapes = weight_shapes(self._config)
@@ -241,12 +254,12 @@ class LegacySource:
 
     def _quantized(self, path: str, row: Row, shape: tuple[int, ...]) -> SpQRArray:
         if not path.startswith("layers."):
-            raise ModelError(f"{self._folder / _REST} lacks {row.tensor}: is it the folder of another model?")
+            raise ModelError(f"{self._folder / _REST} lacks {row.tensor}: does the folder belong to another model?")
         layer = path.split(".")[1]
         module = row.tensor.removesuffix(".weight").partition(f".{layer}.")[2]
         file = self._folder / layer / module
         if not file.is_file() or len(row.paths) > 1:
-            reason = "several weights in one are not supported" if file.is_file() else f"{file} does not exist"
+            reason = "several weights in one matrix are not supported" if file.is_file() else f"{file} does not exist"
             raise ModelError(f"{self._folder} lacks {row.tensor}: {reason}")
         try:
             array = array_from_saved(read_torch_file(file), self._bits, self._stats_bits, self._outliers)
@@ -255,19 +268,19 @@ class LegacySource:
         except SpQRError as error:
             raise ModelError(f"{file}: {error}") from None
         if array.shape != shape:
-            raise ModelError(f"{file} holds a matrix {array.shape}, expected {shape}")
+            raise ModelError(f"{file} holds a matrix of shape {array.shape}, expected {shape}")
         return array
 
 
 def _named_tensors(path: Path) -> dict[str, np.ndarray]:
     saved = read_torch_file(path)
     if not isinstance(saved, dict) or not all(isinstance(each, np.ndarray) for each in saved.values()):
-        raise ModelError(f"{path} holds something else than tensors by name: is it the original's?")
+        raise ModelError(f"{path} is not a dictionary of named tensors: was it written by the original SpQR?")
     return saved
 
 
 def _arguments(path: Path) -> Entries:
     saved = read_torch_file(path)
     if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
-        raise ModelError(f"{path} holds something else than options by name: is it the original's?")
+        raise ModelError(f"{path} is not a dictionary of named options: was it written by the original SpQR?")
     return Entries(saved, str(path))

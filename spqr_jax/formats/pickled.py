@@ -54,7 +54,7 @@ def read_pickle(data: bytes, functions: Mapping[str, Function], names: Mapping[s
         try:
             opcode, argument, _ = next(opcodes)
         except Exception:  # StopIteration, ValueError, struct.error, UnicodeError, ...
-            raise CheckpointError("its pickle ends or breaks in the middle: damaged?") from None
+            raise CheckpointError("its pickle is cut off or invalid: is the file damaged?") from None
         if opcode.name == "STOP":
             return machine.pop()
         machine.do(opcode.name, argument)
@@ -71,7 +71,7 @@ class _Machine:
     def pop(self) -> Any:
         """The last value."""
         if not self._stack or self._stack[-1] is _MARK:
-            raise CheckpointError("its pickle takes a value where there is none: damaged?")
+            raise CheckpointError("its pickle uses a value where there is none: is the file damaged?")
         return self._stack.pop()
 
     def do(self, name: str, argument: Any) -> None:
@@ -91,7 +91,7 @@ class _Machine:
             self._memo[len(self._memo) if name == "MEMOIZE" else argument] = self._last()
         elif name in _GETS:
             if argument not in self._memo:
-                raise CheckpointError("its pickle refers to a value that it does not hold: damaged?")
+                raise CheckpointError("its pickle refers to a value that it does not contain: is the file damaged?")
             push(self._memo[argument])
         elif name in ("POP", "POP_MARK"):
             marked = bool(self._stack) and self._stack[-1] is _MARK
@@ -103,7 +103,7 @@ class _Machine:
         elif name == "REDUCE":
             arguments, function = self.pop(), self.pop()
             if not callable(function) or not isinstance(arguments, tuple):
-                raise CheckpointError("its pickle calls something that is no function: damaged?")
+                raise CheckpointError("its pickle calls something that is not a function: is the file damaged?")
             push(function(*arguments))
         elif name not in _IGNORED:
             self._fill(name)
@@ -116,15 +116,17 @@ class _Machine:
         elif name in ("APPEND", "APPENDS"):
             values = [self.pop()] if name == "APPEND" else self._from_mark()
             if not isinstance(self._last(), list):
-                raise CheckpointError("its pickle appends to something that is no list: damaged?")
+                raise CheckpointError("its pickle appends to something that is not a list: is the file damaged?")
             self._last().extend(values)
         elif name in ("SETITEM", "SETITEMS"):
             values = [self.pop(), self.pop()][::-1] if name == "SETITEM" else self._from_mark()
             if not isinstance(self._last(), dict):
-                raise CheckpointError("its pickle sets an item of something that is no dictionary: damaged?")
+                raise CheckpointError(
+                    "its pickle sets an item of something that is not a dictionary: is the file damaged?"
+                )
             self._last().update(_pairs(values))
         else:
-            raise CheckpointError(f"its pickle does something else than build containers: {name}")
+            raise CheckpointError(f"its pickle uses the operation {name}, but only building containers is allowed")
 
     def _last(self) -> Any:
         self._stack.append(value := self.pop())
@@ -137,12 +139,12 @@ class _Machine:
                 values = self._stack[index + 1 :]
                 del self._stack[index:]
                 return values
-        raise CheckpointError("its pickle ends a list that was never begun: damaged?")
+        raise CheckpointError("its pickle ends a list that it never started: is the file damaged?")
 
     def _stack_name(self) -> str:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise CheckpointError("its pickle asks for something by a name that is no text")
+            raise CheckpointError("its pickle asks for an object whose name is not a string")
         return f"{module}.{name}"
 
     def _named(self, name: str) -> Any:
@@ -150,12 +152,14 @@ class _Machine:
             return self._functions[name]
         if name in self._names:
             return self._names[name]
-        raise CheckpointError(f"it asks for {name[:100]!r}, which is no part of a saved tensor")
+        raise CheckpointError(f"it asks for {name[:100]!r}, which is not part of a saved tensor")
 
 
 def _pairs(values: list[Any]) -> dict[Any, Any]:
     """A dictionary. Its keys are texts and numbers: those of others could take for ever to hash."""
     keys = values[::2]
     if len(values) % 2 or not all(isinstance(key, (str, int, float, type(None))) for key in keys):
-        raise CheckpointError("its pickle has a dictionary whose keys are no texts or numbers: damaged?")
+        raise CheckpointError(
+            "its pickle has a dictionary with keys that are not strings or numbers: is the file damaged?"
+        )
     return dict(zip(keys, values[1::2], strict=True))

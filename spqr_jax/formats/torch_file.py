@@ -58,7 +58,7 @@ def read_torch_file(path: Path) -> Any:
         raise CheckpointError(f"{path} is refused: {error}") from None
     except zipfile.BadZipFile:
         raise CheckpointError(
-            f"{path} is not a file of torch.save's zip format (torch 1.6 and later): damaged, or too old"
+            f"{path} is not a file of torch.save's zip format (torch 1.6 and later): it is damaged or too old"
         ) from None
     except Exception as error:  # a damaged archive fails in many ways
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:200]!r}") from None
@@ -67,25 +67,27 @@ def read_torch_file(path: Path) -> Any:
 def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
     members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise CheckpointError("its members are compressed, which torch never does: unpack it, and zip it with 'zip -0'")
+        raise CheckpointError(
+            "its zip members are compressed, which torch never does: unzip it, and zip it again with 'zip -0'"
+        )
     if sum(max(member.file_size, member.compress_size) for member in members) > size:
-        raise CheckpointError(f"its members claim more bytes than the {size} that it has: damaged?")
+        raise CheckpointError(f"its zip members claim more bytes than the {size} bytes of the file: is it damaged?")
     names = [member.filename for member in members]
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise CheckpointError(f"it holds {len(pickles)} files data.pkl, expected one")
+        raise CheckpointError(f"it contains {len(pickles)} files named data.pkl, expected one")
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "byteorder" in names and archive.read(folder + "byteorder") != b"little":
-        raise CheckpointError("it was written on a big-endian machine")
+        raise CheckpointError("it was written on a big-endian machine, which is not supported")
     storages: dict[str, bytes] = {}
 
     def load(saved: Any) -> np.ndarray:
         """A storage, which the pickle names as ("storage", type, key, place, size)."""
         if not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage":
-            raise CheckpointError("it refers to something that is no storage")
+            raise CheckpointError("it refers to something that is not a storage")
         kind, key = saved[1:3]
         if not isinstance(kind, Name) or kind.name not in _STORAGES or not isinstance(key, str):
-            raise CheckpointError("it refers to a storage of a type that is none")
+            raise CheckpointError("it refers to a storage of an unknown type")
         if (name := f"{folder}data/{key}") not in names:
             raise CheckpointError(f"it lacks the storage {key[:50]!r}")
         if key not in storages:
@@ -101,19 +103,19 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
 def _tensor(*arguments: Any) -> np.ndarray:
     """A view of a storage: (storage, offset, size, strides, ...), counted in elements."""
     if len(arguments) < 4 or not isinstance(arguments[0], np.ndarray) or not all(map(_sizes, arguments[2:4])):
-        raise CheckpointError("a tensor that is not made of a storage, an offset, sizes and strides")
+        raise CheckpointError("a tensor does not consist of a storage, an offset, sizes and strides")
     storage, offset, size, stride = arguments[:4]
     if not _sizes((offset,)) or len(size) != len(stride) or len(size) > _MOST_AXES or storage.ndim != 1:
-        raise CheckpointError(f"a tensor of {len(size)} sizes and {len(stride)} strides")
+        raise CheckpointError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
     if 0 in size:
         return np.zeros(size, storage.dtype)
     elements, last = 1, offset
     for n, step in zip(size, stride, strict=True):
         elements, last = elements * n, last + (n - 1) * step
     if last >= storage.size:
-        raise CheckpointError(f"a tensor reaches beyond its storage of {storage.size}")
+        raise CheckpointError(f"a tensor reaches beyond its storage of {storage.size} elements")
     if elements > storage.size:
-        raise CheckpointError(f"a tensor of {elements} elements in a storage of {storage.size}")
+        raise CheckpointError(f"a tensor has {elements} elements in a storage of {storage.size}")
     steps = tuple(step * storage.itemsize for step in stride)
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
@@ -125,7 +127,7 @@ def _sizes(value: Any) -> bool:
 
 def _parameter(*arguments: Any) -> np.ndarray:
     if not arguments or not isinstance(arguments[0], np.ndarray):
-        raise CheckpointError("a parameter without a tensor")
+        raise CheckpointError("a parameter has no tensor")
     return arguments[0]
 
 
@@ -134,18 +136,18 @@ def _sparse_tensor(*arguments: Any) -> SparseTensor:
     layout, data = arguments if len(arguments) == 2 else (None, None)
     parts = {"torch.sparse_coo": 3, "torch.sparse_csr": 4}.get(layout if isinstance(layout, str) else "", 0)
     if not parts or not isinstance(data, (tuple, list)) or len(data) < parts:
-        raise CheckpointError("a sparse tensor of another layout than torch.sparse_coo and torch.sparse_csr")
+        raise CheckpointError("a sparse tensor does not have the layout torch.sparse_coo or torch.sparse_csr")
     *arrays, shape = data[:parts]
     if not all(isinstance(part, np.ndarray) for part in arrays) or not _sizes(shape) or len(shape) != 2:
-        raise CheckpointError("a sparse tensor that is not made of tensors and two sizes")
+        raise CheckpointError("a sparse tensor does not consist of tensors and two sizes")
     *places, values = arrays
     if any(part.dtype.kind != "i" for part in places) or values.ndim != 1:
-        raise CheckpointError("a sparse tensor whose indices are no whole numbers, or whose values are no list")
+        raise CheckpointError("a sparse tensor has indices that are not integers, or values with more than one axis")
     indices = (
         places[0].astype(np.int64) if layout == "torch.sparse_coo" else _csr_indices(places[0], places[1], shape[0])
     )
     if indices.shape != (2, values.size):
-        raise CheckpointError(f"a sparse tensor of {values.size} values and indices {indices.shape}")
+        raise CheckpointError(f"a sparse tensor has {values.size} values and indices of shape {indices.shape}")
     return SparseTensor(indices, values, (shape[0], shape[1]))
 
 
@@ -153,25 +155,25 @@ def _csr_indices(pointers: np.ndarray, columns: np.ndarray, rows: int) -> np.nda
     """int64 [2, entries]: of row pointers [rows + 1], which rise from 0 to the number of columns."""
     rising = pointers.shape == (rows + 1,) and columns.ndim == 1 and np.all(pointers[1:] >= pointers[:-1])
     if not rising or pointers[0] != 0 or pointers[-1] != columns.size:
-        raise CheckpointError("a sparse tensor whose row pointers do not rise from 0 to the number of its columns")
+        raise CheckpointError("a sparse tensor has row pointers that do not rise from 0 to the number of its columns")
     return np.stack([np.repeat(np.arange(rows), np.diff(pointers)), columns.astype(np.int64)])
 
 
 def _dictionary(*arguments: Any) -> dict[Any, Any]:
     if arguments:
-        raise CheckpointError("a dictionary made of something else than its items")
+        raise CheckpointError("a dictionary is created with arguments, expected none")
     return {}
 
 
 def _shape(*arguments: Any) -> tuple[int, ...]:
     if len(arguments) != 1 or not _sizes(arguments[0]):
-        raise CheckpointError("a size that is none")
+        raise CheckpointError("a torch.Size is invalid")
     return tuple(arguments[0])
 
 
 def _layout(*arguments: Any) -> str:
     if len(arguments) != 1 or not isinstance(arguments[0], str):
-        raise CheckpointError("a layout without a name")
+        raise CheckpointError("a layout has no name")
     return arguments[0]
 
 

@@ -116,5 +116,5 @@ def of_equation(kernel_shape: Sequence[int], equation: str) -> Contraction:
         or not lead <= set(result)
         or ("..." in given) != ("..." in result)
     ):
-        raise SpQRError(f"einsum {equation!r} is no product with one matrix for all of the input")
+        raise SpQRError(f"einsum {equation!r} is not a product of the whole input with one matrix")
     return Contraction(tuple(kernel_shape), contracted, free, equation=(given, kernel, result))

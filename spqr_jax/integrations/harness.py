@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
         stops = self._params.config.eos_token_ids
         token = self.tokenizer.eos_token_id
         if token is None and not stops:
-            raise SpQRError("this model has no end-of-text token, which the harness needs to begin and to end texts")
+            raise SpQRError("this model has no end-of-text token, which the harness needs to start and end texts")
         return stops[0] if token is None else token
 
     @property
@@ -178,7 +178,7 @@ class HarnessModel(TemplateLM):
         if room < 1:
             raise DataError(
                 f"a task asks for {new_tokens} new tokens, which leaves no room for a prompt in the model's context of "
-                f"{self.max_length}: give fewer with --gen-kwargs max_gen_toks=N"
+                f"{self.max_length}: set fewer with --gen-kwargs max_gen_toks=N"
             )
         until = handle_stop_sequences(options.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
 
@@ -240,8 +240,8 @@ def evaluate_tasks(
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise SpQRError(
-            f"the harness {lm_eval.__version__} has no task {', '.join(unknown)}; `lm-eval ls tasks` lists what it "
-            "has, --include-path DIR adds task files of your own"
+            f"lm-evaluation-harness {lm_eval.__version__} has no task {', '.join(unknown)}; `lm-eval ls tasks` lists "
+            "its tasks, --include-path DIR adds your own task files"
         )
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     try:
@@ -263,7 +263,7 @@ def evaluate_tasks(
     except (ConnectionError, FileNotFoundError) as error:
         raise SpQRError(
             f"a task's data could not be loaded: {type(error).__name__}: {str(error).splitlines()[0]}. Without a "
-            "network, use tasks over local files (--include-path)"
+            "network, use tasks with local files (--include-path)"
         ) from None
     assert found is not None
     return {

@@ -23,8 +23,8 @@ def check_config(config: SpQRConfig, batches: Iterable[Any] | None) -> None:
     """
     if config.target_bits is not None:
         raise SpQRError(
-            "target_bits is planned from a backward pass through a Decoder's blocks, which a Flax model does not have: "
-            "give bits and outlier_threshold, or rules for single weights"
+            "target_bits needs a backward pass through a Decoder's blocks, which a Flax model does not have: "
+            "set bits and outlier_threshold instead, or give rules for individual weights"
         )
     if config.needs_calibration and batches is None:
         raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")

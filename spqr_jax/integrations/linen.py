@@ -52,7 +52,7 @@ def _form(
         return of_equation(shape, str(equation))
     if isinstance(layer, nn.DenseGeneral):
         if layer.batch_dims:
-            raise SpQRError("it has a kernel of its own for each index of a batch axis")
+            raise SpQRError("it has a separate kernel for each index of a batch axis")
         axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
         return over_axes(shape, [axis % x.ndim for axis in axes] if min(axes) >= 0 else axes)
     return over_axes(shape, (-1,))
@@ -102,7 +102,7 @@ def quantize(
     """
     config = config or SpQRConfig()
     if batches is None:
-        raise DataError("no batches: layers of a Linen model are found by running it; give at least one")
+        raise DataError("no batches: give at least one, because the layers of a Linen model are found by running it")
     check_config(config, batches)
     params = meta.unbox(flax.core.unfreeze(variables))["params"]
     flat = flax.traverse_util.flatten_dict(params, sep=".")
@@ -123,7 +123,7 @@ def quantize(
         try:
             form = _form(layer, flat[_kernel(path)].shape, x, options, args[1:])
             if forms.setdefault(path, form) != form:
-                raise SpQRError("its kernel meets inputs in different ways")
+                raise SpQRError("its kernel is applied to its inputs in different ways")
         except SpQRError as error:
             raise SpQRError(
                 f"{path} cannot be quantized: {error}; leave it dense with LayerRule({path!r}, skip=True)"
@@ -139,7 +139,7 @@ def quantize(
     if not count:
         raise DataError("no calibration batches: give at least one (a generator that was already used up is empty)")
     if not forms:
-        raise SpQRError("the model has no nn.Dense, nn.DenseGeneral or nn.Einsum that is to be quantized")
+        raise SpQRError("the model has no nn.Dense, nn.DenseGeneral or nn.Einsum layer to quantize")
     kernels = {path: (form, flat[_kernel(path)]) for path, form in forms.items()}
     for path, array in quantize_kernels(kernels, sums, config, on_layer).items():
         flat[_kernel(path)] = array

@@ -74,14 +74,14 @@ def _form(layer: Any) -> Contraction:
     shape = layer.kernel.shape
     if isinstance(layer, nnx.Einsum):
         if layer.einsum_str is None:
-            raise SpQRError("its equation is given at each call")
+            raise SpQRError("its equation is not fixed: each call gives one")
         return of_equation(shape, layer.einsum_str)
     if isinstance(layer, nnx.LinearGeneral):
         if layer.batch_axis:
-            raise SpQRError("it has a kernel of its own for each index of a batch axis")
+            raise SpQRError("it has a separate kernel for each index of a batch axis")
         return over_axes(shape, layer.axis)
     if len(shape) != 2:
-        raise SpQRError(f"its kernel has shape {shape}: several layers stacked, as scan has them")
+        raise SpQRError(f"its kernel has shape {shape}: several layers are stacked in it, as nnx.scan does")
     return over_axes(shape, (-1,))
 
 
@@ -183,7 +183,7 @@ def quantize(
                     f"{path} cannot be quantized: {error}; leave it dense with LayerRule({path!r}, skip=True)"
                 ) from None
     if not forms:
-        raise SpQRError("the model has no nnx.Linear, nnx.LinearGeneral or nnx.Einsum that is to be quantized")
+        raise SpQRError("the model has no nnx.Linear, nnx.LinearGeneral or nnx.Einsum layer to quantize")
     sums = InputSums()
     if config.needs_calibration:
         _record(model, forms, sums, batches or (), call)

@@ -106,7 +106,7 @@ def pick_template(tokenizer: Any, choice: str | None = None) -> str:
             )
         if "default" not in templates:
             raise ModelError(
-                f"{label} has chat templates called {names}, and none called default: choose one with "
+                f"{label} has chat templates called {names}, but none called default: choose one with "
                 "--chat-template NAME"
             )
         return str(templates["default"])
@@ -114,8 +114,9 @@ def pick_template(tokenizer: Any, choice: str | None = None) -> str:
         return str(templates[choice])
     if not Path(choice).is_file():
         raise ModelError(
-            f"--chat-template {choice}: {label} has {f'templates called {names}' if names else 'no chat template'}, "
-            "and there is no such file; give one of these names, or the path of a Jinja file"
+            f"--chat-template {choice}: there is no such file, and {label} has "
+            f"{f'only these templates: {names}' if names else 'no chat template'}; give the name of a template, or the "
+            "path of a Jinja file"
         )
     return _read_template(Path(choice))
 
@@ -162,9 +163,9 @@ def render_chat(
     except ImportError as error:
         raise ModelError(f"chat templates need jinja2: pip install 'jinja2>=3.1.6' ({error})") from None
     except Exception as error:  # a template is a program: it can fail in any way
-        raise ModelError(f"{label} {_complaint(error)}; --chat-template FILE takes another template") from None
+        raise ModelError(f"{label} {_complaint(error)}; use --chat-template FILE to give another template") from None
     if len(text) > _LONGEST_TEXT:
-        raise ModelError(f"{label} makes {len(text)} characters of {len(messages)} messages: it is damaged")
+        raise ModelError(f"{label} turns {len(messages)} messages into {len(text)} characters: it is damaged")
     return str(text)
 
 
@@ -176,12 +177,12 @@ def _complaint(error: Exception) -> str:
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     if isinstance(error, _TooSlow):
-        return f"does not come to an end within {_SECONDS:g} seconds"
+        return f"does not finish within {_SECONDS:g} seconds"
     words = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         return f"is not valid Jinja: line {error.lineno}: {words}"
     if type(error) is TemplateError:  # raise_exception, the template's own
-        return f"refuses this conversation: {words}"
+        return f"rejects this conversation: {words}"
     return f"fails: {words}"
 
 

@@ -161,7 +161,7 @@ class DecoderConfig:
         for name in ("local_layers", "dense_layers", "eos_token_ids"):
             values = getattr(self, name)
             if len(values) > MOST_LAYERS:
-                yield f"{name} must hold at most {MOST_LAYERS} numbers, has {len(values)}"
+                yield f"{name} must hold at most {MOST_LAYERS} numbers, but has {len(values)}"
             for value in values:
                 if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
                     yield f"{name} must hold whole numbers from 0 to {LARGEST}, got {shown(value)}"
@@ -186,14 +186,14 @@ class DecoderConfig:
     def _problems(self) -> list[str]:
         problems = []
         if self.num_heads * self.head_dim > LARGEST:
-            problems.append(f"{self.num_heads} heads of {self.head_dim} are more than {LARGEST} in all")
+            problems.append(f"{self.num_heads} heads of size {self.head_dim} exceed {LARGEST} in total")
         if self.num_layers * self.num_experts > MOST_LAYERS_TIMES_EXPERTS:
             problems.append(
-                f"{self.num_experts} experts in each of {self.num_layers} layers are more than "
-                f"{MOST_LAYERS_TIMES_EXPERTS} in all"
+                f"{self.num_experts} experts in each of {self.num_layers} layers exceed "
+                f"{MOST_LAYERS_TIMES_EXPERTS} in total"
             )
         if self.rotated > self.head_dim:
-            problems.append(f"{self.rotated} of a head's {self.head_dim} dimensions cannot be rotated")
+            problems.append(f"rope_dim must be at most the head size, {self.head_dim}, got {self.rotated}")
         if self.num_heads % self.num_kv_heads:
             problems.append(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads evenly")
         if self.rope_theta is not None and self.rotated % 2:
@@ -203,12 +203,15 @@ class DecoderConfig:
         if self.learned_positions is not None and self.learned_positions < self.max_positions + self.position_offset:
             problems.append(
                 f"{self.learned_positions} learned positions are too few for {self.max_positions} tokens "
-                f"from row {self.position_offset} on"
+                f"that start at row {self.position_offset}"
             )
         if self.local_layers and not self.sliding_window:
             problems.append("local_layers need a sliding_window")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
-            problems.append(f"{self.experts_per_token} experts a token of {self.num_experts} is not possible")
+            problems.append(
+                f"experts_per_token must lie in 1..{self.num_experts}, the number of experts, got "
+                f"{self.experts_per_token}"
+            )
         return problems
 
     @property

@@ -51,10 +51,10 @@ def _all_finite(array: jax.Array) -> jax.Array:
 def advice(dtype: Any) -> str:
     """What to try when values of this type are no longer finite."""
     if np.dtype(dtype) == np.float16:
-        return "float16 holds nothing above 65504: try --dtype bfloat16 or --dtype float32"
+        return "float16 cannot hold values above 65504: try --dtype bfloat16 or --dtype float32"
     return (
-        f"{np.dtype(dtype)} can hold what models compute, so the weights themselves are at fault: fetch or convert "
-        "the model again, and check it dense with 'spqr perplexity'"
+        f"{np.dtype(dtype)} has enough range for model activations, so the weights themselves must be wrong: fetch or "
+        "convert the model again, and check the dense model with 'spqr perplexity'"
     )
 
 
@@ -70,5 +70,5 @@ def _where(params: Decoder, tokens: jax.Array) -> str:
         if not bool(_all_finite(residual)):
             return f"activations are not finite from block {index} of {config.num_layers} on"
     if not bool(_all_finite(logits(config, params.outer, residual[:, -1]))):
-        return "all blocks are finite, the output head's logits are not"
-    return "the model's own numbers are finite: what was computed from them is not"
+        return "the outputs of all blocks are finite, but the logits of the output head are not"
+    return "the model's activations and logits are finite, but the value computed from them is not"

@@ -48,14 +48,14 @@ class GGUFFile:
             said = entries.integer("split.no", count, most=count) + 1, entries.integer("split.count", 1)
             if said != (index + 1, count):
                 raise ModelError(
-                    f"{part} says that it is part {said[0]} of {said[1]}, its name says {index + 1} of {count}: "
-                    "renamed, or of another model?"
+                    f"{part} says that it is part {said[0]} of {said[1]}, but its name says {index + 1} of {count}: "
+                    "was it renamed, or does it belong to another model?"
                 )
             if index == 0:
                 self.entries = entries
             if twice := self._tensors.keys() & tensors.keys():
                 raise ModelError(
-                    f"{part}: tensor {min(twice)} stands in an earlier part too: parts of different models?"
+                    f"{part}: tensor {min(twice)} is also in an earlier part: do the parts belong to different models?"
                 )
             self._tensors |= {name: (part, tensor) for name, tensor in tensors.items()}
         expected = self.entries.integer("split.tensors.count", len(self._tensors))
@@ -90,8 +90,8 @@ class GGUFFile:
                     values[first : first + step] = gguf.quants.dequantize(raw, tensor.kind)
         except NotImplementedError:
             raise ModelError(
-                f"{path}: tensor {name} has type {tensor.kind.name}, which cannot be dequantized here: "
-                "take a file in another type, such as Q8_0 or F16"
+                f"{path}: tensor {name} has type {tensor.kind.name}, which this program cannot dequantize: "
+                "use a file in another type, such as Q8_0 or F16"
             ) from None
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: tensor {name} cannot be read: {error}; fetch the file again") from None
@@ -122,7 +122,7 @@ def _read_part(path: Path) -> tuple[Entries, dict[str, _Tensor]]:
         tensors = {name: _Tensor(entry, *tensor_bytes(entry)) for name, entry in places.items()}
         end = max((tensor.entry.offset + tensor.size for tensor in tensors.values()), default=0)
         if end > path.stat().st_size:
-            raise BadHeader(f"it has {path.stat().st_size} bytes, and tensors up to byte {end}: truncated?")
+            raise BadHeader(f"it has {path.stat().st_size} bytes, but its tensors end at byte {end}: is it truncated?")
     except (BadHeader, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{path} cannot be read as GGUF: {reason}; fetch the file again") from None
@@ -138,14 +138,14 @@ def _parts(path: Path, count: int) -> list[Path]:
     name = _PART.fullmatch(path.name)
     if name is None or int(name[3]) != count or count > _MOST_PARTS:
         raise ModelError(
-            f"{path} is one of {count} parts of a split model, and its name does not say which: expected names as "
-            f"gguf-split gives them, such as NAME-00001-of-{count:05d}.gguf, all in one folder"
+            f"{path} is one of {count} parts of a split model, but its name does not say which one: expected names "
+            f"like those of gguf-split, such as NAME-00001-of-{count:05d}.gguf, all in one folder"
         )
     parts = [path.with_name(f"{name[1]}-{index + 1:05d}-of-{count:05d}{name[4] or ''}") for index in range(count)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ModelError(
-            f"{path} is one of {count} parts of a split model; missing beside it: {', '.join(missing[:5])}"
-            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            f"{path} is one of {count} parts of a split model; these parts are missing in its folder: "
+            f"{', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
     return parts
 

@@ -74,7 +74,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
         version = reader.number("<u4")
         if version not in _VERSIONS:
             order = " (a big-endian file)" if version % 65536 == 0 and version else ""
-            raise BadHeader(f"version {version}{order}, expected one of {_VERSIONS} in little-endian order")
+            raise BadHeader(f"its version is {version}{order}, expected one of {_VERSIONS} in little-endian order")
         tensor_count, entry_count = reader.count("<u8"), reader.count("<u8")
         entries: dict[str, Any] = {}
         for _ in range(entry_count):
@@ -87,14 +87,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
             name = reader.text()
             dimensions = reader.number("<u4")
             if dimensions > _MOST_DIMENSIONS:
-                raise BadHeader(f"tensor {name!r} has {dimensions} axes")
+                raise BadHeader(f"tensor {name!r} has {dimensions} axes, expected at most {_MOST_DIMENSIONS}")
             shape = tuple(reader.number("<u8") for _ in range(dimensions))
             if name in found or not all(1 <= size <= _MOST_ELEMENTS for size in shape):
-                raise BadHeader(f"tensor {name!r} stands there twice, or has shape {shape[::-1]}")
+                raise BadHeader(f"tensor {name!r} is listed twice, or has the invalid shape {shape[::-1]}")
             found[name] = shape[::-1], reader.number("<u4"), reader.number("<u8")
         alignment = entries.get(_ALIGNMENT, 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= _MOST:
-            raise BadHeader(f"{_ALIGNMENT} is {alignment!r}")
+            raise BadHeader(f"{_ALIGNMENT} is {alignment!r}, expected a positive whole number")
         begin = -(-file.tell() // alignment) * alignment
     return entries, {name: TensorEntry(shape, kind, begin + at) for name, (shape, kind, at) in found.items()}
 
@@ -108,7 +108,7 @@ class _Reader:
     def take(self, count: int) -> bytes:
         data = self._file.read(count) if count <= self._size else b""
         if len(data) != count:
-            raise BadHeader("it ends within its header: truncated?")
+            raise BadHeader("it ends inside its header: is it truncated?")
         return data
 
     def number(self, kind: str) -> Any:
@@ -117,7 +117,7 @@ class _Reader:
     def count(self, kind: str) -> int:
         found = self.number(kind)
         if not 0 <= found <= min(_MOST, self._size):
-            raise BadHeader(f"it tells of {found} entries in {self._size} bytes")
+            raise BadHeader(f"its header announces {found} entries, but the file has {self._size} bytes")
         return int(found)
 
     def text(self) -> str:
@@ -125,7 +125,7 @@ class _Reader:
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if depth > _DEEPEST:
-            raise BadHeader(f"arrays {depth} deep")
+            raise BadHeader(f"its header nests arrays {depth} deep, expected at most {_DEEPEST}")
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
@@ -133,10 +133,12 @@ class _Reader:
             if inner in _NUMBERS:
                 return np.frombuffer(self.take(count * np.dtype(_NUMBERS[inner]).itemsize), _NUMBERS[inner])
             if count > _MOST_TEXTS:
-                raise BadHeader(f"it tells of an array of {count} texts or arrays")
+                raise BadHeader(
+                    f"its header announces an array of {count} strings or arrays, expected at most {_MOST_TEXTS}"
+                )
             return self._texts(count) if inner == _STRING else [self.value(inner, depth + 1) for _ in range(count)]
         if kind not in _NUMBERS:
-            raise BadHeader(f"value type {kind}")
+            raise BadHeader(f"its header has a value of the unknown type {kind}")
         return self.number(_NUMBERS[kind])
 
     def _texts(self, count: int) -> list[str]:

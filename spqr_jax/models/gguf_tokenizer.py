@@ -74,14 +74,14 @@ def _words(entries: Entries, say: Callable[[str], None]) -> Words:
     name = entries.maybe_text(f"{PREFIX}pre")
     if not name:
         say(
-            f"{entries.label} lacks {PREFIX}pre, so text is cut as llama.cpp does by default; that may not be how the "
-            "model was trained: convert the model again for its best results"
+            f"{entries.label} lacks {PREFIX}pre, so text is split by llama.cpp's default rules. The model may have "
+            "been trained with other rules: convert it again for best results"
         )
         return PRE_TOKENIZERS["default"]
     if name not in PRE_TOKENIZERS:
         raise ModelError(
             f"{entries.label}: pre-tokenizer {name!r} is not supported ({PREFIX}pre; docs/how-to/formats.md lists "
-            "those that are); use the model's Hugging Face directory"
+            "the supported ones); use the model's Hugging Face directory"
         )
     return PRE_TOKENIZERS[name]
 
@@ -97,8 +97,8 @@ def _merges(entries: Entries, vocabulary: Vocabulary) -> list[tuple[str, str]]:
         pair = merge[:cut], merge[cut + 1 :]
         if cut < 0 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
             raise ModelError(
-                f"{entries.label}: {PREFIX}merges has {shown(merge)}, expected two tokens of the vocabulary, with a "
-                "space between, that make a third: convert the model again"
+                f"{entries.label}: {PREFIX}merges has {shown(merge)}, expected two tokens of the vocabulary, separated "
+                "by a space, that together form a third token: convert the model again"
             )
         merges[pair] = None
     return list(merges)

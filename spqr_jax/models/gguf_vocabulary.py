@@ -71,8 +71,8 @@ class Vocabulary:
         if len(ids) < len(self.tokens):
             first = next(index for index, token in enumerate(self.tokens) if ids[token] != index)
             raise ModelError(
-                f"{self.label}: {PREFIX}tokens has {shown(self.tokens[first])} twice, as {first} and "
-                f"{ids[self.tokens[first]]}, expected each token once: convert the model again"
+                f"{self.label}: {PREFIX}tokens has {shown(self.tokens[first])} twice, at {first} and "
+                f"{ids[self.tokens[first]]}, but each token must occur once: convert the model again"
             )
         return ids
 
@@ -91,8 +91,8 @@ class Vocabulary:
         """Raises an error where a list about tokens is not as long as the vocabulary; an absent one is empty."""
         if values and len(values) != len(self.tokens):
             raise ModelError(
-                f"{self.label}: {PREFIX}{name} has {len(values)} values for {len(self.tokens)} tokens, expected as "
-                "many: convert the model again"
+                f"{self.label}: {PREFIX}{name} has {len(values)} values for {len(self.tokens)} tokens, expected one "
+                "for each token: convert the model again"
             )
 
     def is_special(self, index: int) -> bool:

@@ -193,8 +193,8 @@ class TensorSource:
         """Whether the file's own values are not finite, or only their cast to a narrower type."""
         listed = f"{self._reader.label}: {', '.join(tensors)}"
         if all(_all_finite(self._reader.read(tensor, np.float32)) for tensor in tensors):
-            return f"{listed}: values that {np.dtype(self._dtype)} cannot hold; {advice(self._dtype)}"
-        return f"{listed}: tensors with values that are not finite: fetch or convert the model again"
+            return f"{listed}: {np.dtype(self._dtype)} cannot hold some of the values; {advice(self._dtype)}"
+        return f"{listed}: some values are not finite: fetch or convert the model again"
 
 
 def _all_finite(value: np.ndarray) -> bool:
@@ -207,7 +207,9 @@ def _all_finite(value: np.ndarray) -> bool:
 def _in_words(row: Row, parts: tuple[tuple[int, ...], ...]) -> str:
     if row.packing is AS_IT_IS:
         return f"{parts[0]} for {row.paths[0]}"
-    return "what holds " + ", ".join(f"{path} {shape}" for path, shape in zip(row.paths[:4], parts, strict=False))
+    return "a tensor that holds " + ", ".join(
+        f"{path} {shape}" for path, shape in zip(row.paths[:4], parts, strict=False)
+    )
 
 
 @lru_cache(maxsize=512)
@@ -249,7 +251,7 @@ def _match(reader: TensorReader, table: Table, config: DecoderConfig) -> dict[st
     if config.num_layers > len(reader.shapes()):  # names are not made for blocks that cannot be there
         raise ModelError(
             f"{reader.label} holds {len(reader.shapes())} tensors, fewer than the {config.num_layers} blocks of its "
-            "configuration: a part of the model is missing, or the configuration is another model's"
+            "configuration: a part of the model is missing, or the configuration belongs to another model"
         )
     expected = weight_shapes(config)
     rows = {table.bare(tensor): row for tensor, row in table.expand(config).items()}
@@ -274,7 +276,7 @@ def _match(reader: TensorReader, table: Table, config: DecoderConfig) -> dict[st
             problems.append(f"tensor {tensor} has shape {shape}, expected {wanted} for {', '.join(row.paths)}")
         for path in row.paths:
             if path in found:
-                problems.append(f"tensors {found[path][0]} and {tensor} are both {path}")
+                problems.append(f"tensors {found[path][0]} and {tensor} both provide {path}")
             found[path] = (tensor, row)
     problems += [f"missing {path} {shape}" for path, shape in expected.items() if path not in found]
     if problems:

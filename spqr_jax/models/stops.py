@@ -36,7 +36,7 @@ def all_ends(vocab_size: int, sources: Iterable[tuple[str, Iterable[Any]]]) -> t
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < vocab_size:
                 raise ModelError(
                     f"{label} is {shown(index)}, expected a token id from 0 to {vocab_size - 1}, the model's "
-                    "vocabulary: correct the entry, or is it a file of another model?"
+                    "vocabulary: correct the entry, or does the file belong to another model?"
                 )
             ends[index] = None
     return tuple(ends)

@@ -63,12 +63,13 @@ def load_tokenizer(directory: Path, say: Callable[[str], None] = lambda message:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ModelError(
-            f"{directory} has no tokenizer.json (fast tokenizers only); give token ids (.npy) as data instead of text"
+            f"{directory} has no tokenizer.json (only fast tokenizers are supported); give token ids (.npy) as data "
+            "instead of text"
         )
     tokenizer, named = parse_tokenizer(read_bytes(path), str(path)), named_tokens(directory)
     for role in ("bos_token", "eos_token"):
         if role in named and tokenizer.token_to_id(named[role]) is None:
-            say(f"{directory}: its {role} {named[role]!r} is no token of its tokenizer.json, and is left out")
+            say(f"{directory}: its {role} {named[role]!r} is not a token of its tokenizer.json and is ignored")
     return as_transformers(tokenizer, named, chat_templates(directory), name=str(directory))
 
 

@@ -84,8 +84,8 @@ class Claim:
         free = free_bytes(self.partial)
         if free is not None and num_bytes > free:
             raise CheckpointError(
-                f"{self.path} needs about {readable_size(num_bytes)}, {describe_free(self.partial)}: make room, or "
-                "choose another place"
+                f"{self.path} needs about {readable_size(num_bytes)}, but only {describe_free(self.partial)}: free "
+                "some space, or choose another place"
             )
 
     @contextlib.contextmanager
@@ -104,7 +104,7 @@ class Claim:
 
     def failure(self, error: BaseException) -> CheckpointError:
         """The error of a result that could not be written."""
-        return CheckpointError(f"cannot write {self.path}: {why_not(error, self.partial)}; nothing of it is kept")
+        return CheckpointError(f"cannot write {self.path}: {why_not(error, self.partial)}; nothing was saved")
 
     def is_failure(self, error: BaseException | None) -> bool:
         """Whether an error that arose elsewhere is one of writing here."""
@@ -166,7 +166,7 @@ class Claim:
         if count == 1:
             return ""
         taken, self.path = self.path, target
-        return f"{taken} was written by another while this run worked: its result lies in {target}"
+        return f"another process wrote {taken} during this run: the result of this run is in {target}"
 
 
 class _Held:
@@ -208,7 +208,8 @@ def refuse_existing(path: Path | str, overwrite: bool, *, directory: bool = True
         raise CheckpointError(f"{path} exists already: choose another {_kind(directory)}, or ask to overwrite it")
     if directory and (place in (here, *here.parents) or place in (Path.home(), *Path.home().parents)):
         raise CheckpointError(
-            f"{path} is the folder that you are in, your home or above it, and is not replaced: choose another"
+            f"{path} is the current directory, your home directory or a parent of them, and is not replaced: choose "
+            "another"
         )
 
 

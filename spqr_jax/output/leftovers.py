@@ -65,16 +65,16 @@ def clean_up(target: Path) -> list[str]:
             notes.append(_left_alone(old))
         elif os.path.lexists(target):
             notes.append(
-                f"{old / 'old'} ({_size(old)}) is what a run that was killed wanted to replace {target} with or by: "
+                f"{old / 'old'} ({_size(old)}) is another version of {target}, left by a run that was killed: "
                 "look at both, and remove the one you do not need"
             )
         else:
             os.rename(old / "old", target)
             remove(old)
-            notes.append(f"{target} is put back: a run was killed while it replaced it")
+            notes.append(f"{target} was restored: a run was killed while it replaced this directory")
     for partial in _hidden(target, PARTIAL):
         if _is_ours(partial):
-            notes.append(f"removed {partial} ({_size(partial)}), which a run that was killed left")
+            notes.append(f"removed {partial} ({_size(partial)}), left by a run that was killed")
             remove(partial)
         else:
             notes.append(_left_alone(partial))
@@ -84,14 +84,17 @@ def clean_up(target: Path) -> list[str]:
 def unfinished_note(path: Path) -> str:
     """What to add where nothing is at `path`, but a run that began to write it left something; empty for nothing."""
     target = Path(os.path.abspath(path))
-    for kind, what in ((PARTIAL, "an unfinished run to that name"), (OLD, "what was there before")):
+    for kind, what in ((PARTIAL, "an unfinished result"), (OLD, "the previous content")):
         for hidden in _hidden(target, kind):
-            return f"; {what} lies in {hidden}: if no run is writing there, give the same --out again"
+            return f"; {what} is in {hidden}: if no run is writing there now, run the command again with the same --out"
     return ""
 
 
 def _left_alone(path: Path) -> str:
-    return f"{path} ({_size(path)}) looks like what a killed run left, here or elsewhere: remove it if no run uses it"
+    return (
+        f"{path} ({_size(path)}) looks like a leftover of a killed run on this or another machine: remove it if no run "
+        "uses it"
+    )
 
 
 def _hidden(target: Path, kind: str) -> list[Path]:

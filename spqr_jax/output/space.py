@@ -52,9 +52,9 @@ def why_not(error: BaseException, path: Path) -> str:
     else:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:_MOST]
     if number == errno.EFBIG:
-        reason += " for this place or for the limit that the shell sets (ulimit -f)"
+        reason += " for this file system or for the limit set in the shell (ulimit -f)"
     if number in FULL and (room := describe_free(path)):
-        reason += f"; {room}: make room, or choose another place"
+        reason += f"; {room}: free some space, or choose another place"
     return reason
 
 

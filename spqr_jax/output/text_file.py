@@ -23,11 +23,11 @@ def check_file(path: Path) -> None:
             raise CheckpointError(f"cannot write {path}: it is a directory; give the name of a file")
         if _is_device(path):
             if not os.access(path, os.W_OK):
-                raise CheckpointError(f"cannot write {path}: it may not be written to")
+                raise CheckpointError(f"cannot write {path}: it is not writable")
             return
         place = Path(os.path.realpath(path))
         if not place.parent.is_dir():
-            raise CheckpointError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+            raise CheckpointError(f"cannot write {path}: there is no directory {path.parent}; create it first")
         if place.exists():
             os.close(os.open(place, os.O_WRONLY | os.O_APPEND))
         else:

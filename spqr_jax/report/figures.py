@@ -116,8 +116,8 @@ def by_column(analysis: ModelAnalysis) -> Any:
         shares = np.mean([weight.by_column for weight in analysis.weights if weight.kind == kind], axis=0)
         places = (np.arange(len(shares)) + 0.5) / len(shares)
         axes[0, 0].plot(100 * places, 100 * shares, label=kind, color=colour, linewidth=1.4)
-    axes[0, 0].set_xlabel("columns visited before, %")
-    axes[0, 0].set_ylabel("share of the cost, %")
+    axes[0, 0].set_xlabel("position in the solver's column order, %")
+    axes[0, 0].set_ylabel("share of cost, %")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].grid(alpha=0.2)
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -139,7 +139,7 @@ def structure_shares(analysis: ModelAnalysis) -> Any:
         left += shares
     axes[0, 0].invert_yaxis()
     axes[0, 0].set_xlim(0, 100)
-    axes[0, 0].set_xlabel("share of the costliest 1% of weights, %")
+    axes[0, 0].set_xlabel("share of the 1% most costly weights, %")
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return figure
 
@@ -179,8 +179,8 @@ def perplexity_by_bits(runs: Sequence[Run], data: str) -> Any | None:
     for (bits, perplexity, label, _), colour in zip(points, itertools.cycle(_COLOURS), strict=False):
         axes[0, 0].scatter([bits], [perplexity], color=colour, s=36, label=label.rsplit("/", 1)[-1], zorder=3)
     for dense in sorted({point[3] for point in points if point[3] is not None})[:1]:
-        axes[0, 0].axhline(dense, color=_FOREGROUND, linewidth=0.8, linestyle="--", label=f"dense: {dense:.2f}")
-    axes[0, 0].set_xlabel("stored bits a weight")
+        axes[0, 0].axhline(dense, color=_FOREGROUND, linewidth=0.8, linestyle="--", label=f"dense model: {dense:.2f}")
+    axes[0, 0].set_xlabel("stored bits per weight")
     axes[0, 0].set_ylabel("perplexity")
     axes[0, 0].margins(0.12)
     axes[0, 0].grid(alpha=0.2)

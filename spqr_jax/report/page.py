@@ -95,7 +95,7 @@ def _summary_table(runs: Sequence[Run]) -> Table:
     tasks = list(dict.fromkeys(task for run in runs for r in run.results for task in r.get("results", {})))
     columns = ["model", "method", "stored bits", "ideal bits", "outliers", "size, MB"]
     for text in texts:
-        columns += [f"{what}, {_short(text)}" for what in ("perplexity", "KL", "same top")]
+        columns += [f"{what}, {_short(text)}" for what in ("perplexity", "KL", "same top token")]
     compared = [r for run in runs for r in run.results if "dense_perplexity" in r]
     dense = {(r.get("against"), r["data"]): r["dense_perplexity"] for r in compared}
     columns += tasks
@@ -141,7 +141,7 @@ def _shared_pictures(runs: Sequence[Run]) -> list[Picture]:
     for text in dict.fromkeys(r["data"] for run in runs for r in run.results if "perplexity" in r):
         figure = figures.perplexity_by_bits(runs, text)
         if figure is not None:
-            caption = f"Perplexity on {_short(text)} against stored bits a weight, everything counted."
+            caption = f"Perplexity on {_short(text)} against stored bits per weight, with all stored data counted."
             pictures.append(Picture(figures.to_svg(figure, "Perplexity against stored bits"), caption))
     return pictures
 
@@ -160,21 +160,25 @@ def _section(run: Run) -> Section:
         stored = {path: layer["stored_bits"] for path, layer in layers.items()}
         outliers = {path: layer["outlier_percent"] for path, layer in layers.items()}
         errors = {path: layer["output_error"] for path, layer in layers.items()}
-        add(figures.heat(stored, "stored bits"), "Bits by block and kind", "Stored bits a weight, by block and kind.")
         add(
-            figures.heat(outliers, "outliers, %"), "Outliers by block and kind",
-            "Weights kept apart, by block and kind.",
+            figures.heat(stored, "stored bits"),
+            "Stored bits by block",
+            "Stored bits per weight of each matrix, by block.",
+        )
+        add(
+            figures.heat(outliers, "outliers, %"), "Outliers by block",
+            "Percentage of each matrix's weights that are outliers, by block.",
         )  # fmt: skip
         if any(value is not None for value in errors.values()):
             add(
-                figures.by_depth(errors, "relative output error"), "Error by depth",
-                "What quantization changed in each matrix's output on the calibration text, ‖(W-Ŵ)X‖/‖WX‖.",
+                figures.by_depth(errors, "relative output error"), "Output error by block",
+                "Relative error of each matrix's output on the calibration text after quantization, ‖(W-Ŵ)X‖/‖WX‖.",
             )  # fmt: skip
     if run.analysis is not None:
         _add_analysis(run, add)
     rows = _weight_rows(run, layers)
     if rows:
-        tables.append(Table("Every weight", *rows))
+        tables.append(Table("All matrices", *rows))
     config = run.setting.get("config") or (run.summary or {}).get("quantization")
     command = run.provenance.get("command") or run.setting.get("command", "")
     return Section(run.label, _facts(run), pictures, tables, json.dumps(config, indent=2) if config else "", command)
@@ -185,17 +189,18 @@ def _add_analysis(run: Run, add: Any) -> None:
     assert analysis is not None
     top = {weight.path: 100 * weight.structures.top_share for weight in analysis.weights}
     add(
-        figures.heat(top, "share of cost, %"), "Cost carried by the costliest weights",
-        "Share of the cost of rounding a matrix that its costliest 1% of weights carry; were all alike, 1%.",
+        figures.heat(top, "share of cost, %"), "Cost of the most costly weights",
+        "Share of a matrix's rounding cost that its 1% most costly weights cause. With equal costs it would be 1%.",
     )  # fmt: skip
     add(
-        figures.structure_shares(analysis), "Structures among the costliest weights",
-        "What the costliest 1% of weights are made of: rows and columns a tenth of which are among them, attention "
-        "heads and rotary pairs with three times their share, and the rest. Mean over blocks.",
+        figures.structure_shares(analysis), "Structures among the most costly weights",
+        "Structures that the 1% most costly weights form: rows and columns with at least a tenth of their weights "
+        "among them, attention heads and rotary pairs with at least three times the mean, and the rest. Mean over "
+        "blocks.",
     )  # fmt: skip
     add(
         figures.by_column(analysis), "Cost by column",
-        "Where among a matrix's columns, in the solver's order, the cost lies. Mean over blocks.",
+        "How the cost is distributed over a matrix's columns, in the solver's column order. Mean over blocks.",
     )  # fmt: skip
     by_block: dict[int, dict[str, np.ndarray]] = {}
     for path, values in analysis.maps().items():
@@ -203,8 +208,8 @@ def _add_analysis(run: Run, add: Any) -> None:
     for block, maps in by_block.items():
         add(
             figures.sensitivity_maps(maps), f"Sensitivities in block {block}",
-            f"Block {block}: what rounding each weight alone would cost, outputs down, inputs across, in powers of ten "
-            "from the median up. Shrunk so that thin rows and columns stay visible.",
+            f"Block {block}: the cost of rounding each weight alone, in powers of ten above the median. Rows are "
+            "outputs, columns are inputs. The maps are reduced so that thin rows and columns stay visible.",
         )  # fmt: skip
 
 
@@ -214,16 +219,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if summary is not None:
         head = summary["head_bits"]
         facts += [
-            ("made from", str(origin.get("model", "unknown"))),
+            ("quantized from", str(origin.get("model", "unknown"))),
             ("method", str(origin.get("method", "unknown"))),
             (
-                "bits a weight",
+                "bits per weight",
                 f"{in_digits(summary['ideal_bits'], 3)} by the paper's formula, "
                 f"{in_digits(summary['stored_bits'], 3)} stored",
             ),
             ("outliers", f"{in_digits(summary['outlier_percent'], 2)}%"),
-            ("output head", "dense" if head is None else f"{head:.2f} stored bits a weight"),
-            ("size", f"{summary['bytes'] / 1e6:.1f} MB, dense {summary['dense_bytes'] / 1e6:.1f} MB"),
+            ("output head", "dense" if head is None else f"{head:.2f} stored bits per weight"),
+            ("size", f"{summary['bytes'] / 1e6:.1f} MB (dense model: {summary['dense_bytes'] / 1e6:.1f} MB)"),
         ]
     for name, values in (("calibration", origin.get("calibration")), ("analysis", run.setting.get("calibration"))):
         if values:
@@ -244,7 +249,7 @@ def _weight_rows(run: Run, layers: dict[str, Any]) -> tuple[list[str], list[list
         return None
     columns, rows = ["weight", "shape"], []
     columns += ["bits", "stored", "outliers", "output error"] if layers else []
-    columns += ["cost", "top 1% carry", "rows", "columns", "heads", "rotary pairs", "unstructured"] if found else []
+    columns += ["cost", "cost of top 1%", "rows", "columns", "heads", "rotary pairs", "unstructured"] if found else []
     for index, path in enumerate(paths):
         shape = layers[path]["shape"] if layers else list(found[path].shape)
         row = [Cell(path, index), Cell(f"{shape[0]}×{shape[1]}", float(shape[0] * shape[1]))]

@@ -25,7 +25,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     entries = read_object(path, DataError)
     if "perplexity" not in entries and "results" not in entries:
-        raise DataError(f"{path} is no result of 'spqr perplexity', 'compare' or 'eval'")
+        raise DataError(f"{path} is not a result of 'spqr perplexity', 'compare' or 'eval'")
     entries.maybe_text("model")
     entries.maybe_text("against")
     if "perplexity" in entries:
@@ -82,7 +82,7 @@ def checked_analysis(analysis: Entries, maps: dict[str, np.ndarray]) -> ModelAna
     for path, drawn in maps.items():
         _check_path(analysis, path)
         if drawn.ndim != 2 or drawn.dtype.kind != "f" or not drawn.size:
-            raise DataError(f"{analysis.label}: the map of {path} is no matrix: run `spqr analyze` again")
+            raise DataError(f"{analysis.label}: the map of {path} is not a matrix: run `spqr analyze` again")
     names = [f"weights[{index}]" for index in range(len(rows))]
     by_name = analysis.changed(dict(zip(names, rows, strict=True)))
     return ModelAnalysis.from_json({"weights": [_checked_weight(by_name.nested(name)) for name in names]}, maps)
@@ -111,7 +111,7 @@ def _checked_weight(entries: Entries) -> dict[str, Any]:
 def _shape(entries: Entries) -> list[int]:
     shape = entries.integers("shape", least=1)
     if len(shape) != 2:
-        entries.refuse("shape", "two sizes")
+        entries.refuse("shape", "two sizes: [out, in]")
     return shape
 
 
@@ -121,7 +121,7 @@ def _check_path(entries: Entries, path: str) -> None:
     if parts[0] == "layers" and not (
         len(parts) == 3 and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 6
     ):
-        raise DataError(f"{entries.label}: {path!r} is no weight's path, such as layers.0.q_proj")
+        raise DataError(f"{entries.label}: {path!r} is not the path of a weight, such as layers.0.q_proj")
 
 
 def calibration_in_words(calibration: Any) -> str:
@@ -129,7 +129,7 @@ def calibration_in_words(calibration: Any) -> str:
     names = ("windows", "seqlen", "data", "seed")
     if isinstance(calibration, dict) and all(name in calibration for name in names):
         data = str(calibration["data"]).rsplit("/", 1)[-1]
-        return "{windows} windows of {seqlen} tokens of {name}, seed {seed}".format(**calibration, name=data)
+        return "{windows} windows of {seqlen} tokens from {name}, seed {seed}".format(**calibration, name=data)
     return str(calibration)
 
 

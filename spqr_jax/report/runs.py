@@ -108,7 +108,7 @@ def read_run(path: Path, results: list[dict[str, Any]]) -> Run:
     if is_checkpoint(path):
         return Run(str(path), _finite(summarize(CheckpointSource(path))), None, {}, _of_model(path, results))
     if not (path / ANALYSIS_FILE).is_file():
-        raise ModelError(f"{path} is no quantized model of ours, nor what `spqr analyze --out` wrote")
+        raise ModelError(f"{path} is neither a quantized model written by spqr nor an output of `spqr analyze --out`")
     entries = read_object(path / ANALYSIS_FILE, DataError)
     if entries.integer("version") != _VERSION:
         raise DataError(f"{path} was written by another version of `spqr analyze`: run it again")
@@ -125,7 +125,7 @@ def _read_maps(path: Path) -> dict[str, np.ndarray]:
             members = archive.infolist()
             told, stored = (sum(getattr(each, f"{kind}_size") for each in members) for kind in ("file", "compress"))
             if told > _MOST_BYTES_OF_MAPS or stored > path.stat().st_size:
-                raise ValueError("it tells of more bytes than maps have")
+                raise ValueError("it announces more bytes than maps can have")
             return {member.filename.removesuffix(".npy"): _read_map(archive.read(member)) for member in members}
     except Exception as error:  # of the system, of zip, of NumPy's own format
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): run `spqr analyze` again") from None
@@ -140,7 +140,7 @@ def _read_map(data: bytes) -> np.ndarray:
     except MemoryError:  # as Python's parser calls brackets that are nested too deeply
         raise ValueError("its header cannot be read") from None
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"an array of {dtype} {shape} in {len(data)} bytes")
+        raise ValueError(f"an array of type {dtype} and shape {shape} does not fit its {len(data)} bytes")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if columns_first else "C")
 
 

@@ -170,7 +170,7 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False) -> Factor:
     """
     if not bool(_all_finite(h)):
         raise DataError(
-            "the Hessian has values that are not finite: activations of the calibration text overflow or hold NaN"
+            "the Hessian has values that are not finite: activations on the calibration text overflow or are NaN"
         )
     used = damping
     for _ in range(_DAMPING_STEPS):

@@ -125,13 +125,13 @@ def _solve_otherwise(w: jax.Array, config: SpQRConfig, h: jax.Array | None) -> S
 
     if config.solver == "obq" and w.shape[1] > LARGEST:
         warnings.warn(
-            f"OBQ takes time in the cube of the inputs: matrices of more than {LARGEST}, such as this one of "
-            f"{tuple(w.shape)}, are rounded by GPTQ, which is the same in one order for all rows",
+            f"OBQ's time grows with the cube of the number of inputs. A matrix with more than {LARGEST} inputs, such "
+            f"as this {tuple(w.shape)}, is quantized with GPTQ: the same method with one column order for all rows",
             stacklevel=2,
         )
         return quantize_weights([w], h, [dataclasses.replace(config, solver="columns")])[0]
     if config.solver not in SOLVERS:
-        raise SpQRError(f"{config.solver} looks at whole blocks: use spqr_jax.quantize, not a matrix by itself")
+        raise SpQRError(f"{config.solver} optimizes whole blocks: use spqr_jax.quantize, not a single matrix")
     assert h is not None
     nearest = dataclasses.replace(config, solver="columns", steps=None, compensate=False, sequential=False)
     start = quantize_weights([w], None, [nearest])[0].array

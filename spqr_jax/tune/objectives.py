@@ -177,7 +177,7 @@ def tune(
 def _finite(loss: float, where: str) -> float:
     if not math.isfinite(loss):
         raise NotFiniteError(
-            f"the loss of tuning is not a number from {where} on: try a lower learning rate (--tune-learning-rate), or "
+            f"the tuning loss is not a number from {where} on: try a lower learning rate (--tune-learning-rate), or "
             "--dtype float32"
         )
     return loss

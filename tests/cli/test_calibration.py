@@ -77,7 +77,7 @@ def test_several_texts_are_mixed_and_described(opened):
 
 
 def test_ids_of_another_model_are_refused(opened):
-    with pytest.raises(DataError, match="token ids reach from 200 to 299, but the model's vocabulary has 256"):
+    with pytest.raises(DataError, match="token ids range from 200 to 299, but the model's vocabulary has 256"):
         read_calibration(["other.npy"], opened, 100, 1, 0)
 
 
@@ -90,7 +90,7 @@ def test_a_mixture_is_kept_with_the_model_and_in_its_card(folder):
     summary = summarize(CheckpointSource(folder / "mixed"))
     kept = summary["provenance"]["calibration"]
     assert [text["windows"] for text in kept["texts"]] == [1, 3]
-    assert "4 windows of 32 tokens of ids.npy + 3 × chat.jsonl, seed 0" in model_card("m", "dense", summary)
+    assert "4 windows of 32 tokens from ids.npy + 3 × chat.jsonl, seed 0" in model_card("m", "dense", summary)
     assert spqr("inspect", "mixed", cwd=folder).returncode == 0
 
 
@@ -101,13 +101,16 @@ def test_reports_name_each_text_of_a_mixture():
 
 QUANTIZE = ["quantize", "model", "--out", "x", "--bits", 3]
 BAD = {
-    "a weight of nothing": (["--calib", "ids.npy=0"], "should be the text's weight, a positive number"),
-    "a weight that is a word": (["--calib", "ids.npy", "--calib", "prose.txt=abc"], "'abc' should be the text's"),
+    "a weight of nothing": (["--calib", "ids.npy=0"], "must be the weight of the text: a positive number"),
+    "a weight that is a word": (
+        ["--calib", "ids.npy", "--calib", "prose.txt=abc"],
+        "'abc' must be the weight of the text",
+    ),
     "more texts than windows": (
         ["--calib", "ids.npy", "--calib", "prose.txt", "--nsamples", 1],
-        "1 windows of 2 texts: ask for more windows",
+        "1 windows are too few for 2 texts: use more windows",
     ),
-    "a text that is not there": (["--calib", "ids.npy", "--calib", "nowhere.txt"], "no data 'nowhere.txt'"),
+    "a text that is not there": (["--calib", "ids.npy", "--calib", "nowhere.txt"], "no data found for 'nowhere.txt'"),
     "ids of another model": (["--calib", "other.npy", "--seqlen", 100], "the model's vocabulary has 256"),
     "a seed below 0": (
         ["--calib", "ids.npy", "--seqlen", 32, "--seed", -1],
@@ -132,4 +135,4 @@ def test_records_are_evaluated_too(folder):
     assert result.returncode == 0, result.stderr
     result = spqr("perplexity", "model", "--data", "prose.txt=2", "--seqlen", 32, cwd=folder)
     assert result.returncode == 2
-    assert "no data 'prose.txt=2'" in " ".join(result.stderr.split())
+    assert "no data found for 'prose.txt=2'" in " ".join(result.stderr.split())

@@ -162,8 +162,8 @@ def test_gguf_files_are_models(folder, tiny_model):
 BAD = {
     "tuning options without tuning": (["quantize", "model", "--out", "x", "--tune-epochs", 3], "--tune logits"),
     "a head of no bits": (["quantize", "model", "--out", "x", "--head-bits", "some"], "--head-bits"),
-    "no such model": (["perplexity", "nowhere", "--data", "ids.npy"], "no model 'nowhere'"),
-    "no such data": (["perplexity", "model", "--data", "nothing"], "no data 'nothing'"),
+    "no such model": (["perplexity", "nowhere", "--data", "ids.npy"], "no model found for 'nowhere'"),
+    "no such data": (["perplexity", "model", "--data", "nothing"], "no data found for 'nothing'"),
     "window too long": (["perplexity", "model", "--data", "ids.npy", "--seqlen", "1000"], "model's context of 128"),
     "text too short": (["perplexity", "model", "--data", "ids.npy", "--seqlen", "5000"], "less than one window"),
     "bad bits": (["quantize", "model", "--out", "x", "--bits", "1", "--calib", "ids.npy"], "bits must lie in 2..8"),

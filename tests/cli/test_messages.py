@@ -142,7 +142,11 @@ def test_a_result_that_is_none_is_named(folder):
 
 def test_a_result_is_refused_before_the_work_where_it_cannot_be_written(folder):
     text = ["--data", "ids.npy", "--seqlen", 32, "--windows", 2]
-    for place, says in (("nowhere/r.json", "no folder nowhere"), ("q[bold]", "is a directory"), ("/proc/r", "/proc")):
+    for place, says in (
+        ("nowhere/r.json", "no directory nowhere"),
+        ("q[bold]", "is a directory"),
+        ("/proc/r", "/proc"),
+    ):
         result = spqr("perplexity", "no such model", *text, "--json", place, cwd=folder)
         assert result.returncode == 2
         assert says in result.stderr

@@ -81,7 +81,7 @@ def test_a_template_that_writes_bos_leaves_it_at_that():
         ("{{ raise_exception('no, thanks') }}", [], "no, thanks"),
         ([{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}], [], "rag, tool_use"),
         ([{"name": "rag", "template": "{{ nope.x }}"}], ["--chat-template", "rag"], "'nope' is undefined"),
-        ("x", ["--chat-template", "rag"], "templates called default"),
+        ("x", ["--chat-template", "rag"], "only these templates: default"),
         (None, [], "no chat template"),
     ],
 )

@@ -102,7 +102,7 @@ def test_results_of_other_models_are_named(folder):
 
 
 def test_what_cannot_be_reported_says_why(folder, tmp_path):
-    with pytest.raises(ModelError, match="no quantized model of ours"):
+    with pytest.raises(ModelError, match="neither a quantized model written by spqr nor"):
         read_run(folder / "model", [])
     shutil.copytree(folder / "analysis", tmp_path / "broken")
     (tmp_path / "broken" / "analysis.json").write_text("{}")
@@ -111,7 +111,10 @@ def test_what_cannot_be_reported_says_why(folder, tmp_path):
     for arguments, says in [
         (("report", "three", "--out", "all.html"), "exists already"),
         (("report", "three", "--out", "x.html", "--results", "ids.npy"), "ids.npy is not valid JSON"),
-        (("analyze", "three", "--dense", "nowhere", "--calib", "ids.npy", "--out", "y"), "no model 'nowhere'"),
+        (
+            ("analyze", "three", "--dense", "nowhere", "--calib", "ids.npy", "--out", "y"),
+            "no model found for 'nowhere'",
+        ),
     ]:
         result = spqr(*arguments, cwd=folder)
         assert result.returncode == 2

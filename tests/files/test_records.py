@@ -169,33 +169,33 @@ BAD = {
     ),
     "no keys": ("a.jsonl", lines({"text": "one"}, {}), "line 2: no key.*there are: none"),
     "the named key": ("a.jsonl#body", lines(ONE), "no key 'body'; there are: text"),
-    "a number": ("a.jsonl", lines({"text": 3}), "line 1: text is 3, expected a text or a list of messages"),
-    "a record of numbers": ("a.json", "[1, 2]", "record 1: 1, expected a text, or an object"),
-    "a record of texts by key": ("a.jsonl#body", '"one"', "expected a text, or an object with body"),
+    "a number": ("a.jsonl", lines({"text": 3}), "line 1: text is 3, expected a string or a list of messages"),
+    "a record of numbers": ("a.json", "[1, 2]", "record 1 is 1, expected a string or an object"),
+    "a record of texts by key": ("a.jsonl#body", '"one"', "expected a string or an object with body"),
     "an object of columns": ("a.json", lines({"text": ["one", "two"]}), r"text\[0\] is 'one', expected an object with"),
     "half a surrogate pair": ("a.jsonl", lines(ONE, r'{"text": "a\ud83d"}'), r"line 2: \\ud83d at character 1 is half"),
     "half a pair in a message": ("a.jsonl", message(role="user", content="\udc00"), "is half of a surrogate pair"),
     "half a pair in a role": ("a.jsonl", message(role="\udc00", content="x"), "is half of a surrogate pair"),
-    "a message without role": ("a.jsonl", message(content="x"), r"messages\[0\]: role is None, expected a text"),
+    "a message without role": ("a.jsonl", message(content="x"), r"messages\[0\]: role is None, expected a string"),
     "a role of another type": ("a.jsonl", message(role=1, content="x"), "role is 1"),
-    "a message without content": ("a.jsonl", message(role="user"), "content is None, expected a text"),
-    "a picture": ("a.jsonl", message(role="user", content=[{"type": "image_url"}]), "only text is read"),
+    "a message without content": ("a.jsonl", message(role="user"), "content is None, expected a string"),
+    "a picture": ("a.jsonl", message(role="user", content=[{"type": "image_url"}]), "only text is supported"),
     "an unknown speaker": (
         "a.jsonl",
         lines({"conversations": [{"from": "narrator", "value": "x"}]}),
         "'narrator'.*human",
     ),
-    "messages that are no list": ("a.jsonl", lines({"messages": {"role": "user"}}), "expected a text or a list"),
+    "messages that are no list": ("a.jsonl", lines({"messages": {"role": "user"}}), "expected a string or a list"),
     "Python's list in a cell": ("a.csv", "messages\n\"[{'role': 'user'}]\"\n", "line 2: messages.*messages as JSON"),
     "no such column": ("a.csv", "id,body\n1,x\n", r"no column 'text'.*there are: id, body.*#id"),
     "no header": ("a.csv", "1,some text\n", "no column 'text'"),
-    "a comma too many": ("a.csv", "id,text\n1,one\n2,two, three\n", "line 3: 3 fields.*names 2 columns: quote"),
+    "a comma too many": ("a.csv", "id,text\n1,one\n2,two, three\n", "line 3: 3 fields.*names 2 columns: put texts"),
     "a row cut short": ("a.csv", "id,text\n1,one\n2\n", "line 3: 1 fields"),
-    "a quote without end": ("a.csv", 'text\n"one\n\n"two""three\n', "line 2: not a row of a table"),
-    "a quote in the middle": ("a.csv", 'text\none\n"two" three\n', "line 3: not a row of a table"),
+    "a quote without end": ("a.csv", 'text\n"one\n\n"two""three\n', "line 2: not a valid table row"),
+    "a quote in the middle": ("a.csv", 'text\none\n"two" three\n', "line 3: not a valid table row"),
     "two columns of one name": ("a.csv", "text,text\none,two\n", "2 columns 'text'"),
-    "a column of plain text": ("a.txt#body", "one", "plain text, it has no columns"),
-    "text called Parquet": ("a.parquet", "one", "is no Parquet file"),
+    "a column of plain text": ("a.txt#body", "one", "plain text and has no columns: remove '#body'"),
+    "text called Parquet": ("a.parquet", "one", "is not a Parquet file"),
     "a pointer called Parquet": ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "a damaged Parquet file": ("a.parquet", "PAR1" + "x" * 40 + "PAR1", "cannot be read as Parquet"),
     "Latin-1": ("a.csv", b"text\ncaf\xe9\n", r"byte 0xE9 at offset 8 \(line 2\) is not UTF-8"),
@@ -213,7 +213,7 @@ def test_what_is_not_understood_is_named(tmp_path, spec, content, says):
 def test_bad_parquet_files(tmp_path):
     with pytest.raises(DataError, match=r"no column 'text'.*there are: body"):
         text_of(write_parquet(tmp_path / "a.parquet", {"body": ["one"]}))
-    with pytest.raises(DataError, match=r"row 1: text is b'one', expected a text"):
+    with pytest.raises(DataError, match=r"row 1: text is b'one', expected a string"):
         text_of(write_parquet(tmp_path / "b.parquet", {"text": [b"one"]}))
     not_utf8 = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
     with pytest.raises(DataError, match=r"c\.parquet cannot be read as Parquet.*utf-8"):
@@ -229,7 +229,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
         text_of("a\0b")
     monkeypatch.setattr("spqr_jax.files.records.LARGEST", 3)
     (tmp_path / "a.txt").write_text("four")
-    with pytest.raises(DataError, match=r"a\.txt holds .* take a part"):
+    with pytest.raises(DataError, match=r"a\.txt has .* use a part"):
         text_of(tmp_path / "a.txt")
 
 

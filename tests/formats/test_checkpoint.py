@@ -79,7 +79,7 @@ def edit_header(directory, change):
 
 def test_another_version_is_refused(copy):
     edit_header(copy / "model", lambda values: values.update(format_version=99))
-    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
+    with pytest.raises(CheckpointError, match="format version 99, but this program reads version 1"):
         load(copy)
 
 

@@ -32,7 +32,7 @@ def test_a_conversation_becomes_text():
 
 
 FAILING = {
-    "{{ raise_exception('a system message is required') }}": "refuses this conversation: a system message is required",
+    "{{ raise_exception('a system message is required') }}": "rejects this conversation: a system message is required",
     "{% for m in messages %}{{ m.content }}{% endfo": "not valid Jinja: line 1: .*endfo",
     "{% if %}": "not valid Jinja",
     "{{ 'x' | nofilter }}": "No filter named 'nofilter'",
@@ -47,7 +47,7 @@ FAILING = {
     "{{ range(10 ** 9) }}": "Range too big",
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": "recursion",
     "(" + "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "recursion",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "does not come to an end",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "does not finish",
     "x" * 2_000_000: "2000000 characters",
     "{{ 'x' * 2000 }}": "2000 characters",
 }
@@ -56,7 +56,7 @@ FAILING = {
 @pytest.mark.parametrize("template", FAILING, ids=[template[:30] for template in FAILING])
 def test_a_template_that_fails_is_one_message_in_its_own_words(monkeypatch, template):
     monkeypatch.setattr(chat, "_LONGEST_TEXT", 1000)
-    if "come to an end" in FAILING[template]:
+    if "not finish" in FAILING[template]:
         monkeypatch.setattr(chat, "_SECONDS", 0.3)
     with pytest.raises(ModelError, match=FAILING[template]) as error:
         render_chat(tokenizer(default=template), ASKED)
@@ -75,7 +75,7 @@ def test_what_is_no_conversation_is_one_message(messages):
 
 def test_one_of_several_is_chosen(tmp_path):
     several = tokenizer(rag="R", tool_use="T")
-    with pytest.raises(ModelError, match=r"called rag, tool_use, and none called default: .*--chat-template NAME"):
+    with pytest.raises(ModelError, match=r"called rag, tool_use, but none called default: .*--chat-template NAME"):
         render_chat(several, ASKED)
     assert pick_template(several, "rag") == "R"
     assert pick_template(tokenizer(default="D", rag="R")) == "D"

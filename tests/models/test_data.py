@@ -99,7 +99,7 @@ def test_a_weight_is_a_positive_number(weight):
 
 
 def test_each_text_needs_a_window():
-    with pytest.raises(DataError, match="2 windows of 3 texts: ask for more windows"):
+    with pytest.raises(DataError, match="2 windows are too few for 3 texts: use more windows"):
         shares([1, 1, 1], 2)
 
 
@@ -156,7 +156,7 @@ def test_weights_stand_behind_texts(tmp_path, monkeypatch, spec, expected):
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e999", "abc", "", "2,5", "2x", "0x10"])
 def test_bad_weights_say_so(weight):
-    with pytest.raises(DataError, match="should be the text's weight, a positive number"):
+    with pytest.raises(DataError, match="must be the weight of the text: a positive number"):
         split_weight(f"code.jsonl={weight}")
 
 
@@ -194,8 +194,8 @@ def bad_files(folder):
         ("objects.npy", "not an .npy file of numbers"),
         ("torn.npy", "not an .npy file"),
         ("nothing.npy", "not an .npy file"),
-        ("large.npy", r"beyond 32 bits .largest 4294967301"),
-        ("unsigned.npy", "beyond 32 bits"),
+        ("large.npy", r"do not fit in 32 bits .largest 4294967301"),
+        ("unsigned.npy", "do not fit in 32 bits"),
         ("flags.npy", "holds bool"),
         ("none.npy", "shape .0, 4."),
         ("pair.npy", "integer token ids"),
@@ -222,7 +222,7 @@ def test_too_little_text_says_so():
         evaluation_windows(np.arange(10), 20, None)
     with pytest.raises(DataError, match="less than one window"):
         calibration_windows(np.arange(10), 20, 1, 0)
-    with pytest.raises(DataError, match="asked for 5 of 4"):
+    with pytest.raises(DataError, match="but 5 windows of 4 tokens are needed"):
         calibration_windows(np.zeros((2, 4), int), 4, 5, 0)
 
 

@@ -122,7 +122,7 @@ def test_an_expert_that_no_text_reaches_is_rounded_with_a_warning(model, tiny_ba
     gain, nothing = np.ones(64, np.float32), np.zeros(block.o_proj.shape, np.float32)
     first = block.replace({"router": away, "attention_norm": gain, "o_proj": nothing})
     shunned = dataclasses.replace(model, outer=outer, layers=(first, model.layers[1]))
-    with pytest.warns(UserWarning, match=r"layers.0: .*hardly reaches.* 1 \(0\)"):
+    with pytest.warns(UserWarning, match=r"layers.0: these experts see few calibration tokens .* 1 \(0\)"):
         quantized = quantize(shunned, many, SpQRConfig(bits=4, outlier_threshold=0.5))
     for name in ("gate_proj", "up_proj", "down_proj"):
         weight, array = block[f"experts.1.{name}"], quantized.layers[0][f"experts.1.{name}"]
@@ -166,7 +166,7 @@ def compiled_by_solving(monkeypatch):
     return counts
 
 
-@pytest.mark.filterwarnings("ignore:.*calibration text hardly reaches")
+@pytest.mark.filterwarnings("ignore:.*these experts see few calibration tokens")
 def test_more_experts_take_no_more_programs_to_solve(tiny_batches, compiled_by_solving):
     """Each expert has weights, tokens and outliers of its own; what solves the first solves them all."""
     for number in (4, 8):

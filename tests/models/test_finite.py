@@ -64,7 +64,7 @@ def test_planning_a_budget_names_the_block(overflowing, tiny_batches):
 def test_tuning_that_diverges(tiny_model, tiny_batches, objective):
     quantized = quantize(tiny_model, None, SpQRConfig.rtn(bits=4, group_size=16))
     config = TuneConfig(objective=objective, learning_rate=1e30)
-    with pytest.raises(NotFiniteError, match="the loss of tuning is not a number"):
+    with pytest.raises(NotFiniteError, match="the tuning loss is not a number"):
         tune(quantized, TreeSource(tiny_model), tiny_batches, config)
 
 
@@ -72,7 +72,7 @@ def test_other_places_are_told_apart(tiny_model):
     tokens = np.array([[1, 2, 3]])
     outer = dataclasses.replace(tiny_model.outer, lm_head=tiny_model.outer.lm_head * np.float32(np.inf))
     message = str(not_finite("x", dataclasses.replace(tiny_model, outer=outer), tokens))
-    assert "the output head's logits are not" in message
+    assert "the logits of the output head are not" in message
     assert "weights themselves" in message
     outer = dataclasses.replace(tiny_model.outer, embed_tokens=tiny_model.outer.embed_tokens * np.float32(np.inf))
     assert "the embedding" in str(not_finite("x", dataclasses.replace(tiny_model, outer=outer), tokens))

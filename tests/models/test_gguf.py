@@ -44,10 +44,10 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, tiny_model):
     with pytest.raises(ModelError, match=r"one of 2 parts .* NAME-00001-of-00002"):
         GGUFFile(renamed)
     shutil.copy(first, second)
-    with pytest.raises(ModelError, match="part 1 of 2, its name says 2 of 2"):
+    with pytest.raises(ModelError, match="part 1 of 2, but its name says 2 of 2"):
         GGUFFile(first)
     second.unlink()
-    with pytest.raises(ModelError, match=r"missing beside it: m-00002-of-00002.gguf"):
+    with pytest.raises(ModelError, match=r"missing in its folder: m-00002-of-00002.gguf"):
         GGUFFile(first)
     with pytest.raises(ModelError, match="hold 21 tensors, expected 22"):
         GGUFFile(split(tmp_path, tiny_model, "short", total=22)[0])
@@ -66,8 +66,8 @@ def test_a_file_is_known_by_its_first_bytes(tmp_path, tiny_model):
         (b"PK\x03\x04....", "a zip archive"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"\x10\0\0\0\0\0\0\0{\"a\": {}}       ", "a safetensors file: give the directory"),
-        (b"lmgg\x01\0\0\0", "before GGUF"),
-        (b"hello", "of no kind that is known"),
+        (b"lmgg\x01\0\0\0", "older than GGUF"),
+        (b"hello", "a file of an unknown type"),
     ],
 )  # fmt: skip
 def test_other_files_are_told_apart(tmp_path, content, says):
@@ -97,7 +97,7 @@ def test_a_folder_of_several_models_asks_which(tmp_path, tiny_model):
         ({"attention.head_count": None}, "lacks llama.attention.head_count"),
         ({"attention.layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms_epsilon"),
         ({"context_length": True}, "context_length is True"),
-        ({"attention.value_length": 32}, "value_length is 32, expected the same as that of keys, 16"),
+        ({"attention.value_length": 32}, "value_length is 32, expected the key length, 16"),
         ({"expert_count": 3.0e9}, "expert_count is 3000000000.0"),
         ({"tokenizer.ggml.eos_token_id": "two"}, "eos_token_id is 'two'"),
     ],

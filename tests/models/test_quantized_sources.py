@@ -188,7 +188,7 @@ def test_dense_weights_beside_an_entry_that_is_left_over_are_read(tmp_path, meth
     reader = opened(tmp_path, {"m.weight": WEIGHT}, {"quant_method": method})
     np.testing.assert_array_equal(reader.read("m.weight", np.float32), WEIGHT)
     assert reader.quantized_by is None
-    assert f"names the quantization {method}, and no tensor has its form" in reader.note
+    assert f"names the quantization {method}, but no tensor is in that format" in reader.note
 
 
 def test_a_cache_alone_may_be_quantized(tmp_path):
@@ -201,7 +201,10 @@ def test_a_dense_model_says_nothing(tmp_path):
     reader = opened(tmp_path, {"m.weight": WEIGHT}, quantization_config=None)
     assert (reader.note, reader.quantized_by) == (None, None)
     save_file({"a": WEIGHT}, tmp_path / "adapter_model.safetensors")
-    assert "a LoRA adapter: it is not applied" in opened(tmp_path, {"m.weight": WEIGHT}).note
+    assert (
+        "the LoRA adapter adapter_model.safetensors next to the model is not applied"
+        in opened(tmp_path, {"m.weight": WEIGHT}).note
+    )
 
 
 # ---- tensors that differ from what is told -------------------------------------------------------
@@ -215,7 +218,7 @@ def test_the_tensors_count_and_it_is_said(tmp_path, told, kept):
     parts, dense = packers.gptq(WEIGHT)
     reader = opened(tmp_path, module(parts), GPTQ | told)
     np.testing.assert_array_equal(reader.read("m.weight", np.float32), dense)
-    assert "config.json describes 1 of them otherwise (m): the tensors count" in reader.note
+    assert "config.json describes 1 of them differently (m): the tensors are used as they are" in reader.note
     assert kept in reader.quantized_by
 
 
@@ -295,7 +298,9 @@ def test_the_command_says_it_first_and_last(tmp_path, tiny_model):
     done = spqr("quantize", "m", "--out", "q", "--method", "rtn", "--bits", "4", "--head-bits", "none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.strip().splitlines()
-    said = "the weights were quantized already (gptq, 4 bits, groups of 16): they are dequantized, what that lost"
+    said = (
+        "the weights are already quantized (gptq, 4 bits, groups of 16): they are dequantized, but the lost precision"
+    )
     assert said in lines[0]  # when the model is opened
     assert lines[-1].startswith(said)
     kept = CheckpointSource(tmp_path / "q").provenance["source_quantization"]
@@ -304,5 +309,5 @@ def test_the_command_says_it_first_and_last(tmp_path, tiny_model):
 
 def test_python_users_are_warned_that_a_model_was_quantized_already(tmp_path, tiny_model):
     write_quantized(tmp_path / "m", tiny_model, packers.float8, FP8)
-    with pytest.warns(UserWarning, match=r"quantized already \(fp8"):
+    with pytest.warns(UserWarning, match=r"already quantized \(fp8"):
         load_model(str(tmp_path / "m"), "float32")

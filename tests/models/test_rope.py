@@ -90,15 +90,15 @@ def test_yarn_lengthens_the_context_and_dynamic_scaling_does_not(tiny_config):
     [
         ({"rope_type": "mrope", "mrope_section": [1, 2]}, "rotary scaling 'mrope' is not supported"),
         ({"rope_type": "linear"}, "lacks rope_scaling.factor"),
-        ({"factor": 4.0}, "type 'default' has entries that are not understood: factor"),
-        ({"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0}, "not understood: alpha"),
+        ({"factor": 4.0}, "type 'default' has unknown entries: factor"),
+        ({"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0}, "unknown entries: alpha"),
         ({"rope_type": "linear", "factor": "four"}, "rope_scaling.factor is 'four'"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor is 1.0, expected more than low_freq_factor"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "8 positive numbers"),
         ([1, 2], "rope_scaling is .* expected an object"),
         (
             {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 7.0},
-            "partial_rotary_factor is 7.0, expected a share",
+            "partial_rotary_factor is 7.0, expected a number above 0 and at most 1",
         ),
     ],
 )
@@ -181,7 +181,7 @@ def test_yarn_in_a_header_is_yarn_in_a_config_json(tmp_path, tiny_model):
     ("keys", "says"),
     [
         ({"rope.scaling.type": "sideways"}, "scaling.type is 'sideways', expected none, linear, yarn"),
-        ({"rope.scaling.alpha": 1000.0}, "scaling.alpha: ways of rotary scaling"),
+        ({"rope.scaling.alpha": 1000.0}, "not supported: .*scaling.alpha"),
         ({"rope.scaling.factor": "4"}, "scaling.factor is '4', expected a finite number"),
         ({"rope.freq_base": -1.0}, "freq_base is -1.0"),
         ({"rope.dimension_count": 64}, "64 of 16 dimensions of a head"),

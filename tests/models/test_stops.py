@@ -83,7 +83,7 @@ def test_the_first_source_that_names_bos_counts(tmp_path, config, files, expecte
         ({"generation_config": {"eos_token_id": [[1]]}}, "eos_token_id is"),
         ({"generation_config": {"bos_token_id": 300}}, "bos_token_id is 300"),
         ({"generation_config": []}, "expected a JSON object"),
-        ({"tokenizer_config": {"eos_token": 2}}, "eos_token is 2, expected a text"),
+        ({"tokenizer_config": {"eos_token": 2}}, "eos_token is 2, expected a string"),
         ({"tokenizer_config": {"eos_token": "x", "added_tokens_decoder": {"900": {"content": "x"}}}}, "is 900"),
         ({"tokenizer_config": {"eos_token": "x", "added_tokens_decoder": []}}, "added_tokens_decoder is"),
         ({"tokenizer_config": {"eos_token": "x", "added_tokens_decoder": {"1": "x"}}}, "added_tokens_decoder.1 is"),

@@ -96,7 +96,7 @@ def test_a_named_token_that_is_none_is_left_out_and_said(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot|>"}')
     said = []
     assert load_tokenizer(tmp_path, said.append).eos_token_id is None
-    assert "eos_token '<|eot|>' is no token" in said[0]
+    assert "eos_token '<|eot|>' is not a token" in said[0]
 
 
 def changed(**changes):
@@ -325,13 +325,13 @@ DAMAGED = [
     (BYTE_LEVEL, "model", None, "lacks tokenizer.ggml.model"),
     (BYTE_LEVEL, "model", 5, "model is 5"),
     (BYTE_LEVEL, "tokens", None, "lacks tokenizer.ggml.tokens"),
-    (BYTE_LEVEL, "tokens", [1, 2], "expected texts"),
+    (BYTE_LEVEL, "tokens", [1, 2], "expected strings"),
     (BYTE_LEVEL, "tokens", ["h", "i", "hi", "hi", "x"], "'hi' twice"),
     (BYTE_LEVEL, "merges", None, "lacks tokenizer.ggml.merges"),
     (BYTE_LEVEL, "merges", ["hi"], "merges has 'hi'"),
     (BYTE_LEVEL, "merges", ["h z"], "merges has 'h z'"),
     (BYTE_LEVEL, "merges", ["i h"], "merges has 'i h'"),
-    (BYTE_LEVEL, "merges", [5], "expected texts"),
+    (BYTE_LEVEL, "merges", [5], "expected strings"),
     (BYTE_LEVEL, "token_type", [1], "1 values for 5 tokens"),
     (BYTE_LEVEL, "token_type", [1, 1, 1, "x", 1], "expected whole numbers"),
     (BYTE_LEVEL, "eos_token_id", 99, "from 0 to 4"),

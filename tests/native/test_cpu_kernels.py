@@ -213,7 +213,7 @@ def test_several_matrices_at_once(rows):
         return jax.grad(lambda x: sum(jnp.sum(y**2) for y in cpu_kernels.matmul_all(x, ws)))(x)
 
     assert error(gradient(x, ws), sum(2 * x @ w.T @ w for w in map(dense, arrays))) < 1e-5
-    with pytest.raises(ValueError, match="all round"):
+    with pytest.raises(ValueError, match="either all matrices must round activations, or none"):
         cpu_kernels.matmul_all(x, [ws[0], dataclasses.replace(ws[0], int8_activations=True)])
     with pytest.raises(SpQRError, match="do not fit"):
         linear_all([ws[0], pack_for_cpu(random_array((8, 64)))], x)

@@ -274,7 +274,7 @@ def test_any_forward_function(tiny_batches):
 
 def test_forward_must_name_each_leaf_once():
     params, batch = own_model(), jnp.ones((4, 32))
-    with pytest.raises(SpQRError, match="no leaf of params"):
+    with pytest.raises(SpQRError, match="not a leaf of params"):
         quantize(params, [batch], forward=lambda p, x, linear: linear("a", 2 * p["first"], x))
     with pytest.raises(SpQRError, match="twice"):
         quantize(params, [batch], forward=lambda p, x, linear: linear("a", p["gate"], x) + linear("a", p["first"], x))

@@ -220,7 +220,7 @@ def common_from_gguf(header: Any, family: str, **special: Any) -> DecoderConfig:
     heads = special.get("num_heads") or per_block(header, f"{arch}.attention.head_count", layers)
     head_dim = keys.maybe_integer(f"{arch}.attention.key_length", least=1) or hidden // heads
     if keys.integer(f"{arch}.attention.value_length", head_dim) != head_dim:
-        keys.refuse(f"{arch}.attention.value_length", f"the same as that of keys, {head_dim}")
+        keys.refuse(f"{arch}.attention.value_length", f"the key length, {head_dim}")
     epsilon = "attention.layer_norm_epsilon" if special.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
     base: dict[str, Any] = {
         "family": family,

@@ -198,10 +198,10 @@ def _gemma3_rope(values: Entries) -> tuple[dict[str, Any], float]:
     """The entries of blocks that see everything, and the base of local blocks: `rope_scaling` adds to the former."""
     kinds = values.nested("rope_parameters")
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        values.refuse("rope_parameters", f"full_attention and sliding_attention, not {', '.join(sorted(unknown))}")
+        values.refuse("rope_parameters", f"only full_attention and sliding_attention, not {', '.join(sorted(unknown))}")
     local = kinds.nested("sliding_attention")
     if local.text("rope_type", "default") != "default":
-        local.refuse("rope_type", "'default' for blocks that see a window")
+        local.refuse("rope_type", "'default' for blocks with a sliding window")
     theta = local.maybe_number("rope_theta", least=1e-6) or values.maybe_number("rope_local_base_freq", least=1e-6)
     entries = kinds.nested("full_attention").to_dict() | values.nested("rope_scaling").to_dict()
     return entries, theta or _GEMMA3_LOCAL_THETA

@@ -52,13 +52,13 @@ def rope(values: Entries, head_dim: int, default_theta: float = 10000.0) -> dict
         )
     if unknown := [name for name in entries if name not in _COMMON_KEYS | _KEYS[kind]]:
         raise ModelError(
-            f"{values.label}: rotary scaling of type {kind!r} has entries that are not understood: "
-            f"{', '.join(unknown)}; expected of {', '.join(sorted(_COMMON_KEYS | _KEYS[kind]))}"
+            f"{values.label}: rotary scaling of type {kind!r} has unknown entries: "
+            f"{', '.join(unknown)}; expected only {', '.join(sorted(_COMMON_KEYS | _KEYS[kind]))}"
         )
     theta = entries.maybe_number("rope_theta", least=1e-6) or values.number("rope_theta", default_theta, least=1e-6)
     partial = entries.maybe_number("partial_rotary_factor") or values.number("partial_rotary_factor", 1.0)
     if not 0 < partial <= 1:
-        entries.refuse("partial_rotary_factor", "a share above 0, at most 1", partial)
+        entries.refuse("partial_rotary_factor", "a number above 0 and at most 1", partial)
     rotated = _rotated(int(head_dim * partial), head_dim, values.label)
     settings: dict[str, Any] = {"rope_theta": theta, "rope_dim": None if rotated == head_dim else rotated}
     if kind == "linear":
@@ -261,7 +261,7 @@ def gguf_rope(header: Any, arch: str, head_dim: int) -> dict[str, Any]:
     """
     keys, prefix = header.entries, f"{arch}.rope."
     if unknown := [key for key in keys if key.startswith(prefix + "scaling.") and key[len(prefix) :] not in _GGUF_KEYS]:
-        raise ModelError(f"{header.label}: {', '.join(unknown)}: ways of rotary scaling that are not supported")
+        raise ModelError(f"{header.label}: these entries of rotary scaling are not supported: {', '.join(unknown)}")
     rotated = _rotated(keys.integer(prefix + "dimension_count", head_dim), head_dim, header.label)
     theta = keys.number(prefix + "freq_base", 10000.0, least=1e-6)
     factor = keys.maybe_number(prefix + "scaling.factor", least=0) or keys.number(prefix + "scale_linear", 0.0, least=0)
@@ -286,7 +286,7 @@ def gguf_rope(header: Any, arch: str, head_dim: int) -> dict[str, Any]:
             tensor = header.read(name, "float32").reshape(-1).tolist()
             if len(tensor) != len(factors) or not all(0 < value < math.inf for value in tensor):
                 raise ModelError(
-                    f"{header.label}: {name} must hold {len(factors)} positive numbers, holds {len(tensor)}"
+                    f"{header.label}: {name} must hold {len(factors)} positive numbers, but holds {len(tensor)}"
                 )
             factors = [a * b for a, b in zip(factors, tensor, strict=True)]
     if "rope_factors_short.weight" in header.shapes():

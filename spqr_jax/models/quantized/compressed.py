@@ -67,14 +67,14 @@ def _scheme_of(module: Module, schemes: list[Entries]) -> Entries:
     for scheme in schemes:
         if any(target[:1].isupper() for target in scheme.texts("targets")):  # the name of a class
             return scheme
-    raise module.problem("is named by none of the targets in config_groups")
+    raise module.problem("is not named by any target in config_groups")
 
 
 def _matches(scheme: Entries, pattern: str, name: str) -> bool:
     try:
         return re.match(pattern, name) is not None
     except re.error as error:
-        scheme.refuse("targets", f"names and regular expressions ({error})", pattern)
+        scheme.refuse("targets", f"names and valid regular expressions ({error})", pattern)
         raise
 
 
@@ -84,27 +84,27 @@ def _block(scheme: Entries) -> tuple[int, int] | None:
         return None if size == -1 else (1, size)
     block = scheme.integers("block_structure", least=1)
     if block and len(block) != 2:
-        scheme.refuse("block_structure", "two sizes, of rows and of columns")
+        scheme.refuse("block_structure", "two sizes: rows and columns")
     return (block[0], block[1]) if block else None
 
 
 def _check_order(module: Module, scheme: Entries) -> None:
     """What the scheme asks for must be there."""
     if scheme.raw("actorder") in (True, "group", "dynamic") and "weight_g_idx" not in module:
-        raise module.problem(f"lacks {module.name}.weight_g_idx (the group of each input), which actorder asks for")
+        raise module.problem(f"lacks {module.name}.weight_g_idx (the group of each input), which actorder requires")
     if not scheme.flag("symmetric", True) and "weight_zero_point" not in module:
-        raise module.problem(f"lacks {module.name}.weight_zero_point, which an asymmetric scheme asks for")
+        raise module.problem(f"lacks {module.name}.weight_zero_point, which an asymmetric scheme requires")
 
 
 def _plain_weight(module: Module, scheme: Entries, block: tuple[int, int] | None) -> QuantizedWeight:
     if "weight_g_idx" in module:
-        raise module.problem("has weight_g_idx beside a weight that is not packed, which is not read")
+        raise module.problem("has weight_g_idx for a weight that is not packed, which is not supported")
     kinds = FLOAT8 if scheme.text("type", "int") == "float" else ("I8",)
     return scaled_weight(module, kinds, block)
 
 
 def _packed_weight(module: Module, scheme: Entries, block: tuple[int, int] | None) -> QuantizedWeight:
-    rows, words = module.matrix("weight_packed", "codes in words, (outputs, inputs in words of 32 bits)", WORDS)
+    rows, words = module.matrix("weight_packed", "packed codes, (outputs, inputs in 32-bit words)", WORDS)
     module.check("weight_shape", (2,), _INTEGERS)
     outputs, inputs = map(int, module.read("weight_shape"))
     shape = (outputs, inputs)

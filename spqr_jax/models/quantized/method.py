@@ -44,8 +44,8 @@ class Description:
         """
         name = f"{self.method}, {what}" if what else self.method
         return ModelError(
-            f"{self.entries.label}: the model is quantized already by {name}, which is not read here: give the dense "
-            "model that it was made from, or dequantize it with the program that quantized it"
+            f"{self.entries.label}: the model is already quantized with {name}, which spqr-jax cannot read: give the "
+            "original dense model, or dequantize this one with the program that quantized it"
         )
 
 

@@ -96,7 +96,7 @@ class Module:
         order = self.read(part) if part in self else np.zeros(0, np.int32)
         if not order.any() or (order == -1).any():
             if groups > 1 and not neighbours:
-                raise self.problem(f"has no order in {part}, which desc_act asks for")
+                raise self.problem(f"has no order in {part}, which desc_act requires")
             return np.arange(inputs) // size
         if order.min() < 0 or order.max() >= groups:
             raise self.problem(f"has groups {order.min()} to {order.max()} in {part}, expected 0 to {groups - 1}")
@@ -110,8 +110,8 @@ class Module:
     def problem(self, what: str) -> ModelError:
         """An error that names the module and its method; `what` is its predicate."""
         return ModelError(
-            f"{self._reader.label}: {self.name} is quantized by {self._method} and {what}: fetch the model again, or "
-            "give the dense model that it was made from"
+            f"{self._reader.label}: {self.name} is quantized with {self._method}, but it {what}: fetch the model "
+            "again, or give the original dense model"
         )
 
 

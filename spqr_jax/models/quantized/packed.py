@@ -99,8 +99,8 @@ def _find(reader: SafetensorsReader, description: Description, weight: Any) -> Q
 
 
 def _gptq_weight(less_one: bool, inputs_first: bool, module: Module, entries: Entries) -> QuantizedWeight:
-    words, outputs = module.matrix("qweight", "codes in words, (inputs in words of 32 bits, outputs)", WORDS)
-    groups, zero_words = module.matrix("qzeros", "zeros in words, (groups, outputs in words of 32 bits)", WORDS)
+    words, outputs = module.matrix("qweight", "packed codes, (inputs in 32-bit words, outputs)", WORDS)
+    groups, zero_words = module.matrix("qzeros", "packed zero points, (groups, outputs in 32-bit words)", WORDS)
     module.check("scales", (groups, outputs), FLOATS)
     bits = zero_words * 32 // outputs
     if zero_words * 32 != outputs * bits or bits not in GPTQ_BITS or words * 32 % bits:
@@ -110,7 +110,7 @@ def _gptq_weight(less_one: bool, inputs_first: bool, module: Module, entries: En
     if "g_idx" in module:
         module.check("g_idx", (inputs,), ("I32", "I64"))
     elif in_order and groups > 1:
-        raise module.problem(f"lacks {module.name}.g_idx (the group of each input), which desc_act asks for")
+        raise module.problem(f"lacks {module.name}.g_idx (the group of each input), which desc_act requires")
     size, fits = _group_size(module, entries, inputs, groups)
     shape = (outputs, inputs)
 
@@ -153,13 +153,13 @@ def _group_size(module: Module, entries: Entries, inputs: int, groups: int) -> t
 
 
 def _awq_weight(module: Module, entries: Entries) -> QuantizedWeight:
-    inputs, words = module.matrix("qweight", "codes in words, (inputs, outputs in words of 8 codes)", WORDS)
+    inputs, words = module.matrix("qweight", "packed codes, (inputs, outputs in words of 8 codes)", WORDS)
     groups, outputs = module.matrix("scales", "its scales, (groups, outputs)", FLOATS)
     module.check("qzeros", (groups, words), WORDS)
     if outputs != 8 * words:
-        raise module.unfit("scales", f"({groups}, {8 * words}), since 8 codes of 4 bits are in a word of qweight")
+        raise module.unfit("scales", f"({groups}, {8 * words}), since each word of qweight holds 8 codes of 4 bits")
     if inputs % groups:
-        raise module.unfit("scales", f"groups that divide its {inputs} inputs")
+        raise module.unfit("scales", f"a number of groups that divides its {inputs} inputs")
     size, fits = _group_size(module, entries, inputs, groups)
     bits = entries.integer("bits", entries.integer("w_bit", 4))
     shape = (outputs, inputs)
@@ -180,7 +180,7 @@ def _in_order(fields: np.ndarray) -> np.ndarray:
 
 
 def _form(bits: int, size: int, groups: int) -> str:
-    return f"{bits} bits, " + ("one group a row" if groups == 1 else f"groups of {size}")
+    return f"{bits} bits, " + ("one group per row" if groups == 1 else f"groups of {size}")
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

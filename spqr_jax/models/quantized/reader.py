@@ -94,8 +94,10 @@ def open_tensors(directory: Path, config: Entries) -> DenseReader:
     inputs_first = config.maybe_text("model_type") == "gpt2"  # its Conv1D, whose transposed weight GPTQ packs
     modules, weights = _METHODS[description.key](reader, description, inputs_first)
     if not modules:
-        note = f"{description.entries.label} names the quantization {description.method}, and no tensor has its form"
-        note += ": the weights are read as they are"
+        note = (
+            f"{description.entries.label} names the quantization {description.method}, but no tensor is in that format"
+        )
+        note += ": the weights are read unchanged"
         return _dense(reader, description, note)
     return _quantized(reader, description, modules, weights)
 
@@ -109,14 +111,16 @@ def _quantized(
     hidden = tensors_of(modules, _PARTS | {"weight"}) | _of_activations(reader)
     names = {f"{name}.weight": weight for name, weight in weights.items()}
     if doubled := [name for name in names if name in reader.shapes() and name not in hidden]:
-        raise modules[doubled[0].removesuffix(".weight")].problem(f"has {doubled[0]} besides, a dense weight")
+        raise modules[doubled[0].removesuffix(".weight")].problem(f"also has the dense weight {doubled[0]}")
     quantized_by = f"{description.method}, {_forms(list(weights.values()))}"
-    note = f"the weights were quantized already ({quantized_by}): they are dequantized, what that lost stays lost"
+    note = (
+        f"the weights are already quantized ({quantized_by}): they are dequantized, but the lost precision stays lost"
+    )
     other = [name for name, weight in weights.items() if not weight.as_described]
     if other and not any(description.entries.raw(name) for name in ("dynamic", "extra_config")):
         note += (
-            f"; {Path(description.entries.label).name} describes {len(other)} of them otherwise "
-            f"({', '.join(other[:_SHOWN])}{', ...' if len(other) > _SHOWN else ''}): the tensors count"
+            f"; {Path(description.entries.label).name} describes {len(other)} of them differently "
+            f"({', '.join(other[:_SHOWN])}{', ...' if len(other) > _SHOWN else ''}): the tensors are used as they are"
         )
     _refuse_leftovers(reader, hidden, description)
     return DenseReader(reader, names, hidden, quantized_by, _with_adapters(reader, note), _zero_biases(reader, modules))
@@ -136,8 +140,8 @@ def _dense(reader: SafetensorsReader, description: Description | None = None, no
     _refuse_leftovers(reader, hidden, description)
     float8 = [name for name, kind in reader.kinds().items() if kind in FLOAT8]
     if float8:
-        said = f"{len(float8)} tensors are float8 without scales, such as {float8[0]}: they are read as the numbers "
-        note = "; ".join(filter(None, (note, said + "that they hold, rounded as they are")))
+        said = f"{len(float8)} tensors are float8 without scales, such as {float8[0]}: their float8 values are "
+        note = "; ".join(filter(None, (note, said + "used as the weights, with the precision they have")))
     return DenseReader(reader, {}, hidden, "float8 without scales" if float8 else None, _with_adapters(reader, note))
 
 
@@ -149,13 +153,13 @@ def _refuse_leftovers(reader: SafetensorsReader, hidden: frozenset[str], descrip
         if name in hidden or not (integers or name.rpartition(".")[2] in _PARTS):
             continue
         told = (
-            "nothing says by which method (config.json lacks quantization_config)"
+            "no quantization method is named (config.json lacks quantization_config)"
             if description is None
-            else f"not as {description.entries.label} says, quantized by {description.method}"
+            else f"not in the way that {description.entries.label} describes ({description.method})"
         )
         raise ModelError(
-            f"{reader.label}: {name}, of the type {kind}, is of a model that is quantized already, and {told}: fetch "
-            "the files again, all of one model, or give the dense model that it was made from"
+            f"{reader.label}: {name}, of type {kind}, belongs to a model that is already quantized, but {told}: fetch "
+            "all files of one model again, or give the original dense model"
         )
 
 
@@ -172,7 +176,7 @@ def _zero_biases(reader: SafetensorsReader, modules: dict[str, Module]) -> froze
 def _with_adapters(reader: SafetensorsReader, note: str | None) -> str | None:
     if not reader.adapters:
         return note
-    said = f"{reader.adapters[0]} lies beside the model, a LoRA adapter: it is not applied"
+    said = f"the LoRA adapter {reader.adapters[0]} next to the model is not applied"
     return f"{said}; {note}" if note else said
 
 

@@ -42,7 +42,7 @@ def find_fp8(reader: SafetensorsReader, description: Description, inputs_first: 
         raise description.refused(kind)
     block = entries.integers("weight_block_size", least=1)
     if block and len(block) != 2:
-        entries.refuse("weight_block_size", "two sizes, of rows and of columns")
+        entries.refuse("weight_block_size", "two sizes: rows and columns")
     modules = find_modules(reader, description.method, PARTS, SCALES)
     for tensor, kind in reader.kinds().items():  # a float8 weight without a scale is one that lacks it
         name, _, part = tensor.rpartition(".")
@@ -64,7 +64,7 @@ def scaled_weight(module: Module, kinds: tuple[str, ...], block: tuple[int, int]
     """
     rows, inputs = shape = module.matrix("weight", "its weight", kinds)
     if all(part in module for part in SCALES):
-        raise module.problem(f"has both {' and '.join(SCALES)}, where one of them is expected")
+        raise module.problem(f"has both {' and '.join(SCALES)}, expected only one of them")
     part = SCALES[0] if SCALES[0] in module else SCALES[1]
     (height, width), form = scale_block(module, part, shape, block)
     if "weight_zero_point" in module:
@@ -95,13 +95,14 @@ def scale_block(
     rows, inputs = shape
     height, width = block or BLOCK
     blocks = (-(-rows // height), -(-inputs // width))
-    whole, of_a_row = (shape, "one scale a tensor"), ((1, inputs), "one scale a row")
+    whole, of_a_row = (shape, "one scale per tensor"), ((1, inputs), "one scale per row")
     in_blocks = ((height, width), f"groups of {width}" if height == 1 else f"blocks of {height} x {width}")
     forms = {(): whole, (1,): whole} | ({} if block else {(1, 1): whole})
     forms |= {blocks: in_blocks, (rows,): of_a_row, (rows, 1): of_a_row}
     scales = module.shape(part, f"its scales, {blocks}", SCALE_KINDS)
     if scales not in forms:
         raise module.unfit(
-            part, f"{blocks} for {in_blocks[1]}, {(rows, 1)} for one a row, or one for all of its weight {shape}"
+            part,
+            f"{blocks} for {in_blocks[1]}, {(rows, 1)} for one scale per row, or a single scale for the weight {shape}",
         )
     return forms[scales]
