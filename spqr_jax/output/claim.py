@@ -206,7 +206,8 @@ def refuse_existing(path: Path | str, overwrite: bool, *, directory: bool = True
         )
     if not overwrite:
         raise CheckpointError(
-            f"{path} exists already: choose another {_kind(directory)}, or replace it (--overwrite; in Python, overwrite=True)"
+            f"{path} exists already: choose another {_kind(directory)}, or replace it "
+            "(--overwrite; in Python, overwrite=True)"
         )
     if directory and (place in (here, *here.parents) or place in (Path.home(), *Path.home().parents)):
         raise CheckpointError(
