@@ -258,7 +258,7 @@ def plot(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]) -> Non
         axes.scatter(bits, perplexities, label=question or "SpQR's defaults",
                      marker=marker, s=220 if question == "" else 45, zorder=3 if question == "" else 2)  # fmt: skip
     axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label=f"dense float32: {dense:.2f}")
-    axes.set_xlabel("stored bits a weight")
+    axes.set_xlabel("stored bits per weight")
     axes.set_ylabel(f"perplexity ({setup.data})")
     axes.set_title(f"{setup.model}: what each part of SpQR is worth")
     if left_out:

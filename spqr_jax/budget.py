@@ -32,11 +32,11 @@ from spqr_jax.solver.trial import try_choices
 
 _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
-# Prices tried, in nats a token for one bit more on every weight of the model.
+# Prices tried, in nats per token for one bit more on every weight of the model.
 _PRICES = np.geomspace(0.01, 2.0, 5)
 _LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `_STEEPNESS`
 _TOKENS = 4096  # of calibration text that a plan looks at, at least one batch
-_TOLERANCE = 0.005  # bits a weight by which a finished model may miss its target
+_TOLERANCE = 0.005  # bits per weight by which a finished model may miss its target
 _GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
 _STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
 
@@ -47,7 +47,7 @@ class Candidate:
 
     Attributes:
       bits: code bits.
-      loss: f64 [prices], predicted loss in nats a token.
+      loss: f64 [prices], predicted loss in nats per token.
       outliers: f64 [prices], share kept apart.
     """
 
@@ -96,7 +96,7 @@ class WeightCurve:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a plan decided for one weight; `nbytes` and `loss` (nats a token) are predictions."""
+    """What a plan decided for one weight; `nbytes` and `loss` (nats per token) are predictions."""
 
     curve: WeightCurve
     bits: int
@@ -112,8 +112,8 @@ class Plan:
 
     Attributes:
       choices: by path.
-      target_bits: stored bits a weight that the choices were made for.
-      price: λ, the rise in loss (nats a token) that one bit more on every weight should save.
+      target_bits: stored bits per weight that the choices were made for.
+      price: λ, the rise in loss (nats per token) that one bit more on every weight should save.
     """
 
     choices: dict[str, Choice]
@@ -127,12 +127,12 @@ class Plan:
 
     @property
     def stored_bits(self) -> float:
-        """Predicted stored bits a weight."""
+        """Predicted stored bits per weight."""
         return 8 * sum(choice.nbytes for choice in self.choices.values()) / self.size
 
     @property
     def loss(self) -> float:
-        """Predicted rise of the model's loss, nats a token."""
+        """Predicted rise of the model's loss, nats per token."""
         return sum(choice.loss for choice in self.choices.values())
 
     def share_of_bits(self) -> dict[int, float]:

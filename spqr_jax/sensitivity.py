@@ -8,7 +8,7 @@ independent, rounding W to Ŵ costs
 
     ½ Σ_r mean(g_r²) · mean((δ_r)²) = ¼ Σ_r mean(g_r²) · (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ
 
-nats a token, H = (2/n) X Xᵀ as in `spqr_jax.solver`.
+nats per token, H = (2/n) X Xᵀ as in `spqr_jax.solver`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Rival = Callable[[Sequence[int], int], tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """How fast a rival was, in tokens a second: float64 [turns].
+    """How fast a rival was, in tokens per second: float64 [turns].
 
     Attributes:
       prefill: while it read the prompt.

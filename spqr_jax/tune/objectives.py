@@ -113,7 +113,7 @@ def _match_step(
 def _divergence(
     config: DecoderConfig, outer: Outer, student: jax.Array, teacher: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean KL(p ‖ q) in nats a token, p the teacher's and q the student's, and its gradient by the student.
+    """Mean KL(p ‖ q) in nats per token, p the teacher's and q the student's, and its gradient by the student.
 
     Both are residual streams [batch, tokens, hidden]. By the student's logits the
     gradient is q - p; the norm and head before them are differentiated.

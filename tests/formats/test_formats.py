@@ -345,7 +345,7 @@ def test_export_writes_a_model_with_its_card(checkpoint, quantized, tmp_path, fo
     ("options", "says"),
     [
         (["--format", "onnx"], "must be one of dense, hf-spqr"),
-        (["--format", "hf-spqr", "--dtype", "float32"], "float16 for hf-spqr"),
+        (["--format", "hf-spqr", "--dtype", "float32"], "hf-spqr: float16 only"),
         (["--perplexity", "no-such-file.json"], "no-such-file.json does not exist"),
     ],
 )
