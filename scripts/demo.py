@@ -77,9 +77,9 @@ def main() -> None:
         "SmolLM2-135M-Instruct, quantized in four ways",
         ["", "perplexity", "ideal bits", "stored bits", "size", "seconds"],
         lines,
-        notes="RTN: round to nearest; g16: groups of 16. Perplexity on 10 windows of 1024 tokens of pydoc's prose, "
-        "calibrated on 16 of its other half. Bits are for the blocks' matrices; size is the whole model, "
-        "whose embedding has 8 bits in all four (30 MB).",
+        notes="RTN: round to nearest. g16: groups of 16. Perplexity on 10 windows of 1024 tokens of pydoc, "
+        "calibrated on 16 windows of its other half. Bits count the blocks only. Size is the whole model: "
+        "its embedding has 8-bit codes in all four (30 MB).",
     )
     command = f"{SPQR} generate {directory_of(out, next(iter(METHODS)))} --chat --prompt 'Hello!'"
     tell("\nTalk to it: ", (command, "bold"))

@@ -9,7 +9,7 @@ What a page may hold:
 - ```` ```console ```` and ```` ```shell ````: lines that begin with ``$``, each followed by the output shown for it
   (``...`` for lines left out). ``$ spqr ...`` runs in this process and must exit with 0; the other commands allowed
   are `OTHER_COMMANDS`. Lines that begin with ``>`` are what a user types in a conversation (``spqr generate --chat``).
-- ```` ```text ```` and ```` ```json ````: shown, not run.
+- ```` ```text ````, ```` ```json ```` and ```` ```bibtex ````: shown, not run.
 - Any block after a line ``<!-- not run: REASON -->``.
 
 Shown output is compared by its words, in order, without its numbers (see `check_shown`). What a model writes is not
@@ -38,7 +38,7 @@ from support.problems import TINY
 
 OTHER_COMMANDS = ("ls", "du")
 """Commands beside `spqr` that a page may run."""
-SHOWN_ONLY = ("text", "json")
+SHOWN_ONLY = ("text", "json", "bibtex")
 """Languages of blocks that are not run."""
 QUICK_REPLACEMENTS = (
     # Less text, in windows that other tests compile for, too.
