@@ -9,8 +9,8 @@ def about_seconds(seconds: float) -> str:
     """A duration, rounded: "a few seconds", "about 40 seconds", "about 3 minutes", "about 2 hours"."""
     if seconds < 10:
         return "a few seconds"
-    if seconds < 57.5:
-        return f"about {_rounded(seconds, 5)} seconds"
+    if seconds < 105:  # "1 minute" could be three quarters or one and a half
+        return f"about {_rounded(seconds, 5 if seconds < 57.5 else 10)} seconds"
     if seconds < 57.5 * _MINUTE:
         minutes = seconds / _MINUTE
         return _counted(_rounded(minutes, 1 if minutes < 10 else 5), "minute")
