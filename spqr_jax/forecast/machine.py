@@ -84,7 +84,7 @@ def seconds(work: Work, machine: Machine, dtype: str = "float32", compiled: bool
     for kind, share in _SHARES.items():
         if operations := getattr(work, kind):
             total += operations / (share * machine.rates[factors.get(kind, "float32")])
-    by_weight = sum(getattr(work, kind) * each for kind, each in _SECONDS_A_WEIGHT.items())
+    by_weight = sum(getattr(work, kind) * cost for kind, cost in _SECONDS_A_WEIGHT.items())
     start = _START_SECONDS + (0.0 if compiled else work.programs)
     return total + machine.slowness * (by_weight + start)
 

@@ -73,14 +73,14 @@ def calibration_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, item
 
 def _solver_bytes(model: DecoderConfig, config: SpQRConfig) -> float:
     """One stage's Hessians, and the column loop of the matrices that read one input."""
-    each = _COLUMN_BYTES if config.compensate else _ROUND_BYTES
-    return max(_group_bytes(model, kind, each) for kind in set(model.kinds))
+    per_weight = _COLUMN_BYTES if config.compensate else _ROUND_BYTES
+    return max(_group_bytes(model, kind, per_weight) for kind in set(model.kinds))
 
 
-def _group_bytes(model: DecoderConfig, kind: BlockKind, each: int) -> float:
+def _group_bytes(model: DecoderConfig, kind: BlockKind, per_weight: int) -> float:
     shapes = block_shapes(model, kind)
     return max(
-        _HESSIAN_COPIES * FLOAT32 * width**2 + each * width * sum(shapes[name][0] for name in names)
+        _HESSIAN_COPIES * FLOAT32 * width**2 + per_weight * width * sum(shapes[name][0] for name in names)
         for names, width in input_groups(model, kind)
     )
 

@@ -27,7 +27,7 @@ def links(path: Path) -> list[str]:
 def anchors(path: Path, deepest: int = 6) -> set[str]:
     """GitHub's slugs of the headings: letters, digits, - and _ in lower case; a repeated one is numbered."""
     counts: dict[str, int] = {}
-    found = set()
+    slugs = set()
     for hashes, title in _HEADING.findall(without_code(path.read_text())):
         title = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", title)  # a link counts by its text
         kept = [c for c in title.lower() if c in " -_" or unicodedata.category(c)[0] in "LN"]
@@ -35,5 +35,5 @@ def anchors(path: Path, deepest: int = 6) -> set[str]:
         count = counts.get(slug, 0)
         counts[slug] = count + 1
         if len(hashes) <= deepest:
-            found.add(f"{slug}-{count}" if count else slug)
-    return found
+            slugs.add(f"{slug}-{count}" if count else slug)
+    return slugs
