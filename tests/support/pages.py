@@ -52,6 +52,11 @@ QUICK_REPLACEMENTS = (
 )
 """What the quick run reads in place of a page's text: patterns and what stands in their place."""
 
+_UNITS = frozenset(
+    {"about", "a", "few", "second", "seconds", "minute", "minutes", "hour", "hours", "MB", "GB"}
+    | {"thousand", "million", "billion"}
+)
+"""Words beside numbers, which depend on their size: "a few seconds", "about 2 minutes"."""
 _MODULE = "documentation_page"
 _FENCE = re.compile(r"^```(\S*)\s*$")
 _NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
@@ -249,6 +254,7 @@ def _pair(lines: Sequence[str], index: int) -> set[str]:
 
 
 def _words(line: str) -> set[str]:
-    """Words with letters in them; digits in them are #."""
+    """Words with letters in them, except units; digits in them are #."""
     words = {re.sub(r"\d+", "#", word.strip("()[],;:'\"")) for word in re.findall(r"[^\s│┃…━┏┓┳┡┩╇└┘┴─]+", line)}
-    return {word for word in words if re.search(r"[A-Za-z]", word) and not re.fullmatch(r"[a-z]+_proj", word)}
+    words = {word for word in words if re.search(r"[A-Za-z]", word) and not re.fullmatch(r"[a-z]+_proj", word)}
+    return words - _UNITS
