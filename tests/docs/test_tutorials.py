@@ -14,8 +14,14 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 WITH_THE_DEMO = ("quantize-and-chat.md", "size-budget.md", "compare-methods.md")
 
 
+def _skip_without_figures(page: str) -> None:
+    if "$ spqr report" in (TUTORIALS / page).read_text(encoding="utf-8"):
+        pytest.importorskip("matplotlib", reason="the report's figures need the extra `plots`")
+
+
 @pytest.mark.parametrize("page", WITH_THE_DEMO)
 def test_a_tutorial_runs_with_a_tiny_model(page, tmp_path):
+    _skip_without_figures(page)
     run_page(TUTORIALS / page, tmp_path)
 
 
@@ -33,6 +39,7 @@ def test_every_tutorial_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_THE_DEMO)
 def test_a_tutorial_runs_as_it_is_written(page, tmp_path):
+    _skip_without_figures(page)
     try:
         packaged_model("demo")
     except ModelError as error:
