@@ -122,8 +122,8 @@ class Format:
         return SPARE_POSITION if field is None else field.position
 
 
-SPARE_POSITION = 6
-"""Where block 15's code is after the planes' shifts, at 3 bits."""
+SPARE_BIT, SPARE_POSITION = 15, 6
+"""At 3 bits, the bit that holds one bit of block 15's code in each plane; where that code is after the shifts."""
 
 
 def format_of(bits: int, group_size: int, *, second_level: bool) -> Format:

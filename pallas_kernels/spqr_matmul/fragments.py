@@ -1,8 +1,9 @@
 """The "fragments" layout of the tensor-core kernel: what one warp reads at a time lies together.
 
 A *tile* is 16 rows. A *step* is 16 rows x 256 columns of a tile: one warp reads it at a
-time, into registers. Columns are padded to whole steps, rows to whole tiles. Padding has
-statistics of zero, so its weights are zero. `formats.Format` gives the number of words.
+time, into registers. Columns are padded to whole steps, rows to whole tiles. A group past
+the last column has zeros for statistics, so its weights are 0; the result of a padding row
+is of no use. `formats.Format` gives the number of words.
 
 Row i of a tile is row 8 h + r: h in 0..1, r in 0..7. Column j of a step is in block
 b = j // 16; inside of it, j % 16 = 8 v + 2 c + e: v and e in 0..1, c in 0..3. A lane of a warp
@@ -39,14 +40,15 @@ format; a tile's steps follow each other. `entries` holds the outliers.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.spqr_matmul.fields import run_codes
-from pallas_kernels.spqr_matmul.formats import BLOCK, BLOCKS, STEP_COLUMNS, TILE, Format
+from pallas_kernels.spqr_matmul.formats import BLOCK, BLOCKS, SPARE_BIT, STEP_COLUMNS, TILE, Format
 
 
 def num_steps(columns: int) -> int:
@@ -57,3 +59,185 @@ def num_steps(columns: int) -> int:
 def num_tiles(rows: int) -> int:
     """Tiles that hold so many rows."""
     return -(-rows // TILE)
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "columns", "form"))
+def pack(
+    codes: jax.Array, statistics: tuple[jax.Array, ...], *, bits: int, group_size: int, columns: int, form: Format
+) -> jax.Array:
+    """The words of a matrix: one program for each shape and format.
+
+    Args:
+      codes: uint16 [out, at least ceil(columns / 16) * bits], runs of 16 codes as little-endian bit streams.
+      statistics: for `nibbles` scale and zero codes, integers [out, groups] below 16, and
+        float16 [ceil(out / 16), groups, 4] (ss, sz, zs, zz); for `halves` scale and zero point,
+        floats [out, groups].
+      bits: of a code.
+      group_size: columns a group, a multiple of 16.
+      columns: of the matrix.
+      form: of the words.
+
+    Returns:
+      int32 [tiles, steps, step_words].
+    """
+    tiles, steps = num_tiles(codes.shape[0]), num_steps(columns)
+    codes = _padded(codes[:, : -(-columns // BLOCK) * bits], tiles * TILE, steps * BLOCKS * bits)
+
+    def step(number: jax.Array) -> jax.Array:
+        runs = lax.dynamic_slice_in_dim(codes, number * BLOCKS * bits, BLOCKS * bits, axis=1)
+        return _code_words(run_codes(runs.reshape(-1, BLOCKS, bits).astype(jnp.uint32), bits), form)
+
+    # a step at a time: unpacked, the whole would take many times its packed size
+    words = [lax.map(step, jnp.arange(steps)).swapaxes(0, 1)]
+    repeats, groups = group_size // form.group_columns, -(-columns // form.group_columns)
+    spread = [jnp.repeat(part, repeats, axis=1)[:, :groups] for part in statistics]
+    spread = [
+        _padded(part, tiles * (TILE if part.ndim == 2 else 1), steps * form.groups).reshape(
+            tiles, *([2, 8] if part.ndim == 2 else []), steps, form.groups, *part.shape[2:]
+        )
+        for part in spread
+    ]
+    words += _nibble_words(*spread) if form.statistics == "nibbles" else _half_words(*spread)
+    return lax.bitcast_convert_type(jnp.concatenate([w.reshape(tiles, steps, -1) for w in words], axis=2), jnp.int32)
+
+
+def _padded(array: jax.Array, rows: int, columns: int) -> jax.Array:
+    sizes = (rows - array.shape[0], columns - array.shape[1])
+    return jnp.pad(array, [(0, size) for size in sizes] + [(0, 0)] * (array.ndim - 2))
+
+
+def _code_words(codes: jax.Array, form: Format) -> jax.Array:
+    """Codes uint32 [16 * tiles, 16 blocks, 16] of one step to words [tiles, code_words]."""
+    whole = form.width * form.fields_per_plane
+    planes = codes[:, :whole].reshape(-1, form.width, form.fields_per_plane, BLOCK)
+    halves = _or(planes << jnp.asarray(_bits(form), jnp.uint32)[:, None], 2)
+    if whole < BLOCKS:
+        bit = jnp.arange(form.width, dtype=jnp.uint32)[:, None]
+        halves |= (codes[:, whole:] >> bit & 1) << SPARE_BIT
+    halves = halves.reshape(-1, 2, 8, form.width, 2, 4, 2)  # tile, h, r, plane, v, c, e
+    return _pairs(halves).transpose(0, 3, 2, 5, 4, 1).reshape(-1, form.code_words)
+
+
+def _nibble_words(scales: jax.Array, zeros: jax.Array, second: jax.Array) -> list[jax.Array]:
+    """Codes [tiles, h, r, steps, groups] and float16 [tiles, steps, groups, 4] to words [tiles, steps, ...]."""
+    tiles, _, _, steps, groups = scales.shape
+    bytes_ = scales.astype(jnp.uint32) & 15 | (zeros.astype(jnp.uint32) & 15) << 4
+    bytes_ = bytes_.reshape(tiles, 2, 8, steps, groups // 8, 4, 2)  # tile, h, r, step, v, c, e
+    second = second.reshape(tiles, steps, groups // 8, 4, 2, 4)  # tile, step, v, c, e, which
+    words = _pairs(jnp.moveaxis(_bits_of(second), 4, -1)).transpose(0, 1, 3, 2, 4)
+    if groups == 8:  # bytes by h, since there is no v
+        return [_pairs(bytes_[:, 0] | bytes_[:, 1] << 8).transpose(0, 2, 1, 3, 4), words]
+    by_v = bytes_[:, :, :, :, 0] | bytes_[:, :, :, :, 1] << 8
+    return [_pairs(by_v).transpose(0, 3, 2, 4, 1), words]
+
+
+def _half_words(scales: jax.Array, zeros: jax.Array) -> list[jax.Array]:
+    """Floats [tiles, h, r, steps, groups] to words [tiles, steps, ...]."""
+    tiles, _, _, steps, groups = scales.shape
+    both = _bits_of(jnp.stack([scales, zeros]).astype(jnp.float16))
+    words = _pairs(both.reshape(2, tiles, 2, 8, steps, groups // 8, 4, 2))  # which, tile, h, r, step, v, c
+    order = (1, 4, 3, 6, 5, 0, 2) if groups == 8 else (1, 4, 0, 3, 6, 5, 2)
+    return [words.transpose(order)]
+
+
+def _bits(form: Format) -> list[int]:
+    """Where the fields of a half-word begin, as stored."""
+    return [form.width * slot for slot in range(form.fields_per_plane)]
+
+
+def _bits_of(halves: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(halves, jnp.uint16).astype(jnp.uint32)
+
+
+def _pairs(halves: jax.Array) -> jax.Array:
+    """The last axis, e, to one word."""
+    return halves[..., 0] | halves[..., 1] << 16
+
+
+def _or(array: jax.Array, axis: int) -> jax.Array:
+    return lax.reduce(array, np.uint32(0), lax.bitwise_or, (axis,))
+
+
+# ---- reading, by XLA ------------------------------------------------------------------------------------------------
+
+
+class RowWords(NamedTuple):
+    """The words of steps, sorted by row; the lower axes as the format has them."""
+
+    codes: jax.Array  # uint32 [..., rows, steps, planes, v, c]
+    statistics: jax.Array  # uint32 [..., rows, steps, c] or, of halves, [..., rows, steps, which, v, c]
+    second: jax.Array | None  # uint32 [..., steps, v, c, 4]
+
+
+def by_row(words: jax.Array, form: Format) -> RowWords:
+    """Sorts the words of tiles by row: int32 [..., steps, step_words] to 16 rows."""
+    words = lax.bitcast_convert_type(words, jnp.uint32)
+    lead, groups = words.shape[:-1], form.groups
+    codes, words = words[..., : form.code_words], words[..., form.code_words :]
+    codes = _rows_first(codes.reshape(*lead, form.width, 8, 4, 2, 2), "prcvh", "pvc")
+    if form.statistics == "halves":
+        form_axes = ((8, 4, 2, 2), "rcwh", "wc") if groups == 8 else ((2, 8, 4, 2, 2), "wrcvh", "wvc")
+        statistics = _rows_first(words.reshape(*lead, *form_axes[0]), *form_axes[1:])
+        return RowWords(codes, statistics.reshape(*statistics.shape[: len(lead) + 1], 2, groups // 8, 4), None)
+    bytes_, second = words[..., : 4 * groups], words[..., 4 * groups :]
+    if groups == 8:  # the upper rows' bytes stand above the lower ones'
+        bytes_ = bytes_.reshape(*lead, 8, 4, 1) >> jnp.asarray([0, 8], jnp.uint32)
+    second = jnp.swapaxes(second.reshape(*lead, 4, groups // 8, 4), -3, -2)
+    return RowWords(codes, _rows_first(bytes_.reshape(*lead, 8, 4, 2), "rch", "c"), second)
+
+
+def _rows_first(array: jax.Array, axes: str, rest: str) -> jax.Array:
+    """[..., steps, axes] to [..., 16 rows (h, r), steps, rest]."""
+    lead = array.ndim - len(axes)
+    order = [lead + axes.index("h"), lead + axes.index("r"), lead - 1, *(lead + axes.index(axis) for axis in rest)]
+    array = array.transpose(*range(lead - 1), *order)
+    return array.reshape(*array.shape[: lead - 1], TILE, *array.shape[lead + 1 :])
+
+
+def decode(words: RowWords, form: Format) -> jax.Array:
+    """The weights without outliers: float32 [..., rows, 256 * steps]."""
+    halves = words.codes[..., None, None] >> _shifts(_bits(form), (0, 16))  # ..., plane, v, c, field, e
+    lead = halves.ndim - 5
+    codes = jnp.moveaxis(halves & (1 << form.width) - 1, -2, lead + 1)
+    codes = codes.reshape(*codes.shape[:lead], -1, BLOCK)
+    if codes.shape[-2] < BLOCKS:
+        bits = words.codes[..., None] >> jnp.asarray([SPARE_BIT, SPARE_BIT + 16], jnp.uint32) & 1
+        spare = _or(bits << jnp.arange(form.width, dtype=jnp.uint32)[:, None, None, None], lead)
+        codes = jnp.concatenate([codes, spare.reshape(*codes.shape[:-2], 1, BLOCK)], axis=-2)
+    scale, zero = _halves_of(words) if words.second is None else _nibbles_of(words, form)
+    grouped = codes.reshape(*codes.shape[:-2], form.groups, form.group_columns).astype(jnp.float32)
+    weights = scale[..., None] * (grouped - zero[..., None])
+    return weights.reshape(*weights.shape[:-3], -1)
+
+
+def _shifts(first: list[int], second: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.add.outer(first, second), jnp.uint32)
+
+
+def _nibbles_of(words: RowWords, form: Format) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point, float32 [..., rows, steps, groups]."""
+    assert words.second is not None
+    lines = form.groups // 8
+    bytes_ = words.statistics[..., None, None] >> _shifts([8 * v for v in range(lines)], (0, 16))  # ..., c, v, e
+    bytes_ = jnp.swapaxes(bytes_, -3, -2)
+    bytes_ = bytes_.reshape(*bytes_.shape[:-3], form.groups)
+    second = jnp.moveaxis(_floats(words.second), -1, -2)  # ..., steps, v, c, e, which
+    second = second.reshape(*second.shape[:-4], form.groups, 4)[..., None, :, :, :]  # for all rows of the tile
+    ss, sz, zs, zz = (second[..., which] for which in range(4))
+    return ss * ((bytes_ & 15).astype(jnp.float32) - sz), zs * ((bytes_ >> 4 & 15).astype(jnp.float32) - zz)
+
+
+def _halves_of(words: RowWords) -> tuple[jax.Array, jax.Array]:
+    """The same of halves."""
+    both = _floats(words.statistics)  # ..., steps, which, v, c, e
+    both = both.reshape(*both.shape[:-3], -1)
+    return both[..., 0, :], both[..., 1, :]
+
+
+def _floats(words: jax.Array) -> jax.Array:
+    """Two float16 a word, as float32 on a new last axis."""
+    halves = (words[..., None] >> jnp.asarray([0, 16], jnp.uint32)).astype(jnp.uint16)
+    return lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
