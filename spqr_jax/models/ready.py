@@ -19,7 +19,7 @@ from spqr_jax.models.attention import KVCache, Positions
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import State, mean_square, run_block
 from spqr_jax.models.weights import Block, Decoder, Outer, Weight, joint_name, same_input_names
-from spqr_jax.products import Implementation, backend_named, default_implementation, prepare
+from spqr_jax.products import Implementation, backend_named, default_implementation, prepare, prepare_for
 from spqr_jax.products.pallas import PallasBackend, stack_matrices
 from spqr_jax.quantized import is_quantized, quantized_leaves
 
@@ -91,10 +91,10 @@ def make_ready(
       SpQRError: as `prepare`.
     """
     dtype = params.outer.final_norm.dtype
-    backend = backend_named(implementation or default_implementation())
     outer = prepare(params.outer, dtype, implementation, int8_activations=int8_activations)
+    backend = backend_named(implementation or default_implementation())
     if backend.stacks and quantized_leaves(params.layers):
-        return ReadyDecoder(outer, stacked(params, backend, dtype), params.config)
+        return ReadyDecoder(outer, stack_blocks(params, backend), params.config)
     layers = prepare(params.layers, dtype, implementation, int8_activations=int8_activations)
     return ReadyDecoder(outer, layers, params.config)
 
@@ -102,9 +102,10 @@ def make_ready(
 # ---- stacking -----------------------------------------------------------------------------------
 
 
-def stacked(params: Decoder, backend: PallasBackend, dtype: Any) -> tuple[Block | BlockStack, ...]:
-    """The blocks in stacks of consecutive ones with one structure; a block that has no like stays alone."""
-    parts: list[Block | BlockStack] = []
+def stack_blocks(params: Decoder, backend: PallasBackend) -> tuple[BlockStack, ...]:
+    """The blocks in stacks of consecutive ones with one structure, prepared for a backend, whatever the device."""
+    dtype = params.outer.final_norm.dtype
+    parts: list[BlockStack] = []
     run: list[Block] = []
     for block in params.layers:
         if run and _structure(block, backend) != _structure(run[0], backend):
@@ -120,7 +121,7 @@ def _structure(block: Block, backend: PallasBackend) -> Any:
 
     def of_weight(weight: Weight) -> Any:
         if is_quantized(weight):
-            return weight.shape, not backend.why_not_format(weight), weight.perm is None
+            return weight.shape, not backend.why_not(weight, None), weight.perm is None
         return weight.shape, np.dtype(weight.dtype)
 
     return block.kind.sparse, tuple((name, of_weight(weight)) for name, weight in block.items())
@@ -152,7 +153,7 @@ def _joint_weights(
 
     def joinable(block: Block, names: tuple[str, ...]) -> bool:
         weights = [block[name] for name in names]
-        if not all(is_quantized(weight) and not backend.why_not_format(weight) for weight in weights):
+        if not all(is_quantized(weight) and not backend.why_not(weight, None) for weight in weights):
             return False
         orders = [None if weight.perm is None else np.asarray(weight.perm) for weight in weights]
         if orders[0] is None:
@@ -165,9 +166,9 @@ def _joint_weights(
 
 def _stack_weight(weights: Sequence[Weight], backend: PallasBackend, dtype: Any) -> Any:
     """One weight of all blocks; a format that the backend does not read becomes dense, with `prepare`'s warning."""
-    if is_quantized(weights[0]) and not backend.why_not_format(weights[0]):
+    if is_quantized(weights[0]) and not backend.why_not(weights[0], None):
         return stack_matrices([backend.prepare(weight) for weight in weights])
-    return jnp.stack([prepare(weight, dtype) for weight in weights])
+    return jnp.stack([prepare_for(backend, weight, dtype) for weight in weights])
 
 
 # ---- running ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 backend for the device; `BACKENDS` is the table of backends.
 """
 
-from spqr_jax.products.functions import linear, linear_all, prepare, take_rows
+from spqr_jax.products.functions import linear, linear_all, prepare, prepare_for, take_rows
 from spqr_jax.products.prepared import PreparedMatrix
 from spqr_jax.products.table import (
     BACKENDS,
@@ -25,6 +25,7 @@ __all__ = [
     "linear",
     "linear_all",
     "prepare",
+    "prepare_for",
     "take_rows",
     "why_no_kernels",
 ]

@@ -53,8 +53,10 @@ class CpuBackend:
     name = "cpu"
     stacks = False
 
-    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target) -> str:
+    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target | None) -> str:
         """See `Backend`. The kernels read every format."""
+        if device is None:
+            return ""
         if device.platform != "cpu":
             return f"the native kernels run on CPUs, but this device is {device.kind}"
         return why_not_installed()

@@ -107,18 +107,33 @@ def prepare(
             "int8 activations need the native CPU kernels: "
             f"{BACKENDS['cpu'].why_not(None, device) or 'another implementation was chosen'}"
         )
-    options = {"cpu": {"int8_activations": int8_activations}, "xla": {"dtype": dtype}}.get(backend.name, {})
+    options = {"int8_activations": True} if int8_activations else {}
+    return prepare_for(backend, params, dtype, strict=implementation is not None, **options)
 
-    def prepared(array: Any) -> Any:
-        why = backend.why_not(array, device)
-        if not why:
-            return backend.prepare(array, **options)
-        if implementation is not None:
-            raise SpQRError(f"{implementation} does not read a weight of shape {array.shape}: {why}")
+
+def prepare_for(backend: Any, params: Any, dtype: Any, *, strict: bool = False, **options: Any) -> Any:
+    """`prepare` for one of the `BACKENDS`, whatever the device.
+
+    Args:
+      backend: the backend.
+      params, dtype: as in `prepare`.
+      strict: refuse a weight in a format that the backend does not read; otherwise it becomes dense, with a warning.
+      options: of the backend's `prepare`.
+    """
+
+    def prepared(weight: Any) -> Any:
+        if isinstance(weight, PreparedMatrix):
+            return weight
+        if backend.name == "xla":
+            return backend.prepare(weight, dtype=dtype)
+        if not (why := backend.why_not(weight, None)):
+            return backend.prepare(weight, **options)
+        if strict:
+            raise SpQRError(f"{backend.name} does not read a weight of shape {weight.shape}: {why}")
         warnings.warn(
-            f"a weight of shape {array.shape} is dequantized, since {backend.name} does not read it: {why}",
+            f"a weight of shape {weight.shape} is dequantized, since {backend.name} does not read it: {why}",
             stacklevel=2,
         )
-        return BACKENDS["xla"].prepare(array, dtype=dtype)
+        return BACKENDS["xla"].prepare(weight, dtype=dtype)
 
-    return map_quantized(lambda w: w if isinstance(w, PreparedMatrix) else prepared(w), params)
+    return map_quantized(prepared, params)

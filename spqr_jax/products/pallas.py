@@ -70,12 +70,12 @@ class PallasBackend:
     def __init__(self, name: str, layout: spqr_matmul.Layout, stacks: bool = False) -> None:
         self.name, self.layout, self.stacks = name, layout, stacks
 
-    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target) -> str:
+    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target | None) -> str:
         """See `Backend`."""
-        return spqr_matmul.why_no_kernel(self.name, device) or ("" if array is None else self.why_not_format(array))
-
-    def why_not_format(self, array: SpQRArray) -> str:
-        """Why the kernel does not read a weight's format; empty if it does."""
+        if device is not None and (why := spqr_matmul.why_no_kernel(self.name, device)):
+            return why
+        if array is None:
+            return ""
         return spqr_matmul.why_unsupported(
             self.layout,
             bits=array.bits,
@@ -100,7 +100,7 @@ class PallasBackend:
           SpQRError: as `prepare`, or the matrices' inputs differ in number or in order.
         """
         for array in arrays:
-            if why := self.why_not_format(array):
+            if why := self.why_not(array, None):
                 raise SpQRError(f"a weight of shape {array.shape} cannot be prepared for {self.name}: {why}")
         try:
             raw = spqr_matmul.prepare(self.layout, [_part(array) for array in arrays], arrays[0].perm)

@@ -25,8 +25,11 @@ class Backend(Protocol):
     name: str
     stacks: bool
 
-    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target) -> str:
-        """Why it cannot multiply by this format on this device, empty if it can; None asks about the device alone."""
+    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target | None) -> str:
+        """Why it cannot multiply by this weight's format on this device; empty if it can.
+
+        No array asks about the device alone, no device about the format alone.
+        """
         ...
 
     def prepare(self, array: SpQRArray, **options: Any) -> Any:

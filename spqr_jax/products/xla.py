@@ -17,7 +17,7 @@ class XlaBackend:
     name = "xla"
     stacks = False
 
-    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target) -> str:
+    def why_not(self, array: SpQRArray | None, device: spqr_matmul.Target | None) -> str:
         """See `Backend`: always empty."""
         return ""
 
