@@ -131,7 +131,7 @@ def test_a_matrix_in_words(name):
     tolerance = ROUNDED.get(name, 2e-6)
     for got, exact in zip(read(matrix, rows, x), (want, want[np.clip(rows, 0, shape[0] - 1)], x @ want.T), strict=True):
         assert got.shape == exact.shape
-        assert np.linalg.norm(got - exact) < tolerance * np.linalg.norm(exact)
+        assert np.linalg.norm(np.asarray(got) - exact) < tolerance * np.linalg.norm(exact)
 
 
 def test_padding_weighs_nothing():

@@ -142,7 +142,7 @@ def test_stacks_of_stacks():
 
 @layouts
 def test_programs_depend_on_shapes_and_formats_only(layout):
-    first, second = (prepared(layout, random_array((32, 96), seed=seed)) for seed in (0, 1))
+    first, second = (prepared(layout, random_array((32, 96), outliers=0.01, seed=seed)) for seed in (0, 1))
     assert np.any(np.asarray(first.order) != np.asarray(second.order))
     assert jax.tree.structure(first) == jax.tree.structure(second)
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, second)
