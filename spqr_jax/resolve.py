@@ -180,7 +180,8 @@ def load_model(spec: str, dtype: Any = None) -> tuple[Decoder, Any]:
       spec: the model: ``demo`` (SmolLM2-135M-Instruct), ``gemma3-270m``, a GGUF file, a Hugging Face directory
         (``config.json`` and safetensors), a hub id such as ``org/name``, or a directory that `save` or ``spqr`` wrote.
       dtype: type of the dense weights: ``float32``, ``bfloat16`` or ``float16``, as a name or as a type such as
-        `jnp.bfloat16`. None for float32 on a CPU, bfloat16 on GPUs and TPUs. A directory that `save` or ``spqr`` wrote keeps its types.
+        `jnp.bfloat16`. None for float32 on a CPU, bfloat16 on GPUs and TPUs. A directory that `save` or ``spqr`` wrote
+        keeps its types.
 
     Returns:
       The model, and its tokenizer (a transformers tokenizer; None if the model has none).
