@@ -1,8 +1,10 @@
-"""Compiles attention at one position for a GPU that is not there, in a process of its own; prints JSON.
+"""Compiles attention at one position for GPUs that are not there, in a process of its own; prints JSON.
 
     python tests/aot/compile_attention.py h100 --heads 32 --kv-heads 8 --layers 4 --keep kernel.ptx
+    python tests/aot/compile_attention.py - < lists_of_arguments.json
 
-With --layers 0 the kernel is compiled for one call; else in a loop over the layers, which share the cache.
+With --layers 0 one call is compiled; else a loop over the layers, which share the cache. With - as its argument, a list
+of lists of arguments is read, and a list is printed.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,8 @@ from typing import Any
 from compile import lower_for, start_jax
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("target", help="a100, rtx4090, h100 or b200")
     parser.add_argument("--implementation", default="mosaic_gpu", choices=["mosaic_gpu", "xla"])
     parser.add_argument("--batch", type=int, default=1)
@@ -35,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="turns of the loop; 0 for none")
     parser.add_argument("--plan", type=json.loads, help="fields of a Plan, in JSON; otherwise the one chosen")
     parser.add_argument("--keep", type=Path, help="where the PTX goes")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def program(options: argparse.Namespace) -> tuple[Any, list[Any]]:
@@ -105,34 +108,40 @@ def cache_copies(text: str, options: argparse.Namespace) -> list[str]:
     return found
 
 
-def main() -> None:
-    options = arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder)
-        start_jax(dump)
-        import sass
-        import targets
+def compiled(options: argparse.Namespace, dump: Path) -> dict[str, Any]:
+    """What came out of one compilation."""
+    import sass
+    import targets
 
-        function, specs = program(options)
-        compiled = lower_for(targets.device(options.target), function, specs, donate_argnums=(3, 4)).compile()
-        memory, text = compiled.memory_analysis(), compiled.as_text()
-        result = {
-            "temporary_bytes": memory.temp_size_in_bytes,
-            "aliased_bytes": memory.alias_size_in_bytes,
-            "cache_bytes": specs[3].dtype.itemsize * specs[3].size,
-            "cache_copies": cache_copies(text, options),
-            "calls": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
-        }
-        if options.implementation == "mosaic_gpu":
-            programs = {f.read_text() for f in dump.rglob("*.ptx") if re.search(r"\.entry\s+\w*mosaic", f.read_text())}
-            [ptx] = programs
-            kept = options.keep or dump / "kernel.ptx"
-            kept.write_text(ptx)
-            machine = sass.assemble(kept)
-            wide = {op: n for op, n in machine.loop.items() if op.startswith("LDG") and ".128" in op}
-            result |= {"registers": machine.registers, "spills": machine.spills, "wide_loads": sum(wide.values())}
-            result["loop"] = machine.loop
-        print(json.dumps(result))
+    for old in dump.rglob("*.ptx"):
+        old.unlink()
+    function, specs = program(options)
+    executable = lower_for(targets.device(options.target), function, specs, donate_argnums=(3, 4)).compile()
+    memory, text = executable.memory_analysis(), executable.as_text()
+    result = {
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "cache_bytes": specs[3].dtype.itemsize * specs[3].size,
+        "cache_copies": cache_copies(text, options),
+        "calls": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
+    }
+    if options.implementation == "mosaic_gpu":
+        [ptx] = {f.read_text() for f in dump.rglob("*.ptx") if re.search(r"\.entry\s+\w*mosaic", f.read_text())}
+        kept = options.keep or dump / "kernel.ptx"
+        kept.write_text(ptx)
+        machine = sass.assemble(kept)
+        wide = sum(n for op, n in machine.loop.items() if op.startswith("LDG") and ".128" in op)
+        result |= {"registers": machine.registers, "spills": machine.spills, "wide_loads": wide, "loop": machine.loop}
+    return result
+
+
+def main() -> None:
+    several = sys.argv[1:] == ["-"]
+    lists = json.load(sys.stdin) if several else [sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        start_jax(Path(folder))
+        results = [compiled(arguments(words), Path(folder)) for words in lists]
+    print(json.dumps(results if several else results[0]))
 
 
 if __name__ == "__main__":
