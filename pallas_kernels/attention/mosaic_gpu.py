@@ -25,6 +25,8 @@ from pallas_kernels.attention.plan import LOAD_BYTES, Plan
 from pallas_kernels.attention.problem import MASKED, Problem
 from pallas_kernels.machine import Address, Bool, Float, Word
 
+_CACHE = ".L1::no_allocate"  # read once; not `.nc`: the kernel writes into the same buffer
+
 plgpu: Any = mosaic_gpu  # what older JAX has not, and what has no types of its own
 
 
@@ -161,7 +163,7 @@ class _Thread:
                 if (chunk + 1) * lanes * LOAD_BYTES > row_bytes:  # idle lanes
                     when = there & (lane + chunk * lanes < row_bytes // LOAD_BYTES)
                 offset = u * self.stride * row_bytes + chunk * lanes * LOAD_BYTES
-                words += m.load(address, 4, when=when, offset=offset)
+                words += m.load(address, 4, when=when, offset=offset, policy=_CACHE)
             fetched.append(words)
         return fetched
 
