@@ -197,6 +197,15 @@ def _rows_first(array: jax.Array, axes: str, rest: str) -> jax.Array:
     return array.reshape(*array.shape[: lead - 1], TILE, *array.shape[lead + 1 :])
 
 
+def pick(words: RowWords, rows: jax.Array) -> RowWords:
+    """One row of each tile, int32 [n] in 0..15, of the words of n tiles; the axis of rows has size 1."""
+
+    def chosen(array: jax.Array) -> jax.Array:
+        return jax.vmap(lambda tile, row: lax.dynamic_slice_in_dim(tile, row, 1, axis=0))(array, rows)
+
+    return words._replace(codes=chosen(words.codes), statistics=chosen(words.statistics))
+
+
 def decode(words: RowWords, form: Format) -> jax.Array:
     """The weights without outliers: float32 [..., rows, 256 * steps]."""
     halves = words.codes[..., None, None] >> _shifts(_bits(form), (0, 16))  # ..., plane, v, c, field, e
