@@ -95,16 +95,9 @@ def multiply(
     Raises:
       ValueError: the arguments do not fit.
     """
-    plan = plan_of(
-        *x.shape,
-        rows=rows,
-        formats=formats,
-        capacity=entries.shape[1],
-        config=config,
-        mixed=spans is not None,
-        x_dtype=x.dtype,
-        out_dtype=out_dtype,
-    )
+    n, columns = x.shape
+    mixed, capacity = spans is not None, entries.shape[1]
+    plan = plan_of(n, rows, columns, formats, capacity, config, mixed=mixed, x_dtype=x.dtype, out_dtype=out_dtype)
     if spans is None and words.shape[1:] != (plan.all_tiles, num_steps(plan.columns), formats[0].step_words):
         raise ValueError(f"words {words.shape} are no {rows} x {plan.columns} in {formats[0]}")
     arrays = {"index": index, "words": words, "entries": entries, "starts": starts, "x": x}

@@ -28,13 +28,15 @@ def store_powers(thread: Thread) -> None:
     a_row = plan.warps_a_row
     first, place = thread.warp // a_row, thread.warp % a_row
 
-    def row_part(row: Word, carried: list[Word]) -> list[Word]:
+    def row_part(row: Word) -> None:
         largest = machine.warp_maximum(_largest_of_part(thread, row, place))
-        store = lambda: thread.shared["largest"].store(row * a_row + place, [largest])  # noqa: E731
-        machine.if_(thread.lane.equals(0), store)
-        return carried
 
-    machine.loop(first, plan.n, plan.config.warps // a_row, [], row_part)
+        def store() -> None:
+            thread.shared["largest"].store(row * a_row + place, [largest])
+
+        machine.if_(thread.lane.equals(0), store)
+
+    machine.for_each(first, plan.n, plan.config.warps // a_row, row_part)
     machine.barrier()
 
     def of_row() -> None:
@@ -96,11 +98,11 @@ def store_chunk(thread: Thread, chunk: Word | int) -> None:
     items = plan.chunk * BLOCKS * plan.n
     first = thread.chunk_first(chunk) * BLOCKS
 
-    def item(i: Word, carried: list[Word]) -> list[Word]:
+    def item(i: Word) -> None:
         # neighbouring lanes have neighbouring blocks of a row: groups of 32 columns add up over the two
         row = (i >> 1) % plan.n
         block = ((i >> 1) // plan.n) * 2 + (i & 1)
-        values = _load(thread, row, first + block, machine.Word.__lt__(i, items))
+        values = _load(thread, row, first + block, i < items)
         sums = _sums(plan, block & 15, values)
 
         def put() -> None:
@@ -108,9 +110,8 @@ def store_chunk(thread: Thread, chunk: Word | int) -> None:
             _store_sums(thread, row, block, sums)
 
         machine.if_(i < items, put) if items % 32 else put()
-        return carried
 
-    machine.loop(thread.index, -(-items // 32) * 32, plan.threads, [], item)
+    machine.for_each(thread.index, -(-items // 32) * 32, plan.threads, item)
 
 
 def _load(thread: Thread, row: Word, block: Word, inside: Bool) -> list[Float]:

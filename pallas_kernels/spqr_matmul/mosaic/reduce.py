@@ -33,7 +33,7 @@ def finish(thread: Thread) -> None:
     """Sums over warps, and outliers, to the output; of a cluster, to shared memory and from there."""
     plan = thread.plan
 
-    def output(i: Word, carried: list[Word]) -> list[Word]:
+    def output(i: Word) -> None:
         row, x_row = i // plan.n, i % plan.n
         place = row * plan.columns_b + x_row
         stride = plan.tiles * TILE * plan.columns_b
@@ -45,9 +45,8 @@ def finish(thread: Thread) -> None:
             thread.shared["totals"].store(place, [total.word()])
         else:
             _store(thread, row, x_row, total)
-        return carried
 
-    machine.loop(thread.index, TILE * plan.tiles * plan.n, plan.threads, [], output)
+    machine.for_each(thread.index, TILE * plan.tiles * plan.n, plan.threads, output)
     if plan.config.cluster > 1:
         _finish_cluster(thread)
 
@@ -58,15 +57,14 @@ def _finish_cluster(thread: Thread) -> None:
     share = TILE * plan.tiles // plan.config.cluster
     machine.cluster_barrier()
 
-    def output(i: Word, carried: list[Word]) -> list[Word]:
+    def output(i: Word) -> None:
         row, x_row = i // plan.n + thread.rank * share, i % plan.n
         place = row * plan.columns_b + x_row
         totals = thread.shared["totals"]
         parts = [totals.load_from_cluster(rank, place).float() for rank in range(plan.config.cluster)]
         _store(thread, row, x_row, machine.tree_sum(parts))
-        return carried
 
-    machine.loop(thread.index, share * plan.n, plan.threads, [], output)
+    machine.for_each(thread.index, share * plan.n, plan.threads, output)
     machine.cluster_barrier(stores=False)  # no thread block ends while others read its shared memory
 
 

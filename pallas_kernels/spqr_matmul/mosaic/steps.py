@@ -1,8 +1,8 @@
 """The loops over a warp's steps.
 
-`Narrow`, for up to 16 rows of x: codes are multiplied as they are; each group's sum is scaled in float32; zero points are
-taken off by one product of scales times zero points with the groups' sums of x. With one row, only one column of `mma`
-would be of use: there each block of columns has its own, as the other lanes' words of operand B are zeros. So a lane
+`Narrow`, for up to 16 rows of x: codes are multiplied as they are; each group's sum is scaled in float32; zero points
+are taken off by a product of scales times zero points with the groups' sums of x. With one row, only one column of
+`mma` would be of use: there each block of columns has its own, as other lanes' words of operand B are zeros. So a lane
 gets the sums whose scales it has itself.
 
 `Wide`, for more rows: weights are decoded to float16, (code - zero) * scale, and `mma` adds up over all columns.

@@ -24,7 +24,7 @@ class Thread:
       tile: of the warp, from the block's first; step: the warp's first, from the chunk's first.
       tile_count: tiles that this thread block has.
       matrix: which of the stack.
-      base: where the tile's words begin; format_index: into the plan's formats, None if there is one.
+      base: where the tile's words begin; format_index: into the plan's formats.
     """
 
     def __init__(self, plan: Plan, refs: dict[str, Any], shared: Any) -> None:
@@ -64,7 +64,7 @@ class Thread:
             offset, self.format_index = machine.load(span, 2, policy=self.policy(machine.CONSTANT))
             self.base = self.address["words"].at(offset, 4 * UNIT)
             return
-        self.format_index = None
+        self.format_index = machine.word(0)
         self.base = self.address["words"].times(tile, 4 * plan.steps * plan.formats[0].step_words)
 
     @property
