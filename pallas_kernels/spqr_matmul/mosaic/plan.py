@@ -26,7 +26,7 @@ class MosaicConfig:
 
     Attributes:
       blocks: thread blocks, or clusters of them, that share the tiles.
-      warps: of a thread block, a multiple of 4 and of the tiles that a thread block has.
+      warps: of a thread block, a multiple of 4, at least one for each of its tiles.
       cluster: thread blocks that share rows of W, each with its part of the columns: 1, 2, 4 or 8;
         more than 1 needs compute capability 9.0.
       depth: steps whose words a warp has under way, in registers.
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def split(self) -> int:
-        """Warps that share a tile."""
+        """Warps that share a tile. What warps are left over have none."""
         return self.config.warps // self.tiles
 
     @property
@@ -175,8 +175,8 @@ class Plan:
     def why_impossible(self) -> str:
         """Why it cannot be cut so; empty if it can."""
         config = self.config
-        if config.warps % 4 or config.warps % self.tiles:
-            return f"{config.warps} warps are not a multiple of 4 and of {self.tiles} tiles"
+        if config.warps % 4 or not self.tiles <= config.warps <= 16:
+            return f"{config.warps} warps for {self.tiles} tiles: they must be a multiple of 4, up to 16"
         if config.cluster not in (1, 2, 4, 8) or (TILE * self.tiles) % config.cluster:
             return f"clusters of {config.cluster}"
         if not 1 <= self.n <= MAX_ROWS or self.rows % TILE or self.columns % 16:

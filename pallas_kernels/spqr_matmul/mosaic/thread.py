@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pallas_kernels import machine
-from pallas_kernels.machine import Address, Shared, Word
+from pallas_kernels.machine import Address, Bool, Shared, Word
 from pallas_kernels.spqr_matmul.formats import TILE, UNIT
 from pallas_kernels.spqr_matmul.mosaic.plan import Plan
 
@@ -22,7 +22,7 @@ class Thread:
       end_step: one past the last step that the part has.
       first_tile: of the thread block.
       tile: of the warp, from the block's first; step: the warp's first, from the chunk's first.
-      tile_count: tiles that this thread block has.
+      tile_count: tiles that this thread block has; uneven: whether some have one less.
       matrix: which of the stack.
       base: where the tile's words begin; format_index: into the plan's formats.
     """
@@ -45,6 +45,7 @@ class Thread:
         self.tile_count = machine.select(self.block < more, least + 1, least) if more else machine.word(least)
         self.tile, self.step = self.warp % plan.tiles, self.warp // plan.tiles
         self.uneven = bool(more)
+        self.some_idle = bool(more or config.warps % plan.tiles)
         if config.pdl:
             machine.wait_for_launch_before()
         [self.matrix] = machine.load(self.address["index"], policy=self.policy(machine.CONSTANT))
@@ -68,9 +69,9 @@ class Thread:
         self.base = self.address["words"].times(tile, 4 * plan.steps * plan.formats[0].step_words)
 
     @property
-    def has_tile(self) -> Any:
-        """Whether the warp has a tile to do."""
-        return self.tile < self.tile_count
+    def has_work(self) -> Bool:
+        """Whether the warp has a tile to do, or a part of it."""
+        return (self.tile < self.tile_count) & (self.step < self.plan.split)
 
     def steps_of_chunk(self, chunk: Word | int) -> Word:
         """Steps of a chunk that are in the thread block's part of the columns."""
@@ -81,7 +82,7 @@ class Thread:
     def end_of_chunk(self, chunk: Word | int) -> Word:
         """One past the last step of a chunk that this warp may do, from the chunk's first; 0 without a tile."""
         end = self.steps_of_chunk(chunk)
-        return machine.select(self.has_tile, end, 0) if self.uneven else end
+        return machine.select(self.has_work, end, 0) if self.some_idle else end
 
     def chunk_first(self, chunk: Word | int) -> Word:
         """A chunk's first step, of the whole W."""
