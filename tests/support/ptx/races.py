@@ -96,7 +96,11 @@ class Races:
         self._reader[at] = new
         lost = self._reader[at] != new
         if lost.any():  # by other warps in the same instruction
-            self._reader[at[lost]] = np.broadcast_to(tag - number + self._all, at.shape)[lost]
+            winner = self._reader[at] % _IDS
+            inside = (winner == self._many + rank) | (winner // self._warps == rank)
+            inside &= warp // self._warps == owner
+            many = tag - number + np.where(inside, self._many + rank, self._all)
+            self._reader[at[lost]] = many[lost]
         return False
 
     def write(self, places: np.ndarray, size: int, warp: np.ndarray) -> bool:
