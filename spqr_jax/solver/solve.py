@@ -23,10 +23,11 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import ArrayLayout, array_layout
 from spqr_jax.packing import pack_codes, packed_words
-from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, solve_columns
+from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns
 from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
+from spqr_jax.solver.panels import by_panels, solve_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _program(config: SpQRConfig) -> SpQRConfig:
 
 def column_spec(config: SpQRConfig, group_size: int, outliers: bool) -> ColumnSpec:
     """The static choices of the loop over columns."""
-    grid = GridSpec(config.stats_bits, config.stats_group_size, config.fit)
+    grid = GridSpec(config.stats_bits, config.stats_group_size, config.fit, at_once=by_panels())
     return ColumnSpec(grid, group_size, outliers, config.leave_one_out, config.compensate)
 
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.config import SpQRConfig
-from spqr_jax.solver.columns import RowChoices, SolvedColumns, solve_columns
+from spqr_jax.solver.columns import RowChoices, SolvedColumns
 from spqr_jax.solver.hessian import Hessian
 from spqr_jax.solver.outliers import outlier_threshold
+from spqr_jax.solver.panels import solve_columns
 from spqr_jax.solver.solve import column_spec, factor_hessian, pad_factor, weight_layout
 
 
