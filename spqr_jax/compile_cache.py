@@ -74,15 +74,6 @@ def settings(folder: Path) -> dict[str, str | float | int]:
     }
 
 
-def product_options(platform: str) -> dict[str, bool] | None:
-    """Compiler options for programs of a few large products.
-
-    On a GPU, the vendor's library multiplies. XLA's own kernels would be no faster here, and to choose among them XLA
-    compiles dozens for each shape.
-    """
-    return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else None
-
-
 def trim(root: Path, max_bytes: int) -> None:
     """Removes the entries used longest ago until those under `root` take at most `max_bytes`."""
     entries = []

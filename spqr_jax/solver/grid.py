@@ -229,11 +229,12 @@ def _best_at_once(
     numbers = jnp.array(pairs, like.dtype)
     # The barrier keeps the errors in memory: the comparisons would work them out anew otherwise.
     tried = jax.lax.optimization_barrier(errors(numbers[:, :1], numbers[:, 1:]))
-    best = (jnp.full_like(like, jnp.inf), jnp.zeros_like(like), jnp.zeros_like(like))
+    least, at_first, at_second = jnp.full_like(like, jnp.inf), jnp.zeros_like(like), jnp.zeros_like(like)
     for error, (first, second) in zip(tried, pairs, strict=True):
-        better = error < best[0]
-        best = tuple(jnp.where(better, new, old) for new, old in zip((error, first, second), best, strict=True))
-    return best
+        better = error < least
+        least = jnp.where(better, error, least)
+        at_first, at_second = jnp.where(better, first, at_first), jnp.where(better, second, at_second)
+    return least, at_first, at_second
 
 
 def search_range(

@@ -8,8 +8,7 @@ columns. The calls are dispatched without waiting for their results.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spqr_jax.compile_cache import product_options
+from spqr_jax.product_jit import product_jit
 from spqr_jax.solver import columns
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, product, rounded_columns, solve_group, sweep
 
@@ -33,10 +32,10 @@ def solve_columns(
     """`columns.solve_columns`, in the way that `spec` is for."""
     if not spec.grid.at_once:
         return columns.solve_columns(w, u, valid, choices, spec)
-    chunks = [
-        _solve_chunk(*_chunk(w, choices, first, spec.chunk), u, valid, spec)
-        for first in range(0, w.shape[1], spec.chunk)
-    ]
+    chunks = []
+    for first in range(0, w.shape[1], spec.chunk):
+        w_chunk, choices_chunk = _chunk(w, choices, first, spec.chunk)
+        chunks.append(_solve_chunk(w_chunk, u, valid, choices_chunk, spec))
     return chunks[0] if len(chunks) == 1 else _side_by_side(chunks)
 
 
@@ -56,15 +55,14 @@ class _Panel(NamedTuple):
 
 
 def _solve_chunk(
-    w: jax.Array, choices: RowChoices, u: jax.Array | None, valid: np.ndarray, spec: ColumnSpec
+    w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
     """Solves rows side by side, w [in, chunk]."""
     size = spec.panel(w.shape[0])
-    take, put = _programs(jax.default_backend())
     progress = _begin(len(valid) // size, size, spec)
     for first in np.arange(0, len(valid), size, dtype=np.int32):
-        panel = take(w, u, valid, progress.errors, first, size)
-        progress = put(progress, *_solve_panel(*panel, choices, spec), first)
+        panel = _take_panel(w, u, valid, progress.errors, first, size)
+        progress = _put_panel(progress, *_solve_panel(*panel, choices, spec), first)
     return progress.solved
 
 
@@ -79,12 +77,13 @@ def _solve_panel(
     return errors, solved
 
 
+@product_jit(static_argnums=5)
 def _take_panel(
-    w: jax.Array, u: jax.Array | None, valid: jax.Array, errors: jax.Array, first: jax.Array, size: int
+    w: jax.Array, u: jax.Array | None, valid: np.ndarray, errors: jax.Array, first: np.int32, size: int
 ) -> _Panel:
     """The panel that begins at column `first`: W - Uᵀ E; errors not made yet are zero."""
     w_panel = lax.dynamic_slice_in_dim(w, first, size)
-    valid_panel = lax.dynamic_slice_in_dim(valid, first, size)
+    valid_panel = lax.dynamic_slice_in_dim(jnp.asarray(valid), first, size)
     if u is None:
         return _Panel(w_panel, jnp.eye(size, dtype=w.dtype), valid_panel)
     u_columns = lax.dynamic_slice_in_dim(u, first, size, axis=1)
@@ -92,7 +91,8 @@ def _take_panel(
     return _Panel(w_panel - product(u_columns, errors), u_panel, valid_panel)
 
 
-def _put_panel(progress: _Progress, errors: jax.Array, solved: SolvedColumns, first: jax.Array) -> _Progress:
+@partial(jax.jit, donate_argnums=0)
+def _put_panel(progress: _Progress, errors: jax.Array, solved: SolvedColumns, first: np.int32) -> _Progress:
     """Writes a panel's errors and results to their places; its loss is added to that of the panels before."""
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -102,13 +102,6 @@ def _put_panel(progress: _Progress, errors: jax.Array, solved: SolvedColumns, fi
     loss = so_far.loss + solved.loss
     whole = {name: put(getattr(so_far, name), part) for name, part in solved._asdict().items() if name != "loss"}
     return _Progress(put(progress.errors, errors), SolvedColumns(**whole, loss=loss))
-
-
-@lru_cache
-def _programs(platform: str) -> tuple[Callable[..., _Panel], Callable[..., _Progress]]:
-    """`_take_panel` and `_put_panel`, compiled; the second writes in place."""
-    take = jax.jit(_take_panel, static_argnums=5, compiler_options=product_options(platform))
-    return take, jax.jit(_put_panel, donate_argnums=0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -93,7 +93,7 @@ def _some_rows(out: int, tile: int, times: int) -> np.ndarray:
 def _stack(
     weights: tuple[jax.Array, ...],
     rows: tuple[np.ndarray, ...],
-    perm: jax.Array | None,
+    perm: np.ndarray | None,
     u: jax.Array,
     times: int,
     padded: tuple[int, int],
@@ -113,7 +113,7 @@ def _stack(
 
 @jax.jit
 def _by_row(
-    solved: SolvedColumns, w: jax.Array, shift: jax.Array, perm: jax.Array | None, valid: np.ndarray
+    solved: SolvedColumns, w: jax.Array, shift: jax.Array, perm: np.ndarray | None, valid: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     """Loss with the undamped H, and number of outliers, of each row."""
     shift = shift if perm is None else shift[perm]
