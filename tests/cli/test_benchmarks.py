@@ -18,7 +18,7 @@ from support.model_files import write_model_and_ids
 import cpu_kernels
 
 BENCHMARKS = ROOT / "benchmarks"
-MODULES = {"accelerator", "page", "roofline", "timings"}
+MODULES = {"accelerator", "generate_program", "launches", "page", "roofline", "timings"}
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in MODULES)
 MACHINE = {
     "machine": "mine",
