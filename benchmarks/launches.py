@@ -12,21 +12,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-FREE = frozenset(
-    [
-        "parameter",
-        "get-tuple-element",
-        "bitcast",
-        "tuple",
-        "constant",
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "after-all",
-        "get-dimension-size",
-        "add-dependency",
-    ]
-)
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all"),
+    *("partition-id", "replica-id", "get-dimension-size", "add-dependency"),
+}
 """Instructions without work on the device."""
 KERNEL_TARGETS = frozenset(("mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton", "tpu_custom_call"))
 """Custom calls that are Pallas kernels."""
