@@ -1,8 +1,8 @@
 """Times products on an accelerator, not Python's dispatch of them.
 
 A program multiplies in a loop on the device. Each product depends on the one before, and reads another matrix; all
-matrices together are larger than the cache. What the loop itself costs ("glue": its counter, and the sum that makes the dependency)
-is measured with a loop without products, and taken off.
+matrices together are larger than the cache. What the loop itself costs ("glue": its counter, and the sum that makes the
+dependency) is measured with a loop without products, and taken off.
 
     elapsed   from the host's clock: many calls in a row, minus half as many
     busy      from a trace: the duration of every kernel, told apart by its name

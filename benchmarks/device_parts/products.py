@@ -63,7 +63,7 @@ def _measure_shape(
 
 
 def figures(timing: Timing | str, base: Timing | str, weight_bytes: int | None, bandwidth: float) -> dict[str, Any]:
-    """A line of the report. The floor is the time to read the matrix. Scaled times are those of a card that reads 3.1 TB/s."""
+    """A line of the report. The floor is the time to read the matrix; scaled times are of a card that reads 3.1 TB/s."""
     if isinstance(timing, str):
         return {"failed": timing}
     values: dict[str, Any] = {
@@ -98,7 +98,8 @@ class TorchRivals:
         """{rival: seconds or the reason} for ``OUTxIN ROWS``; empty once the process has ended."""
         if self._process is None or self._process.poll() is not None:
             return {}
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(problem + "\n")
             self._process.stdin.flush()
