@@ -35,7 +35,7 @@ def measure(report: Report, small: bool) -> None:
     torch = TorchRivals(os.environ.get("TORCH_PYTHON"))
     try:
         for shape in [Shape(64, 128)] if small else SHAPES:
-            _measure_shape(report, shape, (1, 2) if small else ROWS, torch, bandwidth, small)
+            _measure_shape(report, shape, (2,) if small else ROWS, torch, bandwidth, small)
     finally:
         torch.close()
 
@@ -63,7 +63,7 @@ def _measure_shape(
 
 
 def figures(timing: Timing | str, base: Timing | str, weight_bytes: int | None, bandwidth: float) -> dict[str, Any]:
-    """A line of the report. The floor is the time to read the matrix; scaled times are of a card that reads 3.1 TB/s."""
+    """A line of the report. The floor is reading the matrix; scaled times are of a card that reads 3.1 TB/s."""
     if isinstance(timing, str):
         return {"failed": timing}
     values: dict[str, Any] = {
