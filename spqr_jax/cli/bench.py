@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import collect
 from spqr_jax.cli.display import console, number, progress_bar, say, size, table, write_json
 from spqr_jax.cli.help import flag, option
@@ -19,8 +18,9 @@ from spqr_jax.cli.outlook import before_bench, say_next
 from spqr_jax.cli.stream import describe_products
 from spqr_jax.errors import DataError
 from spqr_jax.generate import Generator
-from spqr_jax.linear import default_implementation, prepare
 from spqr_jax.models.decoder import Decoder
+from spqr_jax.products import default_implementation, prepare
+from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import open_model
 from spqr_jax.speed import Speed, generating, read_bandwidth, take_turns
 
@@ -81,8 +81,7 @@ def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decod
         if bfloat16:
             models["dense bfloat16"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models["dense float32"])
     given = collect(open_model(model, "float32", say).source)
-    leaves = jax.tree.leaves(given, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
-    if not any(isinstance(leaf, SpQRArray) for leaf in leaves):
+    if not quantized_leaves(given):
         models["not quantized"] = given
     elif default_implementation() == "cpu":
         models["packed"] = prepare(given)

@@ -19,11 +19,11 @@ from jax import lax
 
 from spqr_jax.errors import DataError
 from spqr_jax.layout import round_up
-from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, Positions, Prefix, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, State, embed, logits, pass_block, run_block
 from spqr_jax.models.finite import not_finite
+from spqr_jax.products import prepare
 
 _HEAD_CHUNK = 128  # positions whose logits are held at once
 

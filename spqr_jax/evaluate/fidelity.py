@@ -25,10 +25,10 @@ from jax import lax
 
 from spqr_jax.errors import DataError, ModelError
 from spqr_jax.evaluate.perplexity import checked_windows, final_residual
-from spqr_jax.linear import prepare
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, logits
 from spqr_jax.models.finite import not_finite
+from spqr_jax.products import prepare
 
 _HEAD_CHUNK = 128  # positions whose logits, of both models, are held at once
 

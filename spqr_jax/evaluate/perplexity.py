@@ -13,11 +13,11 @@ import numpy as np
 from jax import lax
 
 from spqr_jax.errors import DataError
-from spqr_jax.linear import prepare
 from spqr_jax.models.attention import positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, embed, logits, pass_block
 from spqr_jax.models.finite import not_finite
+from spqr_jax.products import prepare
 
 _HEAD_CHUNK = 512  # positions whose logits are held at once
 

@@ -21,9 +21,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.generate import Generator
-from spqr_jax.linear import prepare
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.tokenizer import render_chat, token_ids
+from spqr_jax.products import prepare
 from spqr_jax.sampling import Sampling
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[str], None]]]
