@@ -37,7 +37,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="h100", help="a100, rtx4090, h100 or b200")
     parser.add_argument("--device", action="store_true", help="compile for the device of this machine instead")
     parser.add_argument("--dense", action="store_true", help="also the dense bfloat16 model")
-    parser.add_argument("--implementation", help="of products; by default that of the target")
     parser.add_argument("--text", type=Path, help="folder for the optimized HLO")
     parser.add_argument("--json", type=Path, help="file for the figures, one JSON object a line; it is added to")
     return parser.parse_args()
@@ -118,14 +117,9 @@ def main() -> int:
     for layers in given.layers:
         for form in forms:
             for batch in given.batch:
-                programs = generate_program.programs(
-                    generate_program.shape(given.size, layers, given.context),
-                    form,
-                    batch=batch,
-                    prompt=PROMPT,
-                    device=device,
-                    implementation=given.implementation,
-                )
+                config = generate_program.shape(given.size, layers, given.context)
+                params = generate_program.abstract_model(config, form)
+                programs = generate_program.programs(params, batch=batch, prompt=PROMPT)
                 for name, (function, values) in programs.items():
                     label = f"{name}, {layers} layers, {form}, batch {batch}"
                     text = given.text / f"{label.replace(', ', '-').replace(' ', '')}.hlo" if given.text else None
