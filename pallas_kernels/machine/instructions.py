@@ -82,6 +82,13 @@ def mma(a: Sequence[Word], b: Sequence[Word], c: Sequence[Float]) -> list[Float]
     return [Float(v) for v in several(4, f32(), operands, text, constraints, False)]
 
 
+def mma_half(a: Sequence[Word], b: Word, c: Sequence[Float]) -> list[Float]:
+    """As `mma`, of float16 [16, 8] and [8, 8]: the first two words of `a` and the first of `b` (mma.m16n8k8)."""
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};"
+    operands = [v.mlir for v in (*a, b, *c)]
+    return [Float(v) for v in several(4, f32(), operands, text, "=f,=f,=f,=f,r,r,r,f,f,f,f", False)]
+
+
 def from_lane(value: Word, lane: Word | int, width: int = 32) -> Word:
     """The value that another lane has; `lane` counts within lanes of `width`, a power of two."""
     clamp = (32 - width) << 8 | 0x1F

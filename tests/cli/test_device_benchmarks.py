@@ -101,7 +101,7 @@ def test_a_loop_multiplies_by_each_matrix_in_turn():
 
     def multiply(x, matrices, index):
         jax.debug.callback(lambda i: order.append(int(i)), index, ordered=True)
-        return matrices[index] + x
+        return x + matrices[index].astype(x.dtype)
 
     rival = device_loop.Rival("sum", multiply, jax.numpy.zeros(2 * device_loop.UNROLL), 2 * device_loop.UNROLL, 4)
     loop = device_loop.Looped(rival, accelerator.activations(1, 8), 3)

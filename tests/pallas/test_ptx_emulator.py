@@ -10,7 +10,12 @@ HEAD = """.version 8.0
 .target sm_80
 .visible .entry kernel(.param .u64 kernel_param_0, .param .u64 kernel_param_1)
 {
-    .reg .b32 %r<9>;
+    .reg .pred %p<9>;
+    .reg .b16 %rs<9>;
+    .reg .b32 %r<99>;
+    .reg .f32 %f<9>, %z;
+    .reg .b64 %rd<99>;
+    .shared .align 16 .b8 shared;
     ld.param.u64 %rd1, [kernel_param_0];
     ld.param.u64 %rd2, [kernel_param_1];
     mov.u32 %r1, %tid.x;
@@ -26,11 +31,16 @@ TAIL = """
 """
 
 
-def run(body: str, values, threads=32, out=None):
+def launch(body: str, values, threads=32, out=None, **options):
     values = np.asarray(values)
     program = emulator.parse(HEAD + body + TAIL)
     out = np.zeros_like(values) if out is None else out
-    return emulator.launch(program, [values, out], grid=(1, 1, 1), threads=threads)[0][1]
+    results, costs = emulator.launch(program, [values, out], **{"grid": 1, "threads": threads, **options})
+    return results[1], costs
+
+
+def run(body: str, values, threads=32, out=None, **options):
+    return launch(body, values, threads, out, **options)[0]
 
 
 LANE = np.arange(32, dtype=np.uint32)
@@ -137,7 +147,7 @@ def test_matrix_multiply_accumulate():
         ("ld.global.b32 %r3, [%rd4+8];", "outside every buffer"),
         ("ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd4];", "outside every buffer|not a multiple of 16"),
         ("mov.u32 %r3, %r7;", "%r7 is read before it is written"),
-        ("popc.b32 %r3, %r2;", "unknown: popc"),
+        ("sad.u32 %r3, %r2, %r2, %r2;", "unknown: sad"),
         ("setp.lt.u32 %p1, %r1, 5; @%p1 bra $L_x; bar.sync 0; $L_x: mov.u32 %r3, 0;", "not all threads reach it"),
         ("setp.lt.u32 %p1, %r1, 5; @%p1 bar.sync 0; mov.u32 %r3, 0;", "not all threads reach it"),
     ],
