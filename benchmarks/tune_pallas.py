@@ -50,24 +50,35 @@ def label(config: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items() if value)
 
 
-def mosaic_candidates(shape: Shape, rows: int, bits: int, group_size: int) -> list[MosaicConfig]:
-    """The ways to cut a product that are expected to be fastest, and the fastest of them with other options."""
-    target = spqr_matmul.target()
-    tiles = -(-shape.out // TILE)
-    ways = []
-    for a_block, warps, cluster, depth in itertools.product(range(1, 13), (4, 8, 12, 16), (1, 2, 4), (2, 3, 4)):
-        blocks = -(-tiles // a_block)
-        if cluster > 1 and target.capability < (9, 0):
-            continue
-        ways.append(MosaicConfig(blocks=blocks, warps=warps, cluster=cluster, depth=depth))
-    plans = [plan_of(config, shape, rows, bits, group_size) for config in ways]
-    plans = [plan for plan in plans if not plan.why_impossible() and plan.shared_bytes <= target.shared_bytes]
-    plans.sort(key=lambda plan: estimate.microseconds(plan, target))
-    configs = [plan.config for plan in plans[:MOST]]
+def mosaic_options(shape: Shape, rows: int, bits: int, group_size: int) -> list[MosaicConfig]:
+    """The fastest expected way to cut a product with every option, and the fastest with clusters."""
+    plans = mosaic_plans(shape, rows, bits, group_size)
     options: list[dict[str, Any]] = [{"pdl": True}, {"subnormal": True}, {"pdl": True, "subnormal": True}]
     options += [{"depth": depth} for depth in (1, 2, 3, 4)]
-    others = [dataclasses.replace(config, **option) for config in configs[:1] for option in options]
-    return list(dict.fromkeys([*configs[:1], *others, *configs]))
+    configs = [dataclasses.replace(plan.config, **option) for plan in plans[:1] for option in options]
+    clusters = [next((plan.config for plan in plans if plan.config.cluster == size), None) for size in (2, 4)]
+    return [*configs, *(config for config in clusters if config is not None)]
+
+
+def mosaic_candidates(shape: Shape, rows: int, bits: int, group_size: int) -> list[MosaicConfig]:
+    """The ways to cut a product that are expected to be fastest, and the fastest of them with other options."""
+    plans = mosaic_plans(shape, rows, bits, group_size)
+    configs = [plan.config for plan in plans[:MOST]]
+    return list(dict.fromkeys([*configs[:1], *mosaic_options(shape, rows, bits, group_size), *configs]))
+
+
+def mosaic_plans(shape: Shape, rows: int, bits: int, group_size: int) -> list[Plan]:
+    """All ways to cut a product that are possible here, those first that are expected to be fastest."""
+    target = spqr_matmul.target()
+    tiles = -(-shape.out // TILE)
+    plans = []
+    for a_block, warps, cluster, depth in itertools.product(range(1, 13), (4, 8, 12, 16), (1, 2, 4), (2, 3, 4)):
+        if cluster > 1 and target.capability < (9, 0):
+            continue
+        config = MosaicConfig(blocks=-(-tiles // a_block), warps=warps, cluster=cluster, depth=depth)
+        plans.append(plan_of(config, shape, rows, bits, group_size))
+    plans = [plan for plan in plans if not plan.why_impossible() and plan.shared_bytes <= target.shared_bytes]
+    return sorted(plans, key=lambda plan: estimate.microseconds(plan, target))
 
 
 def plan_of(config: MosaicConfig, shape: Shape, rows: int, bits: int, group_size: int) -> Plan:

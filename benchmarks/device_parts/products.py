@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +48,14 @@ def _measure_shape(
     x = {count: accelerator.activations(count, shape.inner) for count in rows}
     problems = [(rival, x[count]) for count in rows for rival in (kernel, dense)]
     timings = compare(problems, turns=2 if small else 32, rounds=1 if small else 7)
-    for place, count in enumerate(rows):
-        results: dict[str, Timing | str] = {
-            rival.name: timing
-            for (rival, _), timing in zip(problems[2 * place :][:2], timings[2 * place :][:2], strict=True)
-        }
-        results |= {name: _torch_timing(value) for name, value in torch.ask(f"{shape} {count}").items()}
-        base = results[dense.name]
-        for name, timing in results.items():
-            entry = {"shape": str(shape), "rows": count, "rival": name}
-            weight_bytes = {kernel.name: kernel.weight_bytes, dense.name: dense.weight_bytes}.get(name)
-            report.line(**entry, **figures(timing, base, weight_bytes, bandwidth))
+    bases = dict(zip(rows, timings[1::2], strict=True))  # dense products
+    for (rival, xs), timing in zip(problems, timings, strict=True):
+        values = figures(timing, bases[xs.shape[0]], rival.weight_bytes, bandwidth)
+        report.line(shape=str(shape), rows=xs.shape[0], rival=rival.name, **values)
+    for count in rows:
+        for name, answer in torch.ask(f"{shape} {count}").items():
+            values = figures(_torch_timing(answer), bases[count], None, bandwidth)
+            report.line(shape=str(shape), rows=count, rival=name, **values)
 
 
 def figures(timing: Timing | str, base: Timing | str, weight_bytes: int | None, bandwidth: float) -> dict[str, Any]:
@@ -85,13 +81,13 @@ def _torch_timing(value: float | str) -> Timing | str:
 
 
 class TorchRivals:
-    """A process that measures PyTorch's products when asked to; none if there is no PyTorch."""
+    """A process that measures PyTorch's products when asked to; `python` has PyTorch, None for no process."""
 
     def __init__(self, python: str | None) -> None:
         script = Path(accelerator.__file__).with_name("torch_rivals.py")
         self._process: subprocess.Popen[str] | None = None
-        if jax.default_backend() == "gpu":
-            command = [python or sys.executable, str(script)]
+        if python and jax.default_backend() == "gpu":
+            command = [python, str(script)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, problem: str) -> dict[str, float | str]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from accelerator import LAYOUTS, Shape, relative_error
 from report import Report
+from tune_pallas import label, mosaic_options
 
 from device_parts.products import kernel_name
 from pallas_kernels import spqr_matmul
@@ -31,6 +32,10 @@ def measure(report: Report, small: bool) -> None:
     for bits, group_size, rows in plan[:2] if small else plan:
         report.line(check="product", kernel=name, bits=bits, group_size=group_size, rows=rows, shape=str(shape),
                     **_checked(functools.partial(product_error, name, shape, bits, group_size, rows)))  # fmt: skip
+    if name == "mosaic_gpu":
+        for config in [] if small else mosaic_options(shape, 5, *FORMATS[0]):
+            error_of = functools.partial(product_error, name, shape, *FORMATS[0], 5, config)
+            report.line(check="product", kernel=name, rows=5, config=label(config), **_checked(error_of))
     report.line(check="stack of mixed bits", kernel=name, **_checked(functools.partial(mixed_error, name, small)))
     for batch in (1, 2) if small else (1, 16):
         report.line(check="attention", batch=batch, **_checked(functools.partial(attention_error, batch, small)))
