@@ -105,18 +105,22 @@ def packed_rival(
     *,
     bits: int = 3,
     group_size: int = 16,
-    config: Any = None,
-    label: str = "",
     most: int = 64,
 ) -> Rival:
     """A kernel with a stack of equal random matrices. x is in their order already, by the operation before."""
     matrix = spqr_matmul.prepare(LAYOUTS[name], [random_part(shape, bits, group_size)], None)
     count = matrices_for(matrix.nbytes, most)
-    multiply = functools.partial(_multiply, name=name, config=config)
+    multiply = functools.partial(_multiply, name=name, config=None)
     if matrix.layout == "fragments":
-        return Rival(label or name, multiply, spqr_matmul.stack([matrix] * count), count, matrix.nbytes)
+        return Rival(name, multiply, spqr_matmul.stack([matrix] * count), count, matrix.nbytes)
     copies = [jax.tree.map(jnp.copy, matrix) for _ in range(count)]
-    return Rival(label or name, _of_a_list(multiply), copies, count, matrix.nbytes, stacked=False)
+    return Rival(name, _of_a_list(multiply), copies, count, matrix.nbytes, stacked=False)
+
+
+def configured(rival: Rival, name: str, config: Any, label: str) -> Rival:
+    """A `packed_rival` of kernel `name` with another configuration, and the same matrices."""
+    multiply = functools.partial(_multiply, name=name, config=config)
+    return dataclasses.replace(rival, name=label, multiply=multiply if rival.stacked else _of_a_list(multiply))
 
 
 def _multiply(x: jax.Array, matrices: Any, index: Any, *, name: str, config: Any) -> jax.Array:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerator
-from accelerator import Shape, packed_rival
+from accelerator import Shape, configured, packed_rival
 from device_loop import Timing, compare
 
 from pallas_kernels import spqr_matmul
@@ -95,6 +95,7 @@ def tune(kernel: str, rows: int, shape: Shape, bits: int, group_size: int, round
 
     rivals, configs = [], candidates(kernel, shape, rows, bits, group_size)
     lines: dict[str, str] = {}
+    packed = packed_rival(kernel, shape, bits=bits, group_size=group_size)
     for name, config in configs.items():
         try:
             if (error := product_error(kernel, shape, bits, group_size, rows, config)) > MAX_ERROR:
@@ -103,7 +104,7 @@ def tune(kernel: str, rows: int, shape: Shape, bits: int, group_size: int, round
         except Exception as failure:  # for example: too much shared memory
             lines[name] = f"{type(failure).__name__}: {failure}"[:80]
             continue
-        rivals.append(packed_rival(kernel, shape, bits=bits, group_size=group_size, config=config, label=name))
+        rivals.append(configured(packed, kernel, config, name))
     x = accelerator.activations(rows, shape.inner)
     timings = compare([(rival, x) for rival in rivals], turns=32, rounds=rounds)
     times = {r.name: t.elapsed for r, t in zip(rivals, timings, strict=True) if isinstance(t, Timing)}

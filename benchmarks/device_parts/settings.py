@@ -17,10 +17,9 @@ def measure(report: Report, small: bool) -> None:
     """The configurations that tuning would try, for one row of x; the first is what the rule chooses."""
     for shape in [Shape(64, 128)] if small else SHAPES:
         configs = candidates(kernel_name(), shape, rows=1, bits=3, group_size=16)
-        rivals = [
-            accelerator.packed_rival(kernel_name(), shape, config=config, label=label, most=UNROLL if small else 64)
-            for label, config in list(configs.items())[: 1 if small else 8]
-        ]
+        packed = accelerator.packed_rival(kernel_name(), shape, most=UNROLL if small else 64)
+        chosen = list(configs.items())[: 1 if small else 10]
+        rivals = [accelerator.configured(packed, kernel_name(), config, label) for label, config in chosen]
         x = accelerator.activations(1, shape.inner)
         timings = compare([(rival, x) for rival in rivals], turns=2 if small else 32, rounds=1 if small else 7)
         for rival, timing in zip(rivals, timings, strict=True):
