@@ -162,8 +162,9 @@ class Generator:
 
     def __init__(self, params: Decoder | ReadyDecoder, *, int8_activations: bool = False) -> None:
         self.config = params.config
-        ready = isinstance(params, ReadyDecoder)
-        self._params = params if ready else make_ready(params, int8_activations=int8_activations)
+        if not isinstance(params, ReadyDecoder):
+            params = make_ready(params, int8_activations=int8_activations)
+        self._params = params
         self._programs: dict[Any, Any] = {}
 
     @property

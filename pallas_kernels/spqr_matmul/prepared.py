@@ -143,12 +143,12 @@ def _fragments(empty: Prepared, parts: Sequence[Part], outliers: Sequence[Outlie
         words = fragments.pack(
             part.codes,
             part.statistics,
+            shape=part.shape,
             bits=part.bits,
             group_size=part.group_size,
-            columns=empty.inner,
             form=form,
         )
-        sections.append((words[None], None, (form,)))
+        sections.append((words, None, (form,)))
     words, tile_spans, formats = spans.concatenated(sections, axis=1)
     counts = [
         np.pad(np.diff(sparse.row_ptr), (0, -part.shape[0] % TILE))
