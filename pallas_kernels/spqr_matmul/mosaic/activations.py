@@ -11,7 +11,7 @@ the outliers' reads meet in few banks. `_store_sums` describes the sums.
 from __future__ import annotations
 
 from pallas_kernels import machine
-from pallas_kernels.machine import Bool, Float, Word
+from pallas_kernels.machine import Bool, Float, Pair, Word
 from pallas_kernels.spqr_matmul.formats import BLOCK, BLOCKS, STEP_COLUMNS, Format
 from pallas_kernels.spqr_matmul.mosaic.plan import Plan
 from pallas_kernels.spqr_matmul.mosaic.thread import Thread
@@ -102,11 +102,11 @@ def store_chunk(thread: Thread, chunk: Word | int) -> None:
         # neighbouring lanes have neighbouring blocks of a row: groups of 32 columns add up over the two
         row = (i >> 1) % plan.n
         block = ((i >> 1) // plan.n) * 2 + (i & 1)
-        values = _load(thread, row, first + block, i < items)
-        sums = _sums(plan, block & 15, values)
+        pairs = _load(thread, row, first + block, i < items)
+        sums = _sums(plan, block & 15, pairs)
 
         def put() -> None:
-            _store(thread, row, block, values)
+            _store(thread, row, block, pairs)
             _store_sums(thread, row, block, sums)
 
         machine.if_(i < items, put) if items % 32 else put()
@@ -114,8 +114,8 @@ def store_chunk(thread: Thread, chunk: Word | int) -> None:
     machine.for_each(thread.index, -(-items // 32) * 32, plan.threads, item)
 
 
-def _load(thread: Thread, row: Word, block: Word, inside: Bool) -> list[Float]:
-    """16 columns of a row, divided by the row's power of two; zeros past the last column."""
+def _load(thread: Thread, row: Word, block: Word, inside: Bool) -> list[Pair]:
+    """16 columns of a row, divided by the row's power of two, as pairs [v][c]; zeros past the last column."""
     plan = thread.plan
     there = (block < plan.columns // BLOCK) & inside
     at = thread.address["x"].times(row, plan.columns * plan.x_bytes).at(block, BLOCK * plan.x_bytes)
@@ -127,7 +127,8 @@ def _load(thread: Thread, row: Word, block: Word, inside: Bool) -> list[Float]:
     else:
         floats = [half.float() for w in words for half in (w << 16, w & 0xFFFF0000)]
     inverse = (254 * _ONE - thread.power(row)).float()
-    return [v * inverse for v in floats]
+    scaled = [v * inverse for v in floats]
+    return [machine.as_pair(*scaled[i : i + 2]) for i in range(0, BLOCK, 2)]
 
 
 def _swizzled(plan: Plan, row: Word, inside: Word) -> tuple[Word, Word]:
@@ -137,14 +138,13 @@ def _swizzled(plan: Plan, row: Word, inside: Word) -> tuple[Word, Word]:
     return row ^ (inside & 1), (row >> 1) & 3
 
 
-def _store(thread: Thread, row: Word, block: Word, values: list[Float]) -> None:
+def _store(thread: Thread, row: Word, block: Word, pairs: list[Pair]) -> None:
     plan = thread.plan
     step, low, high = block >> 4, block & 7, (block >> 3) & 1
     at_row, turned = _swizzled(plan, row, low)
-    packed = [machine.as_pair(values[2 * i], values[2 * i + 1]).word() for i in range(8)]  # [v][c]
     start = ((step * 8 + low) * plan.columns_b + at_row) * 16 + high * 2
     for c in range(4):
-        thread.shared["x"].store(start + ((turned ^ c) << 2), [packed[c], packed[4 + c]])
+        thread.shared["x"].store(start + ((turned ^ c) << 2), [pairs[c].word(), pairs[4 + c].word()])
 
 
 def operand_places(plan: Plan, row8: Word, column4: Word) -> list[Word]:
@@ -168,11 +168,15 @@ def offset_exponent(form: Format, block: int) -> int:
     return 10 - form.position(block)
 
 
-def _sums(plan: Plan, inside: Word, values: list[Float]) -> dict[tuple[int, int], tuple[Float, Float]]:
-    """For each (groups, width): the sum of the group's columns, and the sum of x times its block's offset of codes."""
+def _sums(plan: Plan, inside: Word, pairs: list[Pair]) -> dict[tuple[int, int], tuple[Float, Float]]:
+    """For each (groups, width): the sum of the group's columns, and the sum of x times its block's offset of codes.
+
+    What is added up is what `mma` will get, rounded: the offsets are up to 1024 times as large as a code, and an
+    error of x would not cancel.
+    """
     if not plan.sums_keys:
         return {}
-    plain, sums = machine.tree_sum(values), {}
+    plain, sums = machine.tree_sum([pair[e] for pair in pairs for e in (0, 1)]), {}
     for key in plan.sums_keys:
         form = next(f for f in plan.formats if (f.groups, f.width) == key)
         nibbles = [sum(offset_exponent(form, 8 * half + i) << 4 * i for i in range(8)) for half in (0, 1)]
