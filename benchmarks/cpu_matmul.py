@@ -30,8 +30,9 @@ import cpu_kernels
 from spqr_jax import SpQRArray
 from spqr_jax.cli.display import console, number, table
 from spqr_jax.layout import array_layout
-from spqr_jax.linear import linear, pack_for_cpu
 from spqr_jax.packing import pack_codes
+from spqr_jax.products import linear
+from spqr_jax.products.cpu import pack_for_cpu
 from spqr_jax.speed import read_bandwidth
 
 SHAPES = {"SmolLM2-135M": ["576x576", "1536x576", "576x1536"], "Llama-7B": ["4096x4096", "11008x4096", "4096x11008"]}
@@ -63,7 +64,6 @@ def random_array(shape: tuple[int, int], bits: int, seed: int = 0) -> SpQRArray:
         stats_group_size=16,
         scale_bits=3,
         zero_bits=3,
-        nnz=len(rows),
     ).validate()
 
 

@@ -33,8 +33,8 @@ config = spqr_jax.SpQRConfig(target_bits=options.bits, head_bits=8)
 small = spqr_jax.quantize(params, spqr_jax.batched(windows), config)
 
 kinds = defaultdict(list)  # "q_proj" -> its weights in all blocks; a quantized weight is one SpQRArray
-for path, weight in jax.tree.leaves_with_path(small, is_leaf=lambda leaf: isinstance(leaf, spqr_jax.SpQRArray)):
+for path, weight in jax.tree.leaves_with_path(small, is_leaf=spqr_jax.is_quantized):
     kinds[path[-1].name].append(weight)
 for name, weights in kinds.items():
-    size, num_bytes = sum(weight.size for weight in weights), sum(weight.nbytes for weight in weights)
+    size, num_bytes = sum(weight.size for weight in weights), sum(weight.stored_bytes for weight in weights)
     print(f"{name:16} {8 * num_bytes / size:6.2f} bits per weight, {num_bytes / 1e6:8.3f} MB")

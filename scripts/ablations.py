@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from kept_rows import file_name, kept_or_made, markdown_table
 
-from spqr_jax import SpQRArray, SpQRConfig, SpQRError
+from spqr_jax import SpQRConfig, SpQRError
 from spqr_jax.blocks import TreeSink, collect
 from spqr_jax.calibrate import batched
 from spqr_jax.cli.display import console, number, say, table
@@ -38,6 +38,7 @@ from spqr_jax.cli.zero_shot import import_harness
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.quantize import quantize_blocks
+from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import OpenedModel, open_model
 
 BASE = "SpQR"
@@ -115,11 +116,11 @@ def run(row: Row, setup: Setup, opened: OpenedModel, calibration: np.ndarray, wi
         quantize_blocks(opened.source, sink, batched(calibration), row.config)
         params = sink.params()
         for block in params.layers:
-            arrays += [weight for weight in block.values() if isinstance(weight, SpQRArray)]
+            arrays += quantized_leaves(block)
         size = sum(array.size for array in arrays)
         values = {
             "ideal_bits": sum(array.ideal_bits * array.size for array in arrays) / size,
-            "stored_bits": 8 * sum(array.nbytes for array in arrays) / size,
+            "stored_bits": 8 * sum(array.stored_bytes for array in arrays) / size,
             "outlier_percent": 100 * sum(array.nnz for array in arrays) / size,
         }
     values["seconds"] = time.perf_counter() - begun

@@ -13,10 +13,11 @@ from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import CheckpointError, DataError, ModelError, NotFiniteError, SpQRError
 from spqr_jax.evaluate.perplexity import Perplexity, perplexity
 from spqr_jax.generate import Generation, Generator, generate
-from spqr_jax.linear import linear, prepare
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, forward
+from spqr_jax.products import linear, prepare
 from spqr_jax.quantize import LayerReport, quantize
+from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model
 from spqr_jax.sampling import Sampling
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian, quantize_weight
@@ -46,6 +47,7 @@ __all__ = [
     "empty_hessian",
     "forward",
     "generate",
+    "is_quantized",
     "linear",
     "load",
     "load_model",

@@ -8,7 +8,7 @@ tested against it.
 from __future__ import annotations
 
 import dataclasses
-import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,17 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.errors import SpQRError
-from spqr_jax.layout import ArrayLayout, column_dtype, leaf_specs, round_up
+from spqr_jax.invariants import layout_problems, value_problems
+from spqr_jax.layout import ArrayLayout, column_dtype, entry_capacity
 from spqr_jax.packing import unpack_codes
+from spqr_jax.quantized import QuantizedMatrix
 
 _OUTLIER_BITS = 32  # a 16-bit value and a 16-bit column, as the paper counts
 
 
-@dataclasses.dataclass(frozen=True)
-class SpQRArray:
+@dataclasses.dataclass(frozen=True, repr=False)
+class SpQRArray(QuantizedMatrix):
     """A quantized matrix W [out, in] that acts as a linear operator on activations.
 
-    Make one with `quantize_weight` or `quantize`, multiply by it with `linear`. It is a pytree.
+    Make one with `quantize_weight` or `quantize`, multiply by it with `linear` or ``x @ array.T``. It is a pytree whose
+    structure depends on its shape and format only: arrays of one shape and format with equally long outlier lists can
+    be stacked with `jax.tree.map` (see `with_capacity`).
 
     The matrix is the sum of a dense part, made of low-bit codes and two levels of statistics, and sparse outliers
     (arXiv 2306.03078). Below, g = `group_size`, G = `stats_group_size` and b = `bits`. Columns are stored in the
@@ -44,8 +48,8 @@ class SpQRArray:
     4. The dense part of a weight is s * (code - z), computed in float32.
     5. Outliers are **added** to the dense part. They are sorted by row, then by column. `outlier_row_ptr` is
        int32 [out + 1] and rises from 0 to `nnz`.
-    6. `outlier_cols` (uint16, or int32 with more than 65536 inputs) and `outlier_values` (float16) have max(nnz, 1)
-       entries. Columns are in permuted order and below `in`. An entry past `nnz` has the value 0.
+    6. `outlier_cols` (uint16, or int32 with more than 65536 inputs) and `outlier_values` (float16) have at least
+       max(nnz, 1) entries. Columns are in permuted order and below `in`. An entry past `nnz` has the value 0.
     7. `perm` (uint16, or int32 with more than 65536 inputs) is a permutation [in]: ``x[..., perm]`` is in the order of
        the codes. None means the original order.
     8. All statistics and outlier values are finite.
@@ -65,13 +69,14 @@ class SpQRArray:
       stats_group_size: rows that share one second-level fit.
       scale_bits: bits of a scale code; 16 without a second level.
       zero_bits: bits of a zero-point code; 16 without a second level.
-      nnz: number of outliers.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (64, 32))
       >>> array = spqr_jax.quantize_weight(w, None, spqr_jax.SpQRConfig.rtn(bits=4))
       >>> array.shape, array.bits, array.nnz
       ((64, 32), 4, 0)
+      >>> array
+      SpQRArray((64, 32), bits=4, group_size=16)
       >>> array.ideal_bits  # codes of 4 bits, and a scale and a zero of 16 bits for 16 weights
       6.0
       >>> array.to_dense().shape
@@ -92,29 +97,19 @@ class SpQRArray:
     stats_group_size: int
     scale_bits: int
     zero_bits: int
-    nnz: int
 
     # ---- what it is -------------------------------------------------------------------
 
-    @property
-    def ndim(self) -> int:
-        """Always 2."""
-        return 2
+    def __repr__(self) -> str:
+        second = "" if not self.quantized_stats else f", stats_bits={self.scale_bits}"
+        return f"SpQRArray({self.shape}, bits={self.bits}, group_size={self.group_size}{second})"
 
     @property
-    def dtype(self) -> np.dtype:
-        """Always float32, in which the matrix is defined."""
-        return np.dtype(np.float32)
-
-    @property
-    def size(self) -> int:
-        """Number of weights, out * in."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all leaves, padding included."""
-        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+    def nnz(self) -> int:
+        """Number of outliers, read from `outlier_row_ptr`. Not available on traced arrays."""
+        if isinstance(self.outlier_row_ptr, jax.core.Tracer):
+            raise SpQRError("nnz is data: inside jit, use outlier_row_ptr[-1]")
+        return int(np.asarray(self.outlier_row_ptr)[-1])
 
     @property
     def quantized_stats(self) -> bool:
@@ -136,16 +131,20 @@ class SpQRArray:
 
     @property
     def stored_bits(self) -> float:
-        """Bits per weight that are held in memory, 8 * nbytes / (out * in)."""
-        return 8 * self.nbytes / self.size
+        """Bits per weight that a checkpoint stores: of all leaves, without the unused entries of the outlier list."""
+        return 8 * self.stored_bytes / self.size
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that a checkpoint stores: `nbytes` without the unused entries of the outlier list."""
+        unused = self.outlier_cols.shape[0] - max(self.nnz, 1)
+        entry = np.dtype(self.outlier_cols.dtype).itemsize + np.dtype(self.outlier_values.dtype).itemsize
+        return self.nbytes - unused * entry
 
     @property
     def rows(self) -> Any:
-        """Row of each entry of `outlier_cols`, int32 [max(nnz, 1)]."""
-        counts = jnp.diff(self.outlier_row_ptr)
-        return jnp.repeat(
-            jnp.arange(self.shape[0], dtype=jnp.int32), counts, total_repeat_length=self.outlier_cols.shape[0]
-        )
+        """Row of each entry of `outlier_cols`, int32 [entries]; entries past the last outlier count as row 0."""
+        return _rows(self.outlier_row_ptr, self.outlier_cols.shape[0])
 
     # ---- what it holds ----------------------------------------------------------------
 
@@ -174,23 +173,47 @@ class SpQRArray:
         Returns:
           The matrix [out, in], its columns in the original order.
         """
-        if isinstance(self.codes, jax.core.Tracer):
-            return _dense(self, self.rows, None if self.perm is None else jnp.argsort(self.perm), dtype)
-        # Outlier counts differ from matrix to matrix: pad them to few distinct
-        # lengths, so that matrices of one shape share one compilation.
-        length = self.outlier_cols.shape[0]
-        padded = round_up(length, max(1024, 1 << max(length.bit_length() - 2, 0)))
-        array = dataclasses.replace(
-            self,
-            outlier_cols=np.pad(np.asarray(self.outlier_cols), (0, padded - length)),
-            outlier_values=np.pad(np.asarray(self.outlier_values), (0, padded - length)),
-            outlier_row_ptr=None,
-            perm=None,
-            nnz=0,
+        return _dense_jit(self, np.dtype(dtype))
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """y = x Wᵀ through the dense matrix, in the type of `x`: [..., in] -> [..., out]."""
+        self._check_input(x)
+        return jax.lax.dot_general(
+            x, self.to_dense(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype
         )
-        rows = self._host_rows()
-        place = None if self.perm is None else np.argsort(np.asarray(self.perm))
-        return _dense_jit(array, np.pad(rows, (0, padded - len(rows))), place, dtype)
+
+    def take_rows(self, index: jax.Array) -> jax.Array:
+        """Rows of the matrix, float32 [..., in]; indices outside 0..out-1 are clipped."""
+        return jnp.take(self.to_dense(), index, axis=0, mode="clip")
+
+    def with_capacity(self, entries: int) -> SpQRArray:
+        """The same matrix with an outlier list of another length.
+
+        Args:
+          entries: entries of the new list, at least max(nnz, 1). Unused entries have the value 0.
+
+        Returns:
+          The array with `outlier_cols` and `outlier_values` of this length, on the device where they were.
+        """
+        length = self.outlier_cols.shape[0]
+        if entries == length:
+            return self
+        if entries < max(self.nnz, 1):
+            raise SpQRError(f"an outlier list of {entries} entries cannot hold {self.nnz} outliers")
+
+        def resized(leaf: Any) -> Any:
+            resized_leaf = np.zeros(entries, leaf.dtype)
+            kept = min(entries, length)
+            resized_leaf[:kept] = np.asarray(leaf)[:kept]
+            return jax.device_put(resized_leaf) if isinstance(leaf, jax.Array) else resized_leaf
+
+        return dataclasses.replace(
+            self, outlier_cols=resized(self.outlier_cols), outlier_values=resized(self.outlier_values)
+        )
+
+    def trimmed(self) -> SpQRArray:
+        """The same matrix without unused outlier entries, as a checkpoint stores it."""
+        return self.with_capacity(max(self.nnz, 1))
 
     def _host_rows(self) -> np.ndarray:
         """Row of each outlier, int32 [nnz]."""
@@ -222,9 +245,9 @@ class SpQRArray:
         Raises:
           SpQRError: some invariants do not hold. The message names all of them.
         """
-        problems = _layout_problems(self)
+        problems = layout_problems(self)
         if not problems and all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(self)):
-            problems = _value_problems(self)
+            problems = value_problems(self)
         if problems:
             raise SpQRError(f"not a valid SpQRArray of shape {self.shape}: " + "; ".join(problems))
         return self
@@ -242,27 +265,34 @@ jax.tree_util.register_dataclass(
         "outlier_row_ptr",
         "perm",
     ],
-    meta_fields=["shape", "bits", "group_size", "stats_group_size", "scale_bits", "zero_bits", "nnz"],
+    meta_fields=["shape", "bits", "group_size", "stats_group_size", "scale_bits", "zero_bits"],
 )
 
 
-def _dense(array: SpQRArray, rows: Any, place: Any, dtype: Any) -> jax.Array:
-    """The matrix of an array whose outliers lie in `rows`; `place` [in], which column of the codes each input has."""
+def _rows(row_ptr: Any, entries: int) -> jax.Array:
+    """Row of each entry, int32 [entries]; 0 past the last outlier, where the value is 0."""
+    entry = jnp.arange(entries, dtype=jnp.int32)
+    rows = jnp.searchsorted(row_ptr, entry, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    return jnp.where(entry < row_ptr[-1], rows, 0)
+
+
+@partial(jax.jit, static_argnums=1)
+def _dense_jit(array: SpQRArray, dtype: Any) -> jax.Array:
+    """The matrix by its definition; compiled once for each shape, format and capacity."""
     scale, zero = array.statistics()
     groups = scale.shape[1]
     codes = unpack_codes(array.codes, array.bits).astype(jnp.float32)
     codes = codes[:, : groups * array.group_size].reshape(array.shape[0], groups, array.group_size)
     dense = scale[..., None] * (codes - zero[..., None])
     dense = dense.reshape(array.shape[0], -1)[:, : array.shape[1]]
-    dense = dense.at[rows, array.outlier_cols.astype(jnp.int32)].add(
+    dense = dense.at[array.rows, array.outlier_cols.astype(jnp.int32)].add(
         array.outlier_values.astype(jnp.float32), mode="promise_in_bounds"
     )
-    if place is not None:
+    if array.perm is not None:
+        column = jnp.arange(array.shape[1], dtype=jnp.int32)
+        place = jnp.zeros_like(column).at[array.perm.astype(jnp.int32)].set(column, unique_indices=True)
         dense = jnp.take(dense, place, axis=1)
     return dense.astype(dtype)
-
-
-_dense_jit = jax.jit(_dense, static_argnums=3)
 
 
 # ---- building one -----------------------------------------------------------------------
@@ -296,17 +326,18 @@ def pack_array(
       stats_bits: bits of a scale or zero code; 16 without a second level.
     """
     rows, cols = np.nonzero(outliers)
-    nnz = len(rows)
-    values = residual[rows, cols] if nnz else np.zeros(1, np.float16)
-    inner = layout.shape[1]
+    nnz, inner = len(rows), layout.shape[1]
+    entries = entry_capacity(nnz)
+    columns, values = np.zeros(entries, column_dtype(inner)), np.zeros(entries, np.float16)
+    columns[:nnz], values[:nnz] = cols, residual[rows, cols]
     return SpQRArray(
         codes=codes,
         scale_codes=scale_codes,
         zero_codes=zero_codes,
         tile_stats=tile_stats,
         # Put there, not made by jnp.asarray, which compiles a program for each number of outliers.
-        outlier_cols=jax.device_put((cols if nnz else np.zeros(1)).astype(column_dtype(inner))),
-        outlier_values=jax.device_put(values.astype(np.float16)),
+        outlier_cols=jax.device_put(columns),
+        outlier_values=jax.device_put(values),
         outlier_row_ptr=jax.device_put(np.searchsorted(rows, np.arange(layout.shape[0] + 1)).astype(np.int32)),
         perm=None if perm is None else jax.device_put(np.asarray(perm).astype(column_dtype(inner))),
         shape=layout.shape,
@@ -315,66 +346,4 @@ def pack_array(
         stats_group_size=stats_group_size,
         scale_bits=stats_bits,
         zero_bits=stats_bits,
-        nnz=nnz,
     )
-
-
-# ---- the invariants ---------------------------------------------------------------------
-
-
-def _layout_problems(array: SpQRArray) -> list[str]:
-    out, inner = array.shape
-    if out < 1 or inner < 1:
-        return [f"shape {array.shape} has no weights"]
-    if not 1 <= array.bits <= 8 or array.group_size < 8 or array.group_size % 8 or array.stats_group_size < 8:
-        return [
-            f"bits={array.bits}, group_size={array.group_size}, stats_group_size={array.stats_group_size} "
-            "is not a supported format"
-        ]
-    second_level = array.quantized_stats
-    expected = leaf_specs(
-        array.shape,
-        bits=array.bits,
-        group_size=array.group_size,
-        stats_group_size=array.stats_group_size,
-        stats_bits=(array.scale_bits, array.zero_bits) if second_level else None,
-        entries=max(array.nnz, 1),
-        permuted=array.perm is not None,
-    )
-    problems = []
-    for name, want in expected.items():
-        leaf = getattr(array, name)
-        have = None if leaf is None else (tuple(leaf.shape), np.dtype(leaf.dtype))
-        if want is None:
-            if have is not None:
-                problems.append(f"{name} should be absent, but is {have}")
-        elif have != (want[0], np.dtype(want[1])):
-            problems.append(f"{name} should be {np.dtype(want[1])} {want[0]}, but is {have}")
-    return problems
-
-
-def _value_problems(array: SpQRArray) -> list[str]:
-    out, inner = array.shape
-    problems = []
-    row_ptr = np.asarray(array.outlier_row_ptr)
-    if row_ptr[0] != 0 or row_ptr[out] != array.nnz or np.any(row_ptr[1:] < row_ptr[:-1]):  # differences may overflow
-        problems.append(f"outlier_row_ptr does not rise from 0 to nnz={array.nnz}")
-    cols = np.asarray(array.outlier_cols).astype(np.int64)
-    values = np.asarray(array.outlier_values)
-    if cols.min() < 0 or cols.max() >= inner:
-        problems.append(f"outlier_cols are not all in 0..{inner - 1}")
-    if not problems and array.nnz > 1:
-        rising = np.diff(cols[: array.nnz]) > 0
-        first_of_row = np.zeros(array.nnz + 1, bool)
-        first_of_row[row_ptr] = True
-        if not np.all(rising | first_of_row[1 : array.nnz]):
-            problems.append("outlier_cols do not rise within a row")
-    if np.any(values[array.nnz :] != 0):
-        problems.append("an outlier entry past nnz is not zero")
-    if not np.all(np.isfinite(values)):
-        problems.append("an outlier value is not finite")
-    if not np.all(np.isfinite(np.asarray(array.tile_stats))):
-        problems.append("a statistic in tile_stats is not finite")
-    if array.perm is not None and not np.array_equal(np.sort(np.asarray(array.perm)), np.arange(inner)):
-        problems.append("perm is not a permutation")
-    return problems

@@ -316,7 +316,7 @@ class Ledger:
 
     def spend(self, path: str, array: SpQRArray) -> None:
         """Books a finished weight."""
-        self._spent += array.nbytes
+        self._spent += array.stored_bytes
         self._planned += self._left.pop(path).outlier_bytes
         self._found += _outlier_bytes(array)
 

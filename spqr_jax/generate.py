@@ -16,11 +16,11 @@ import numpy as np
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.files.entries import shown
 from spqr_jax.layout import round_up
-from spqr_jax.linear import prepare
 from spqr_jax.models.attention import KVCache, positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Decoder, State, embed, logits, run_block
+from spqr_jax.models.decoder import Decoder, embed, logits
 from spqr_jax.models.finite import not_finite
+from spqr_jax.models.ready import ReadyDecoder, empty_cache, make_ready, run_parts
 from spqr_jax.sampling import Draw, Sampling, sample
 
 Cache = tuple[KVCache, ...]
@@ -55,25 +55,14 @@ class Generation:
     ended: list[str]
 
 
-def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """A cache of `length` positions for every block."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
-    return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
-
-
 def _forward(
-    params: Decoder, cache: Cache, tokens: jax.Array, padding: jax.Array, start: jax.Array
+    params: ReadyDecoder, cache: Cache, tokens: jax.Array, padding: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Logits of the last position, f32 [batch, vocab], and the cache with all positions."""
     config = params.config
     where = positions(config, tokens.shape[1], padding, start)
-    residual, filled = embed(config, params.outer, tokens, where), []
-    for block, block_cache in zip(params.layers, cache, strict=True):
-        state = run_block(config, block, State(residual, None, block_cache), where)
-        assert isinstance(state.cache, KVCache)
-        residual = state.residual
-        filled.append(state.cache)
-    return logits(config, params.outer, residual[:, -1]), tuple(filled)
+    residual, cache = run_parts(params, embed(config, params.outer, tokens, where), cache, where)
+    return logits(config, params.outer, residual[:, -1]), cache
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +99,7 @@ class _Progress:
     running: jax.Array
 
 
-def _step(params: Decoder, cache: Cache, progress: _Progress, rest: _Rest) -> tuple[Cache, _Progress]:
+def _step(params: ReadyDecoder, cache: Cache, progress: _Progress, rest: _Rest) -> tuple[Cache, _Progress]:
     """Reads the tokens at hand and draws the next one of each row: `_NO_TOKEN` where its scores are not finite."""
     scores, cache = _forward(params, cache, progress.tokens, rest.padding, progress.start)
     drawn = sample(scores, jax.random.fold_in(rest.key, progress.start), rest.draw)
@@ -124,7 +113,7 @@ _prefill = jax.jit(_step, donate_argnames="cache")
 
 @partial(jax.jit, donate_argnames="cache")
 def _decode(
-    params: Decoder, cache: Cache, progress: _Progress, rest: _Rest, count: jax.Array
+    params: ReadyDecoder, cache: Cache, progress: _Progress, rest: _Rest, count: jax.Array
 ) -> tuple[Cache, _Progress, jax.Array, jax.Array]:
     """Up to `count` steps, fewer if no row is running any more.
 
@@ -154,7 +143,7 @@ class Generator:
     compiled programs.
 
     Args:
-      params: the model, dense or quantized.
+      params: the model, dense or quantized, or already prepared by `make_ready`.
       int8_activations: as in `prepare`.
 
     Attributes:
@@ -171,9 +160,11 @@ class Generator:
       True
     """
 
-    def __init__(self, params: Decoder, *, int8_activations: bool = False) -> None:
+    def __init__(self, params: Decoder | ReadyDecoder, *, int8_activations: bool = False) -> None:
         self.config = params.config
-        self._params = prepare(params, int8_activations=int8_activations)
+        if not isinstance(params, ReadyDecoder):
+            params = make_ready(params, int8_activations=int8_activations)
+        self._params = params
         self._programs: dict[Any, Any] = {}
 
     @property
@@ -206,7 +197,7 @@ class Generator:
             tokens[row, padding[row] :] = prompt
 
         begun = time.perf_counter()
-        cache = empty_cache(config, len(prompts), _bucket(width + steps), self._params.outer.final_norm.dtype)
+        cache = empty_cache(self._params, len(prompts), _bucket(width + steps), self._params.outer.final_norm.dtype)
         ends = jnp.array(sorted(stops) or [-1], jnp.int32)
         rest = _Rest(jnp.asarray(padding), jax.random.key(seed), ends, sampling.draw(config.vocab_size))
         progress = _Progress(jnp.asarray(tokens), jnp.int32(0), jnp.ones(len(prompts), bool))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
-from spqr_jax.array import SpQRArray
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.models.weights import OUTER_NAMES
+from spqr_jax.quantized import is_quantized
 
 
 def summarize(source: CheckpointSource) -> dict[str, Any]:
@@ -36,10 +35,10 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
         for name, weight in part.items():
             if weight is None:
                 continue
-            num_bytes = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weight))
+            num_bytes = weight.stored_bytes if is_quantized(weight) else weight.nbytes
             total += num_bytes
             dense_total += math.prod(weight.shape) * itemsize
-            if not isinstance(weight, SpQRArray):
+            if not is_quantized(weight):
                 continue
             stats = source.layer_stats.get(prefix + name, {})
             layers[prefix + name] = {

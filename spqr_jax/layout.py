@@ -24,6 +24,16 @@ def column_dtype(num_columns: int) -> np.dtype:
     return np.dtype(np.uint16 if num_columns <= MAX_UINT16_COLUMNS else np.int32)
 
 
+def entry_capacity(nnz: int) -> int:
+    """Entries that an outlier list in memory holds for `nnz` outliers: rounded up, by at most 1/8, to few lengths.
+
+    Matrices of one shape then share compiled programs although their outlier counts differ.
+    """
+    if nnz <= 128:
+        return max(round_up(nnz, 16), 16)
+    return round_up(nnz, 1 << ((nnz - 1).bit_length() - 4))
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayLayout:
     """Sizes that follow from a matrix's shape and its quantization.

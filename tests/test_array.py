@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.arrays import dense, random_array
 from support.problems import correlated_problem
 
 from spqr_jax import (
@@ -89,7 +90,9 @@ def test_sizes_are_counted_honestly():
     assert array.ideal_bits == pytest.approx(3 + 6 / 16 + 64 / 256 + 32 * array.nnz / array.size)
     bytes_held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(array))
     assert array.nbytes == bytes_held
-    assert array.stored_bits == pytest.approx(8 * bytes_held / (64 * 128))
+    unused = array.outlier_cols.shape[0] - array.nnz  # entries of 4 bytes that only fill up the list
+    assert array.stored_bytes == bytes_held - 4 * unused == array.trimmed().nbytes
+    assert array.stored_bits == pytest.approx(8 * array.stored_bytes / (64 * 128))
     # sizes that need no padding: codes and statistics at exactly their ideal bits,
     # then row pointers and permutation
     extra = (65 * 32 + 128 * 16) / (64 * 128)
@@ -115,11 +118,12 @@ def test_rows_property_matches_coo():
     np.testing.assert_array_equal(np.asarray(rows)[: array.nnz], array.to_coo()[0])
 
 
-def test_no_outliers_still_has_one_harmless_entry():
+def test_no_outliers_still_has_harmless_entries():
     array = make(config=FORMATS["no outliers"])
     assert array.nnz == 0
-    assert array.outlier_values.shape == (1,)
-    assert float(array.outlier_values[0]) == 0
+    assert array.outlier_values.shape == (16,)
+    assert not np.any(array.outlier_values)
+    assert array.trimmed().outlier_values.shape == (1,)
     assert [len(part) for part in array.to_coo()] == [0, 0, 0]
 
 
@@ -130,6 +134,56 @@ def test_it_is_a_pytree():
     np.testing.assert_array_equal(again.to_dense(), array.to_dense())
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(array)[0]]
     assert ".codes" in paths
+
+
+def test_structure_depends_on_shape_and_format_only():
+    """Arrays with different outliers and permutations stack, and share one compiled program."""
+    arrays = [random_array((48, 64), outliers=share, seed=seed) for seed, share in enumerate((0.0, 0.02, 0.05))]
+    entries = max(array.outlier_cols.shape[0] for array in arrays)
+    arrays = [array.with_capacity(entries) for array in arrays]
+    assert len({jax.tree.structure(array) for array in arrays}) == 1
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
+    together = jax.jit(jax.vmap(lambda array: array.to_dense()))(stacked)
+    program = jax.jit(lambda array: array.to_dense())
+    for array, matrix in zip(arrays, together, strict=True):
+        array.validate()
+        np.testing.assert_allclose(matrix, dense(array), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(program(array), matrix)
+    assert program._cache_size() == 1
+    with pytest.raises(SpQRError, match="cannot hold"):
+        arrays[-1].with_capacity(16)
+
+
+def test_it_multiplies_as_a_matrix():
+    array = random_array((48, 64))
+    matrix = dense(array, np.float32)
+    x, rows = np.random.default_rng(0).standard_normal((2, 3, 64), np.float32), np.ones((5, 48), np.float32)
+    np.testing.assert_allclose(jnp.asarray(x) @ array.T, x @ matrix.T, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(x @ array.T, x @ matrix.T, rtol=2e-4, atol=2e-4)  # a NumPy array on the left
+    np.testing.assert_allclose(array @ jnp.asarray(x[0, 0]), matrix @ x[0, 0], rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(array @ jnp.asarray(x[0].T), matrix @ x[0].T, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(jnp.asarray(rows) @ array, rows @ matrix, rtol=2e-4, atol=2e-4)
+    assert array.T.shape == (64, 48)
+    assert array.T.T is array
+    assert array.astype(jnp.bfloat16).dtype == jnp.bfloat16
+    assert repr(array) == "SpQRArray((48, 64), bits=3, group_size=16, stats_bits=3)"
+    np.testing.assert_allclose(array.T.to_dense(), matrix.T, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_the_float_leaves():
+    array = random_array((32, 64))
+
+    def loss(values):
+        return jnp.sum(dataclasses.replace(array, outlier_values=values).to_dense() ** 2)
+
+    gradient = jax.grad(loss)(array.outlier_values)
+    rows, _, _ = array.to_coo()
+    matrix = dense(array)
+    place = np.argsort(np.asarray(array.perm))
+    permuted = matrix[:, np.argsort(place)]
+    want = 2 * permuted[np.asarray(array.rows)[: array.nnz], np.asarray(array.outlier_cols)[: array.nnz]]
+    np.testing.assert_allclose(gradient[: array.nnz], want, rtol=2e-2, atol=2e-2)
+    assert len(rows) == array.nnz
 
 
 def test_specs_validate_like_arrays():
@@ -156,7 +210,10 @@ def broken(array: SpQRArray):
     yield {"outlier_row_ptr": pointers}, "outlier_row_ptr does not rise"
     yield {"outlier_row_ptr": around}, "outlier_row_ptr does not rise"
     yield {"tile_stats": stats}, "not finite"
-    yield {"nnz": array.nnz + 1}, "outlier_cols should be"
+    yield {"outlier_cols": np.zeros(0, np.uint16)}, "outlier_cols should have at least one entry"
+    yield {"outlier_values": np.asarray(array.outlier_values)[:-1]}, "outlier_values should be"
+    yield {"outlier_row_ptr": np.asarray(array.outlier_row_ptr) * 100}, "outlier_row_ptr does not rise"
+    yield {"outlier_values": np.ones_like(array.outlier_values)}, "an outlier entry past nnz is not zero"
     yield {"tile_stats": np.asarray(array.tile_stats, np.float32)}, "tile_stats should be float16"
     yield {"bits": 4}, "codes should be"
     yield {"scale_codes": None}, "should be"

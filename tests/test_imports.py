@@ -17,10 +17,11 @@ LAYERS = [
     ["output"],
     ["atomic"],
     ["packing"],
-    ["layout"],
+    ["layout", "quantized"],
+    ["invariants"],
     ["config", "sampling", "data"],
     ["array"],
-    ["linear"],
+    ["products"],
     ["solver"],
     ["models"],
     ["blocks"],
@@ -68,7 +69,7 @@ def test_every_module_has_its_place():
 
 
 def test_the_solver_knows_no_model():
-    known = {"array", "config", "errors", "layout", "packing", "solver"}
+    known = {"array", "config", "errors", "layout", "packing", "quantized", "solver"}
     for path in (PACKAGE / "solver").rglob("*.py"):
         assert set(imports_of(path)) <= known, path
 

@@ -13,8 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.spqr_matmul import fragments, lanes, rows
+from pallas_kernels.spqr_matmul import lanes, rows
 from pallas_kernels.spqr_matmul.device import Target
+from pallas_kernels.spqr_matmul.pieces import Piece
 
 TABLE = Path(__file__).with_name("tuned.json")
 
@@ -35,19 +36,9 @@ class Problem:
         return f"{self.batch}x{self.out}x{self.inner}:b{self.bits}g{self.group_size}"
 
 
-@dataclasses.dataclass(frozen=True)
-class MosaicConfig:
-    """How `mosaic_gpu` cuts the work.
-
-    Attributes:
-      row_blocks: blocks of 64 rows that a thread block has; they share the activations.
-      splits: thread blocks that share these rows, each with its own columns.
-      stages: steps whose words are in shared memory at a time.
-    """
-
-    row_blocks: int
-    splits: int
-    stages: int
+def problem(piece: Piece, batch: int) -> Problem:
+    """What the configuration of a product depends on."""
+    return Problem(batch, *piece.shape, piece.bits, piece.group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +62,6 @@ def table() -> dict[str, Any]:
 
 def _found(kernel: str, device: Target, problem: Problem) -> dict[str, int] | None:
     return table().get(device.kind, {}).get(kernel, {}).get(problem.key)
-
-
-def mosaic_config(device: Target, problem: Problem) -> MosaicConfig:
-    """For `mosaic_gpu`: four thread blocks a multiprocessor, of four warps each; no stages if not one would fit."""
-    if found := _found("mosaic_gpu", device, problem):
-        return MosaicConfig(**found)
-    row_blocks, columns = fragments.num_blocks(problem.out, problem.inner, problem.group_size)
-    splits = _splits(4 * device.cores, row_blocks, columns)
-    form = {"bits": problem.bits, "group_size": problem.group_size, "batch": min(problem.batch, 16), "row_blocks": 1}
-
-    def fits(stages: int) -> bool:
-        return fragments.shared_bytes(**form, stages=stages) <= device.shared_bytes
-
-    stages = next((stages for stages in (3, 2, 1) if fits(stages)), 0)
-    return MosaicConfig(row_blocks=1, splits=splits, stages=min(stages, -(-columns // splits)))
 
 
 def triton_config(device: Target, problem: Problem) -> TritonConfig:

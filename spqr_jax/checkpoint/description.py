@@ -13,7 +13,8 @@ from spqr_jax._compat import orbax_v1
 from spqr_jax.array import SpQRArray
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries
-from spqr_jax.layout import leaf_specs
+from spqr_jax.layout import entry_capacity, leaf_specs
+from spqr_jax.quantized import is_quantized
 
 FORMAT = "spqr-jax"
 FORMAT_VERSION = 1
@@ -25,8 +26,10 @@ META_FIELDS = ("bits", "group_size", "stats_group_size", "scale_bits", "zero_bit
 
 
 def leaves_of(weight: Any) -> dict[str, Any]:
-    if isinstance(weight, SpQRArray):
-        return {field: leaf for field in DATA_FIELDS if (leaf := getattr(weight, field)) is not None}
+    """The arrays that a checkpoint stores of a weight, by name."""
+    if is_quantized(weight):
+        stored = weight.trimmed()
+        return {field: leaf for field in DATA_FIELDS if (leaf := getattr(stored, field)) is not None}
     return {"values": weight}
 
 
@@ -109,7 +112,12 @@ class WeightSpec:
         fields = {field: leaves.get(field) for field in DATA_FIELDS}
         out, inner = self.shape
         try:
-            return SpQRArray(**fields, shape=(out, inner), **self.meta).validate()  # type: ignore[arg-type]
+            nnz = self.meta["nnz"]
+            meta = {name: value for name, value in self.meta.items() if name != "nnz"}
+            array = SpQRArray(**fields, shape=(out, inner), **meta).validate()  # type: ignore[arg-type]
+            if array.nnz != nnz:
+                raise SpQRError(f"outlier_row_ptr ends at {array.nnz}, but nnz is {nnz}")
+            return array.with_capacity(entry_capacity(nnz))
         except SpQRError as error:
             raise CheckpointError(f"{label}: {error}") from None
 

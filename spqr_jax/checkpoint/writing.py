@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from spqr_jax._compat import orbax_v1
-from spqr_jax.array import SpQRArray
 from spqr_jax.atomic import AtomicDirectory
 from spqr_jax.blocks import TreeSource
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, META_FIELDS, fingerprint, leaves_of, orbax_context
@@ -24,6 +23,7 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import OUTER_NAMES
 from spqr_jax.output import Claim
+from spqr_jax.quantized import is_quantized
 
 
 class CheckpointSink(AtomicDirectory):
@@ -122,11 +122,11 @@ def _describe(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         leaves = leaves_of(weight)
         tree[name] = leaves
         specs[name] = {
-            "kind": "spqr" if isinstance(weight, SpQRArray) else "dense",
+            "kind": "spqr" if is_quantized(weight) else "dense",
             "shape": list(weight.shape),
             "leaves": {leaf: fingerprint(np.asarray(value)) for leaf, value in leaves.items()},
         }
-        if isinstance(weight, SpQRArray):
+        if is_quantized(weight):
             specs[name] |= {field: getattr(weight, field) for field in META_FIELDS}
     return tree, specs
 

@@ -7,18 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from cpu_kernels import chosen_kernels
 from spqr_jax._compat import give_back_memory
-from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.cli.display import console, say
 from spqr_jax.errors import DataError
 from spqr_jax.files.text import decode_text
 from spqr_jax.generate import Generation, Generator
-from spqr_jax.linear import default_implementation, why_no_kernels, why_no_pallas
 from spqr_jax.models.tokenizer import render_chat, token_ids
+from spqr_jax.products import default_implementation, why_no_kernels
+from spqr_jax.quantized import quantized_leaves
 
 Message = dict[str, str]
 
@@ -30,19 +28,16 @@ def describe_products() -> str:
         return f"matrix products use the native CPU kernels ({chosen_kernels()})"
     if implementation != "xla":
         return f"matrix products use the Pallas kernels ({implementation})"
-    why = why_no_kernels() if jax.default_backend() == "cpu" else why_no_pallas()
-    return f"matrix products dequantize the weights, which is slow: {why}"
+    return f"matrix products dequantize the weights, which is slow: {why_no_kernels()}"
 
 
 def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
     """Reads a whole model and makes it ready; says so if that is the slow way."""
     params = collect(source)
-    arrays = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
-    quantized = any(isinstance(leaf, SpQRArray) for leaf in arrays)
-    if quantized and default_implementation() == "xla":
+    if quantized_leaves(params) and default_implementation() == "xla":
         say(describe_products())
     generator = Generator(params, int8_activations=int8_activations)
-    del params, arrays  # what was read is no longer needed: with a small model it is half of what the process holds
+    del params  # what was read is no longer needed: with a small model it is half of what the process holds
     give_back_memory()
     return generator
 

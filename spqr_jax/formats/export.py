@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax.array import SpQRArray
 from spqr_jax.blocks import BlockSource
 from spqr_jax.errors import SpQRError
 from spqr_jax.files import Entries
@@ -17,6 +16,7 @@ from spqr_jax.models.families import FAMILIES
 from spqr_jax.models.hf import exported_config
 from spqr_jax.models.names import AS_IT_IS, Row
 from spqr_jax.models.weights import OUTER_NAMES
+from spqr_jax.quantized import is_quantized
 
 Progress = Callable[[str], None]
 
@@ -31,7 +31,7 @@ def _parts(source: BlockSource) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _dense(path: str, weight: Any, dtype: Any) -> np.ndarray:
     """A weight in `dtype`, which must be able to hold it."""
-    values = np.asarray(weight.to_dense() if isinstance(weight, SpQRArray) else weight, np.float32)
+    values = np.asarray(weight.to_dense() if is_quantized(weight) else weight, np.float32)
     with np.errstate(over="ignore"):  # what does not fit is refused below
         cast = values.astype(dtype)
     if not np.all(np.isfinite(cast)):
@@ -110,7 +110,7 @@ def export_hf_spqr(
             if path not in rows:
                 continue  # a further path of a row that is written with its first
             tensor, row = rows[path]
-            in_words = isinstance(weight, SpQRArray) and path.startswith("layers.")
+            in_words = is_quantized(weight) and path.startswith("layers.")
             if not in_words:
                 out.add(_tensors({tensor: row}, weights, source, np.float16))
                 dense.append(tensor)

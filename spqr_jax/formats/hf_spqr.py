@@ -223,7 +223,6 @@ def unpack_words(matrix: WordMatrix) -> SpQRArray:
         stats_group_size=TILE,
         scale_bits=BITS,
         zero_bits=BITS,
-        nnz=nnz,
     )
     return jax.device_put(array.validate())
 

@@ -109,7 +109,6 @@ def array_from_saved(saved: Any, bits: int, stats_bits: int, outliers: Outliers 
         stats_group_size=tile,
         scale_bits=stats_bits,
         zero_bits=stats_bits,
-        nnz=0,
     ).validate()
     return jax.device_put(_with_outliers(dense, codes, entries.raw("outliers_matrix"), outliers))
 
@@ -164,7 +163,7 @@ def _with_outliers(array: SpQRArray, codes: np.ndarray, sparse: Any, meaning: Ou
     order = np.lexsort((cols, rows))
     order = order[values[order] != 0]  # an entry of 0 replaces nothing in the original either
     rows, cols, values = rows[order], cols[order], values[order]
-    if not (nnz := len(rows)):
+    if not len(rows):
         return array
     if meaning == "replaced":
         scale, zero = (part[rows, cols // array.group_size] for part in array.statistics())
@@ -176,7 +175,6 @@ def _with_outliers(array: SpQRArray, codes: np.ndarray, sparse: Any, meaning: Ou
         outlier_cols=cols.astype(column_dtype(inner)),
         outlier_values=values,
         outlier_row_ptr=np.searchsorted(rows, np.arange(out + 1)).astype(np.int32),
-        nnz=nnz,
     ).validate()
 
 

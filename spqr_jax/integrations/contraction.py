@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spqr_jax.errors import SpQRError
-from spqr_jax.linear import linear
+from spqr_jax.products import linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.integrations.contraction import Contraction, of_equation, over_axes
 from spqr_jax.integrations.kernels import InputSums, check_config, quantize_kernels
-from spqr_jax.linear import Implementation
-from spqr_jax.linear import prepare as prepare_weight
+from spqr_jax.products import Implementation
+from spqr_jax.products import prepare as prepare_weight
 from spqr_jax.quantize import OnLayer
 
 _KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)

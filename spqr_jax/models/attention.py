@@ -4,26 +4,58 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 import cpu_kernels
-from spqr_jax.linear import why_no_kernels
+from pallas_kernels import attention as gpu_attention
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.products import why_no_kernels
 
 _QUERY_CHUNK = 128  # queries whose scores are held at once; later keys are skipped, not masked
+_NO_WINDOW = 1 << 30  # more keys than any context has
 _MASKED = -1e30  # a finite minimum: a row with no key at all gives a mean, not NaN
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one block, [batch, kv_heads, length, head_dim] each: a step reads them as they lie."""
+    """Keys and values of one block, or of a stack of blocks.
+
+    Attributes:
+      keys, values: [batch, kv_heads, length, head_dim] each, as a step reads them; a stack has the layers in front.
+      layer: int32 scalar, which layer of a stack is meant; None of a block alone.
+    """
 
     keys: jax.Array
     values: jax.Array
+    layer: jax.Array | None = None
+
+    @property
+    def stacked(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [layers, batch, kv_heads, length, head_dim], one layer of a block alone."""
+        return (self.keys[None], self.values[None]) if self.layer is None else (self.keys, self.values)
+
+    def of_layer(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the block that is meant, [batch, kv_heads, length, head_dim]."""
+        if self.layer is None:
+            return self.keys, self.values
+        return tuple(lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (self.keys, self.values))
+
+    def extended(self, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
+        """With keys and values [batch, kv_heads, tokens, head_dim] from position `start` on."""
+
+        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.astype(cache.dtype)
+            if self.layer is None:
+                return lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
+            zero = jnp.int32(0)
+            return lax.dynamic_update_slice(cache, new[None], (self.layer, zero, zero, start, zero))
+
+        return KVCache(put(self.keys, k), put(self.values, v), self.layer)
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +83,7 @@ class Positions:
       start: int32 scalar, index of the first token in the cache.
       rotary: cosines and sines of the rotary angles, or None.
       local_rotary: the same for local blocks.
+      local: bool scalar, whether the block at hand is local, where its kind does not say so.
     """
 
     index: jax.Array
@@ -58,6 +91,7 @@ class Positions:
     start: jax.Array
     rotary: Rotary | None
     local_rotary: Rotary | None
+    local: jax.Array | None = None
 
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -105,21 +139,40 @@ class AttentionRules:
     """What attention of one kind of block does besides the formula.
 
     Attributes:
-      local: it reads the local blocks' rotary angles.
-      window: keys that a query sees, its own included; None for all before it.
+      local: it reads the local blocks' rotary angles; None where `Positions.local` says so.
+      window: keys that a query of a local block sees, its own included; None for all before it.
       softcap: s in s · tanh(scores / s), or None.
       scale: factor on scores; None for head_dim^-1/2.
     """
 
-    local: bool = False
+    local: bool | None = False
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
 
     @classmethod
-    def of(cls, config: DecoderConfig, local: bool) -> AttentionRules:
-        """Those of a model's local blocks, or of the others."""
-        return cls(local, config.sliding_window if local else None, config.attention_softcap, config.query_scale)
+    def of(cls, config: DecoderConfig, local: bool | None) -> AttentionRules:
+        """Those of a model's local blocks, or of the others; of both for None."""
+        window = None if local is False else config.sliding_window
+        return cls(local, window, config.attention_softcap, config.query_scale)
+
+    def rotary(self, where: Positions) -> Rotary | None:
+        """Cosines and sines for the block at hand."""
+        if self.local is not None:
+            return where.local_rotary if self.local else where.rotary
+        local = where.local
+        assert local is not None
+        if where.rotary is None or where.local_rotary is where.rotary:
+            return where.rotary
+        chosen: Rotary = jax.tree.map(lambda a, b: jnp.where(local, a, b), where.local_rotary, where.rotary)
+        return chosen
+
+    def keys_seen(self, where: Positions) -> int | jax.Array | None:
+        """Keys that a query sees at most, its own included: a number, or an int32 scalar; None for no limit."""
+        if self.local is not None or self.window is None:
+            return self.window
+        assert where.local is not None
+        return jnp.where(where.local, jnp.int32(self.window), jnp.int32(_NO_WINDOW))
 
 
 def attend(
@@ -140,7 +193,7 @@ def attend(
     """
     if rules.scale is not None:  # beside the head_dim^-1/2 that comes later
         q = q * jnp.asarray(rules.scale * q.shape[-1] ** 0.5, q.dtype)
-    rotary = where.local_rotary if rules.local else where.rotary
+    rotary = rules.rotary(where)
     if isinstance(cache, KVCache) and q.shape[1] == 1:
         out, cache = _attend_cache(rules, q, k, v, rotary, where, cache)
         return _merge_heads(out[..., None, :]), cache
@@ -150,16 +203,8 @@ def attend(
             jnp.concatenate([before[cache.which].astype(now.dtype), now], axis=2)
             for before, now in ((cache.cache.keys, k), (cache.cache.values, v))
         )
-    out = _attend_self(rules, q, k, v, where.padding)
-    return out, _extended(cache, k, v, where.start) if isinstance(cache, KVCache) else cache
-
-
-def _extended(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
-    """With keys and values from position `start` on."""
-    return KVCache(
-        lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), start, axis=2),
-        lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), start, axis=2),
-    )
+    out = _attend_self(rules.softcap, rules.keys_seen(where), q, k, v, where.padding)
+    return out, cache.extended(k, v, where.start) if isinstance(cache, KVCache) else cache
 
 
 def _attend_cache(
@@ -173,11 +218,15 @@ def _attend_cache(
 ) -> tuple[jax.Array, KVCache]:
     """One token against what is cached and itself: [batch, kv_heads, share, head_dim], and the cache with it."""
     first = where.padding  # the first key that is seen
-    if rules.window is not None:
-        first = jnp.maximum(first, where.start - rules.window + 1)
+    if (window := rules.keys_seen(where)) is not None:
+        first = jnp.maximum(first, where.start - window + 1)
     given = (q, k, v, rotary, first, where.start, cache)
-    native = cpu_kernels.can_attend(q, cache.keys) and rules.softcap is None
-    if not native or (rotary is not None and 2 * rotary[0].shape[-1] < q.shape[-1]) or why_no_kernels():
+    form = _gpu_form(q, k, rotary)
+    length, cache_dtype = cache.keys.shape[-2], cache.keys.dtype
+    if not gpu_attention.why_unsupported(**form, length=length, dtype=q.dtype, cache_dtype=cache_dtype):
+        return _attend_cache_on_gpu(rules.softcap, *given)
+    native = cache.layer is None and cpu_kernels.can_attend(q, cache.keys) and rules.softcap is None
+    if not native or (rotary is not None and 2 * rotary[0].shape[-1] < q.shape[-1]) or why_no_kernels("cpu"):
         return _attend_cache_by_xla(rules.softcap, *given)
     by_xla = partial(_attend_cache_by_xla, rules.softcap)
     return lax.platform_dependent(*given, cpu=_attend_cache_natively, default=by_xla)
@@ -195,6 +244,44 @@ def _attend_cache_natively(
     return out, KVCache(keys, values)
 
 
+def _gpu_form(q: jax.Array, k: jax.Array, rotary: Rotary | None) -> dict[str, Any]:
+    """Sizes that the GPU kernel is compiled for."""
+    rotated = 0 if rotary is None else 2 * rotary[0].shape[-1]
+    return {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "rotated": rotated}
+
+
+def _attend_cache_on_gpu(
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rotary: Rotary | None,
+    first: jax.Array,
+    start: jax.Array,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    batch, head_dim = q.shape[0], q.shape[3]
+    # Slices of one product that are put together again: XLA gives the kernel the product itself.
+    qkv = jnp.concatenate([part.reshape(batch, -1) for part in (q, k, v)], axis=-1)
+    cos, sin = (None, None) if rotary is None else (angles[:, 0] for angles in rotary)
+    layer = jnp.int32(0) if cache.layer is None else cache.layer
+    out, keys, values = gpu_attention.attend(
+        qkv,
+        cos,
+        sin,
+        *cache.stacked,
+        layer,
+        first,
+        start,
+        **_gpu_form(q, k, rotary),
+        scale=head_dim**-0.5,
+        softcap=softcap,
+    )
+    if cache.layer is None:
+        keys, values = keys[0], values[0]
+    return out.reshape(batch, k.shape[2], -1, head_dim), KVCache(keys, values, cache.layer)
+
+
 def _attend_cache_by_xla(
     softcap: float | None,
     q: jax.Array,
@@ -207,20 +294,21 @@ def _attend_cache_by_xla(
 ) -> tuple[jax.Array, KVCache]:
     q, k, v = _split_heads(rotate(q, rotary), rotate(k, rotary), v)
     q = q[..., 0, :]
-    scores = _capped(jnp.einsum("bhsd,bhld->bhsl", q, cache.keys, preferred_element_type=jnp.float32), softcap)
-    key = jnp.arange(cache.keys.shape[2])
+    keys, values = cache.of_layer()
+    scores = _capped(jnp.einsum("bhsd,bhld->bhsl", q, keys, preferred_element_type=jnp.float32), softcap)
+    key = jnp.arange(keys.shape[2])
     seen = (key < start) & (key >= first[:, None])  # [batch, length]
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
     own = _capped(jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True), softcap)
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + own
-    out = jnp.einsum("bhsl,bhld->bhsd", weights.astype(v.dtype), cache.values, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bhsl,bhld->bhsd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
     out = ((out + own * v.astype(jnp.float32)) / total).astype(v.dtype)
     # Nothing, but it depends on `out`: only after the old cache was read can the new one be written in its place.
     # Without it XLA copies the cache of every block in every step.
     nothing = 0.0 * out[..., :1].reshape(*k.shape[:2], -1)[..., :1, None]
-    return out, _extended(cache, k + nothing.astype(k.dtype), v + nothing.astype(v.dtype), start)
+    return out, cache.extended(k + nothing.astype(k.dtype), v + nothing.astype(v.dtype), start)
 
 
 _attend_cache_natively.defjvp(partial(jax.jvp, partial(_attend_cache_by_xla, None)))
@@ -230,13 +318,20 @@ def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _attend_self(rules: AttentionRules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+def _attend_self(
+    softcap: float | None,
+    window: int | jax.Array | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    padding: jax.Array,
+) -> jax.Array:
     """Self-attention of whole sequences, or of what ends them, heads split."""
     batch, kv_heads = k.shape[:2]
     each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
     each = (*each, jnp.repeat(padding, kv_heads))
     heads = jax.checkpoint(
-        partial(_attend_queries, rules)
+        partial(_attend_queries, softcap, window)
     )  # a gradient works the scores out again: they are too many to keep
     # A head's scores fit a CPU's cache, all of them do not; an accelerator wants them all at once.
     one_by_one, at_once = partial(lax.map, lambda one: heads(*one)), jax.vmap(heads)
@@ -260,19 +355,29 @@ def _merge_heads(out: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, kv_heads * share * head_dim)
 
 
-def _attend_queries(rules: AttentionRules, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array) -> jax.Array:
+def _attend_queries(
+    softcap: float | None,
+    window: int | jax.Array | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    padding: jax.Array,
+) -> jax.Array:
     """One sequence's last queries [share, tokens, head_dim] in chunks, each against the keys that it can see."""
     chunks, before = [], k.shape[0] - q.shape[1]  # keys before the first query
     for begin in range(0, q.shape[1], _QUERY_CHUNK):
         end = min(begin + _QUERY_CHUNK, q.shape[1])
-        first, last = 0 if rules.window is None else max(0, before + begin - rules.window + 1), before + end
+        first = max(0, before + begin - window + 1) if isinstance(window, int) else 0
+        last = before + end
         keys, queries = jnp.arange(first, last), jnp.arange(before + begin, last)
-        chunks.append(_attend_head(rules, q[:, begin:end], k[first:last], v[first:last], queries, keys, padding))
+        chunk = (q[:, begin:end], k[first:last], v[first:last])
+        chunks.append(_attend_head(softcap, window, *chunk, queries, keys, padding))
     return jnp.concatenate(chunks, axis=1)
 
 
 def _attend_head(
-    rules: AttentionRules,
+    softcap: float | None,
+    window: int | jax.Array | None,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -290,9 +395,9 @@ def _attend_head(
         q.reshape(share * tokens, head_dim), k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     seen = (key <= query[:, None]) & (key >= padding)  # [query, key]
-    if rules.window is not None:
-        seen = seen & (key > query[:, None] - rules.window)
-    scores = jnp.where(seen, _capped(scores, rules.softcap).reshape(share, tokens, length), _MASKED)
+    if window is not None:
+        seen = seen & (key > query[:, None] - window)
+    scores = jnp.where(seen, _capped(scores, softcap).reshape(share, tokens, length), _MASKED)
     # Dividing after the second product saves a pass over the scores.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1)[..., None]

@@ -28,11 +28,12 @@ class BlockKind(NamedTuple):
     """What may differ between the blocks of one model. Blocks of one kind share compiled programs.
 
     Attributes:
-      local: whether attention sees a sliding window only.
+      local: whether attention sees a sliding window only. None in a stack of blocks that differ in this, where it is
+        data.
       sparse: whether the MLP is a mixture of experts.
     """
 
-    local: bool = False
+    local: bool | None = False
     sparse: bool = False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -167,6 +167,20 @@ def matrix_names(config: DecoderConfig, kind: BlockKind) -> tuple[str, ...]:
     """A block's matrices in the order in which they are quantized, stage by stage; a router is none of them."""
     found = [name for name, shape in block_shapes(config, kind).items() if len(shape) == 2 and name != "router"]
     return tuple(sorted(found, key=lambda name: name.endswith("down_proj")))
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """The name in a prepared block of matrices that are joined because they read one input."""
+    return "+".join(names)
+
+
+def same_input_names(config: DecoderConfig, kind: BlockKind) -> list[tuple[str, ...]]:
+    """The matrices of a block that read one input, several at a time: q, k and v; gate and up of each MLP."""
+    groups: list[tuple[str, ...]] = [("q_proj", "k_proj", "v_proj")]
+    if config.gated:
+        prefixes = expert_prefixes(config) if kind.sparse else ("",)
+        groups += [(prefix + "gate_proj", prefix + "up_proj") for prefix in prefixes]
+    return groups
 
 
 def outer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from spqr_jax.layout import round_up
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.decoder import Block
 from spqr_jax.packing import unpack_codes
+from spqr_jax.quantized import is_quantized
 
 _OUTLIER_STEP = 1024  # outlier lists are padded to multiples of this, so that blocks share programs
 _OPTIMIZER = optax.scale_by_adam(b1=0.9, b2=0.95)
@@ -49,7 +50,8 @@ def fixed_parts(array: SpQRArray, entries: int) -> FixedParts:
     """Takes an array apart; its outlier list is padded to `entries`."""
     # Outlier lists differ in length from weight to weight; on the host that costs no compilation.
     extra = (0, entries - array.outlier_cols.shape[0])
-    values = np.asarray(array.outlier_values, np.float32)
+    nnz, values = array.nnz, np.asarray(array.outlier_values, np.float32)
+    root_mean_square = np.sqrt(np.sum(np.square(values)) / max(nnz, 1))
     rows = np.repeat(np.arange(array.shape[0], dtype=np.int32), np.diff(np.asarray(array.outlier_row_ptr)))
     stats, out = jnp.asarray(array.tile_stats, jnp.float32), array.shape[0]
     scale_codes, zero_codes = array.scale_codes, array.zero_codes
@@ -67,7 +69,7 @@ def fixed_parts(array: SpQRArray, entries: int) -> FixedParts:
         size={
             "stats": _stats_size(stats, scale_codes, zero_codes, array.stats_group_size),
             # 0 where a list is padded: those entries are not there.
-            "outliers": jnp.asarray(np.sqrt(np.mean(np.square(values))) * (np.arange(entries) < array.nnz)),
+            "outliers": jnp.asarray(root_mean_square * (np.arange(entries) < nnz), jnp.float32),
         },
         inner=array.shape[1],
         group_size=array.group_size,
@@ -156,7 +158,7 @@ class BlockForm:
 
 def block_form(block: Block, entries: dict[str, int], gain_offset: float = 0.0) -> BlockForm:
     """A quantized block at θ = 0, outlier lists padded to `entries` (see `outlier_entries`)."""
-    fixed = {n: fixed_parts(leaf, entries[n]) for n, leaf in block.items() if isinstance(leaf, SpQRArray)}
+    fixed = {n: fixed_parts(leaf, entries[n]) for n, leaf in block.items() if is_quantized(leaf)}
     dense = {n: jnp.asarray(leaf, jnp.float32) for n, leaf in block.items() if n not in fixed}
     theta: dict[str, Any] = {n: jax.tree.map(jnp.zeros_like, one.start) for n, one in fixed.items()}
     theta |= {n: jnp.zeros_like(leaf) for n, leaf in dense.items() if leaf.ndim == 1 and not n.endswith("_bias")}
@@ -171,7 +173,7 @@ def outlier_entries(blocks: Sequence[Block]) -> dict[str, int]:
     longest: dict[str, int] = {}
     for block in blocks:
         for name, leaf in block.items():
-            if isinstance(leaf, SpQRArray):
+            if is_quantized(leaf):
                 longest[name] = max(longest.get(name, 1), leaf.outlier_cols.shape[0])
     return {name: round_up(length, _OUTLIER_STEP) for name, length in longest.items()}
 
@@ -193,7 +195,7 @@ def finished(form: BlockForm, block: Block) -> Block:
     changes: dict[str, Any] = {}
     for name, theta in form.theta.items():
         leaf = getattr(block, name)
-        if isinstance(leaf, SpQRArray):
+        if is_quantized(leaf):
             # Outlier lists differ in length from weight to weight; on the host that costs no compilation.
             values = {kind: np.asarray(each, np.float16) for kind, each in _values_of(form.fixed[name], theta).items()}
             outliers = values["outliers"][: leaf.outlier_cols.shape[0]]

@@ -36,9 +36,9 @@ def main() -> None:
 
     from spqr_jax.array import SpQRArray
     from spqr_jax.generate import _decode, _Progress, _Rest, empty_cache
-    from spqr_jax.linear import default_implementation, prepare
     from spqr_jax.models.config import DecoderConfig
     from spqr_jax.models.decoder import random_decoder
+    from spqr_jax.products import default_implementation, prepare
     from spqr_jax.sampling import Sampling
 
     device = targets.device(options.target)

@@ -332,7 +332,7 @@ def test_export_writes_a_model_with_its_card(checkpoint, quantized, tmp_path, fo
     card = (tmp_path / "out" / "README.md").read_text()
     for word in ("base_model: someone/tiny", "12.3456", "spqr quantize someone/tiny --out m", "3 windows of 32 tokens"):
         assert word in card
-    stored = 8 * sum(a.nbytes for b in quantized.layers for a in b.values() if a.ndim == 2)
+    stored = 8 * sum(a.stored_bytes for b in quantized.layers for a in b.values() if a.ndim == 2)
     assert (
         f"{stored / sum(a.size for b in quantized.layers for a in b.values() if a.ndim == 2):.3f} (matrices of" in card
     )

@@ -17,7 +17,7 @@ from pallas_kernels import spqr_matmul
 from pallas_kernels.spqr_matmul import api, outliers, prepared, xla
 from spqr_jax import SpQRError, linear, prepare
 from spqr_jax.generate import Generator
-from spqr_jax.linear import default_implementation, linear_all, pack_for_pallas, take_rows
+from spqr_jax.products import default_implementation, linear_all, pack_for_pallas, take_rows
 
 LAYOUTS = {"mosaic_gpu": "fragments", "triton": "rows", "tpu": "lanes"}
 # float16; float32 less the 12 bits that a code's offset takes; bfloat16

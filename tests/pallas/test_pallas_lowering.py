@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from support.arrays import random_array
 
 from pallas_kernels import spqr_matmul
-from spqr_jax.linear import pack_for_pallas
+from spqr_jax.products import pack_for_pallas
 
 NO_MOSAIC = spqr_matmul.why_no_mosaic(spqr_matmul.target())
 KERNELS = {

@@ -11,7 +11,7 @@ from support.arrays import random_array
 
 from pallas_kernels import spqr_matmul
 from pallas_kernels.spqr_matmul import api, fragments, lanes, tuning
-from spqr_jax.linear import pack_for_pallas
+from spqr_jax.products import pack_for_pallas
 
 H100 = spqr_matmul.Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from spqr_jax import Decoder
 from spqr_jax.array import SpQRArray
-from spqr_jax.layout import array_layout, column_dtype, leaf_specs
+from spqr_jax.layout import array_layout, column_dtype, entry_capacity, leaf_specs
 from spqr_jax.packing import pack_codes, unpack_codes
 
 
@@ -31,7 +31,7 @@ def random_array(
         group_size=layout.group_size,
         stats_group_size=tile,
         stats_bits=levels,
-        entries=max(nnz, 1),
+        entries=entry_capacity(nnz),
         permuted=permuted,
     )
     codes = np.zeros((out, layout.padded_in), np.uint8)
@@ -46,13 +46,14 @@ def random_array(
         stats = rng.uniform(low, high, (tiles, groups, 4))
     else:
         stats = rng.uniform((0.01, 0.0), (0.1, 7.0), (out, groups, 2))
+    entries = entry_capacity(nnz)
     array = SpQRArray(
         codes=pack_codes(codes, bits),
         scale_codes=scale_codes,
         zero_codes=zero_codes,
         tile_stats=stats.astype(np.float16),
-        outlier_cols=(cols if nnz else np.zeros(1)).astype(column_dtype(inner)),
-        outlier_values=(rng.standard_normal(nnz) if nnz else np.zeros(1)).astype(np.float16),
+        outlier_cols=np.pad(cols, (0, entries - nnz)).astype(column_dtype(inner)),
+        outlier_values=np.pad(rng.standard_normal(nnz), (0, entries - nnz)).astype(np.float16),
         outlier_row_ptr=np.searchsorted(rows, np.arange(out + 1)).astype(np.int32),
         perm=rng.permutation(inner).astype(column_dtype(inner)) if permuted else None,
         shape=shape,
@@ -61,7 +62,6 @@ def random_array(
         stats_group_size=tile,
         scale_bits=stats_bits or 16,
         zero_bits=stats_bits or 16,
-        nnz=nnz,
     )
     assert {name: None if s is None else s[0] for name, s in specs.items()} == {
         name: None if getattr(array, name) is None else getattr(array, name).shape for name in specs
