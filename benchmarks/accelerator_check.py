@@ -1,161 +1,150 @@
 #!/usr/bin/env python3
-"""Checks the Pallas kernels on this machine's GPU or TPU and times them against dense 16-bit products.
+"""Checks and measures everything that needs a GPU (or a TPU), the most important first, in under 8 minutes.
 
-    scripts/gpu_check.sh                                   sets up, runs this script and says what to send back
-    benchmarks/accelerator_check.py --batch 1 8 --shapes 4096x4096
+    scripts/gpu_check.sh                                  sets up, runs this script and says what to send back
+    benchmarks/accelerator_check.py --parts right card    only these parts
+    benchmarks/accelerator_check.py --dry-run             the same code on a CPU, on tiny problems: no figures
 
-First it compares every kernel in every format with float32 products (relative error). Then it times the kernels and
-dense bfloat16 and float16 products, which take turns in one process. It writes accelerator_report.json.
+Each part runs in a process of its own and has a time limit; a part that fails or hangs does not stop the others. Every
+figure is written to the report (one JSON object a line) as soon as it is known. Weights are random; only the part
+`demo` needs a model, and the network if the model is not there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import importlib
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from accelerator import LAYOUTS, Shape, copies, prepared, product, relative_error, take_turns
+import report as reports
 from timings import AcceleratorRow, add_csv_options, check_csv, save
 
-from pallas_kernels import spqr_matmul
-from spqr_jax.cli.display import console, number, table
-
-FORMATS = [(3, 16), (2, 16), (4, 16), (3, 32), (4, 32)]
-MAX_ERROR = {"mosaic_gpu": 2e-3, "triton": 2e-3, "tpu": 8e-3, "xla": 8e-3}
-
-
-def kernels() -> list[str]:
-    """Names of the kernels that this device can run, the XLA product last."""
-    target = spqr_matmul.target()
-    names = []
-    if target.platform == "gpu":
-        names += [] if spqr_matmul.why_no_mosaic(target) else ["mosaic_gpu"]
-        names += [] if spqr_matmul.why_no_triton() else ["triton"]
-    if target.platform == "tpu":
-        names.append("tpu")
-    return [*names, "xla"]
-
-
-def check(kernel: str, batch: int, bits: int, group_size: int, shape: Shape) -> dict[str, Any]:
-    """Compares one product with the formula; returns an entry of the report."""
-    entry: dict[str, Any] = {"kernel": kernel, "batch": batch, "bits": bits, "group_size": group_size}
-    matrix = prepared((shape.out, shape.inner), LAYOUTS.get(kernel, "rows"), bits, group_size)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((batch, shape.inner)), jnp.float16)
-    try:
-        got = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, kernel))(x, matrix)
-    except NotImplementedError as error:
-        return entry | {"not": str(error)}
-    except Exception as error:  # errors of a compiler or a driver belong into the report
-        return entry | {"failed": f"{type(error).__name__}: {error}"[:2000]}
-    with jax.default_matmul_precision("highest"):
-        want = spqr_matmul.matmul(x.astype(jnp.float32), matrix, "xla")
-    error = relative_error(got, np.asarray(want, np.float64))
-    return entry | {"error": error, "right": error < MAX_ERROR[kernel]}
-
-
-def timed(names: list[str], batch: int, shape: Shape, turns: int) -> dict[str, float]:
-    """Seconds per product of every kernel and of the dense products."""
-    rng = np.random.default_rng(0)
-    dense = jnp.asarray(rng.standard_normal((shape.out, shape.inner)), jnp.float32)
-    runs = {}
-    for dtype in (jnp.bfloat16, jnp.float16):
-        x = jnp.asarray(rng.standard_normal((batch, shape.inner)), dtype)
-        runs[f"dense {jnp.dtype(dtype).name}"] = product(lambda x, w: x @ w.T, x, copies(dense.astype(dtype)))
-    x = jnp.asarray(rng.standard_normal((batch, shape.inner)), jnp.bfloat16)
-    for name in names:
-        matrices = copies(prepared((shape.out, shape.inner), LAYOUTS.get(name, "rows")))
-        run = product(lambda x, w, name=name: spqr_matmul.matmul(x, w, name), x, matrices)
-        try:
-            run[0]()
-        except NotImplementedError:
-            continue
-        runs[name] = run
-    return take_turns(runs, turns)
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = {
+    "right": ("right", 75, {}),
+    "card": ("card", 30, {}),
+    "products": ("products", 120, {}),
+    "steps_2_layers": ("steps", 60, {"LAYERS": "2"}),
+    "steps_32_layers": ("steps", 110, {"LAYERS": "32"}),
+    "steps_in_one_graph": (
+        "steps",
+        60,
+        {"LAYERS": "32", "ONLY": "packed 1", "XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE"},
+    ),
+    "compiling": ("compiling", 75, {}),
+    "settings": ("settings", 50, {}),
+    "demo": ("demo", 75, {}),
+    "solver": ("solver", 45, {}),
+}
+"""{part: (module of device_parts, seconds, environment)}, the most important first."""
+SECONDS = 470
+"""Limit of all parts together."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], help="OUTxIN")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 8, 16, 64, 512], help="rows of activations")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("accelerator_report.json"), help="the report, a JSON file")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of all parts together")
+    parser.add_argument("--dry-run", action="store_true", help="tiny problems on this machine's CPU, in this process")
+    parser.add_argument("--out", type=Path, default=Path("accelerator_report.jsonl"), help="the report")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # a process of one part
+    parser.add_argument("--begun", type=float, default=time.time(), help=argparse.SUPPRESS)
     add_csv_options(parser, "accelerator.csv")
     given = parser.parse_args()
     check_csv(parser, given.csv, AcceleratorRow)
-    target, names = spqr_matmul.target(), kernels()
-    given.machine = given.machine or target.kind
-    console.print(f"{target.kind}, JAX {jax.__version__}; kernels {', '.join(names)}", markup=False)
-    if names == ["xla"]:
-        console.print("no Pallas kernel runs on this device: only the XLA product is checked", markup=False)
-    shapes = [Shape.parse(text) for text in given.shapes]
-    report: dict[str, Any] = {
-        "device": target.kind,
-        "capability": list(target.capability),
-        "cores": target.cores,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "checks": [],
-        "times": [],
+    if given.part:
+        return measure(given.part, given.out, given.begun, small=False)
+    given.out.write_text("")
+    if given.dry_run:
+        failed = [part for part in given.parts if measure(part, given.out, given.begun, small=True)]
+    else:
+        failed = run_parts(given)
+    lines = reports.read(given.out)
+    save(given.csv, AcceleratorRow, given, rows_of(lines))
+    wrong = [line for line in lines if line.get("right") is False]
+    print(f"report: {given.out}; parts that failed: {', '.join(failed) or 'none'}; wrong results: {len(wrong)}")
+    return 1 if failed or wrong else 0
+
+
+def measure(part: str, out: Path, begun: float, *, small: bool) -> int:
+    """Runs one part in this process: its exit status."""
+    module, _, environment = PARTS[part]
+    report = reports.Report(out, part, begun)
+    os.environ.update({key: value for key, value in environment.items() if key != "XLA_FLAGS"})
+    try:
+        importlib.import_module(f"device_parts.{module}").measure(report, small)
+    except Exception as error:  # belongs into the report, whatever it is
+        report.line(failed=f"{type(error).__name__}: {error}"[:2000])
+        return 1
+    return 0
+
+
+def run_parts(given: argparse.Namespace) -> list[str]:
+    """Runs parts in processes until the time is up: the names of those that failed."""
+    failed = []
+    with tempfile.TemporaryDirectory() as cache:  # empty, so that the first compilation is one
+        for part in given.parts:
+            _, limit, environment = PARTS[part]
+            left = given.begun + given.seconds - time.time()
+            report = reports.Report(given.out, part, given.begun)
+            if left < 10:
+                report.line(skipped="the time is up")
+                failed.append(part)
+                continue
+            command = [sys.executable, __file__, "--part", part, "--out", str(given.out), "--begun", str(given.begun)]
+            begun = time.time()
+            reason = run(command, _environment(environment, cache), min(limit, left))
+            report.line(part_seconds=time.time() - begun, **({"failed": reason} if reason else {}))
+            failed += [part] if reason else []
+    return failed
+
+
+def _environment(environment: dict[str, str], cache: str) -> dict[str, str]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {environment.get('XLA_FLAGS', '')}".strip()
+    values = {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "PYTHONUNBUFFERED": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # parts start processes of their own
     }
-    batches = [b for b in given.batch if b <= 64]
-    for kernel in names:
-        for bits, group_size in FORMATS:
-            report["checks"] += [check(kernel, batch, bits, group_size, shapes[0]) for batch in batches]
-    show_checks(report["checks"])
-    for shape in shapes:
-        for batch in given.batch:
-            seconds = timed(names, batch, shape, given.turns)
-            report["times"].append({"shape": str(shape), "batch": batch, "seconds": seconds})
-            # after every batch: an interrupted run keeps its finished part
-            given.out.write_text(json.dumps(report, indent=1) + "\n")
-    show_times(report["times"])
-    save(given.csv, AcceleratorRow, given, rows_of(report["times"]))
-    console.print(f"report: {given.out}", markup=False)
-    return 1 if any(not c.get("right", "not" in c) for c in report["checks"]) else 0
+    return os.environ | values | environment | {"XLA_FLAGS": flags}
 
 
-def show_checks(checks: list[dict[str, Any]]) -> None:
-    lines = []
-    for kernel in dict.fromkeys(c["kernel"] for c in checks):
-        of_kernel = [c for c in checks if c["kernel"] == kernel]
-        errors = [c["error"] for c in of_kernel if "error" in c]
-        bad = [c for c in of_kernel if "failed" in c or not c.get("right", True)]
-        lines.append([kernel, str(len(errors)), f"{max(errors, default=0):.1e}", str(len(bad))])
-        for c in bad:
-            console.print(f"{kernel}, {c}", markup=False, style="red")
-    table("compared with the formula", ["kernel", "products", "largest error", "wrong"], lines)
+def run(command: list[str], environment: dict[str, str], seconds: float) -> str:
+    """Runs a command in a process group of its own; why it failed, or ""."""
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"exit status {status}" if status else ""
 
 
-def rows_of(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The columns of `AcceleratorRow` for every product; ratios are to the faster dense product."""
-    rows = []
-    for entry in times:
-        seconds = entry["seconds"]
-        base = min(value for name, value in seconds.items() if name.startswith("dense"))
-        for name, value in seconds.items():
-            row = {"shape": entry["shape"], "batch": entry["batch"], "rival": name}
-            rows.append(row | {"median_us": 1e6 * value, "ratio_to_dense_16bit": base / value})
-    return rows
-
-
-def show_times(times: list[dict[str, Any]]) -> None:
-    lines = [
-        [
-            row["shape"],
-            str(row["batch"]),
-            row["rival"],
-            number(row["median_us"], 1),
-            number(row["ratio_to_dense_16bit"], 2),
-        ]
-        for row in rows_of(times)
+def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The columns of `AcceleratorRow` for every product."""
+    return [
+        {
+            "shape": line["shape"],
+            "batch": line["rows"],
+            "rival": line["rival"],
+            "median_us": line["us"],
+            "ratio_to_dense_16bit": line.get("times_dense"),
+        }
+        for line in lines
+        if line["part"] == "products" and "us" in line
     ]
-    table("compared with dense 16-bit products", ["shape", "rows of x", "rival", "µs", "× dense"], lines)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/explanation/kernels.md from tests/aot/budgets.json and gpu_model.py.
+"""Writes the tables of docs/explanation/kernels.md from budgets.json, gpu_model.py and results/accelerator.csv.
 
 benchmarks/kernel_tables.py           writes them
 benchmarks/kernel_tables.py --check   only compares: exit status 1 if a table of the page is out of date
@@ -11,7 +11,17 @@ import argparse
 import json
 import sys
 
-from gpu_model import HEADER, ROOT, TITLES, bits_a_weight, rows_of_table
+from gpu_model import (
+    CHECK_HEADER,
+    HEADER,
+    PRODUCTS_HEADER,
+    ROOT,
+    TITLES,
+    bits_a_weight,
+    check,
+    products_of_h100,
+    rows_of_table,
+)
 from page import markdown, with_tables
 
 DOCS = ROOT / "docs" / "explanation" / "kernels.md"
@@ -55,7 +65,12 @@ def filled(text: str) -> str:
         "shared memory",
         "wide loads",
     ]
-    tables = {"budgets": markdown(header, budget_rows()), "predictions": markdown(HEADER, rows_of_table())}
+    tables = {
+        "budgets": markdown(header, budget_rows()),
+        "predictions": markdown(HEADER, rows_of_table()),
+        "products on an H100": markdown(PRODUCTS_HEADER, products_of_h100()),
+        "model against measurements": markdown(CHECK_HEADER, check()),
+    }
     return with_tables(text, tables)
 
 
@@ -68,7 +83,7 @@ def main() -> int:
     if not given.check:
         DOCS.write_text(new)
         return 0
-    bits = f"{bits_a_weight('fragments'):.2f} bits"
+    bits = f"{bits_a_weight():.2f} bits"
     if new == text and bits in text:
         return 0
     reason = "a table is out of date; run benchmarks/kernel_tables.py" if new != text else f"it must say '{bits}'"

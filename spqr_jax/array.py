@@ -272,7 +272,7 @@ jax.tree_util.register_dataclass(
 def _rows(row_ptr: Any, entries: int) -> jax.Array:
     """Row of each entry, int32 [entries]; 0 past the last outlier, where the value is 0."""
     entry = jnp.arange(entries, dtype=jnp.int32)
-    rows = jnp.searchsorted(row_ptr, entry, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    rows = jnp.searchsorted(row_ptr, entry, side="right", method="scan").astype(jnp.int32) - 1
     return jnp.where(entry < row_ptr[-1], rows, 0)
 
 

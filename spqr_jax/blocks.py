@@ -6,11 +6,14 @@ file read lazily and a checkpoint written as it goes are all sources and sinks.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Protocol
 
 from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Decoder, Outer
+from spqr_jax.models.decoder import Block, Decoder, Outer, Weight
+from spqr_jax.quantized import is_quantized
 
 
 class BlockSource(Protocol):
@@ -78,7 +81,29 @@ class TreeSink:
             raise ModelError(
                 f"the model is incomplete: missing blocks {missing}; outer weights present: {self._outer is not None}"
             )
-        return Decoder(self._outer, tuple(self._blocks[i] for i in range(self._config.num_layers)), self._config)
+        blocks = [self._blocks[i] for i in range(self._config.num_layers)]
+        return Decoder(self._outer, tuple(with_equal_capacities(blocks)), self._config)
+
+
+def with_equal_capacities(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks with outlier lists that are as long for one weight of all blocks, and for all experts of a kind.
+
+    Blocks of one kind and format then have one structure: they stack, and share compiled programs.
+    """
+
+    def role(name: str) -> str:
+        return re.sub(r"^experts\.\d+\.", "experts.", name)
+
+    longest: dict[str, int] = {}
+    for block in blocks:
+        for name, weight in block.items():
+            if is_quantized(weight):
+                longest[role(name)] = max(longest.get(role(name), 1), weight.outlier_cols.shape[0])
+
+    def equal(name: str, weight: Weight) -> Weight:
+        return weight.with_capacity(longest[role(name)]) if is_quantized(weight) else weight
+
+    return [block.replace({name: equal(name, weight) for name, weight in block.items()}) for block in blocks]
 
 
 def collect(source: BlockSource) -> Decoder:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
@@ -74,21 +74,20 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] = lambda message: None) -> OpenedModel:
+def open_model(spec: str, dtype: Any = None, say: Callable[[str], None] = lambda message: None) -> OpenedModel:
     """Finds a model.
 
     Args:
       spec: see `MODEL_HELP`.
-      dtype: type of the dense weights, one of `DTYPES`; None for `default_dtype`.
+      dtype: type of the dense weights, one of `DTYPES` or such a type itself, such as `jnp.bfloat16`; None for
+        `default_dtype`.
         A checkpoint of ours keeps its own.
       say: told of downloads, and of what the user should know of the model's files.
 
     Raises:
       ModelError: nothing of that kind, or a model that we do not run.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise SpQRError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    weights_dtype: Any = jnp.dtype(dtype or default_dtype())
+    weights_dtype: Any = _known_dtype(default_dtype() if dtype is None else dtype)
     path = packaged_model(spec, say) if spec in PACKAGED else Path(spec).expanduser()
     if path.is_file():
         if not is_gguf(path):
@@ -111,6 +110,17 @@ def open_model(spec: str, dtype: str | None = None, say: Callable[[str], None] =
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not unfinished_note(path):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
     raise ModelError(f"no model found for {spec!r}: expected {MODEL_HELP}{unfinished_note(path)}")
+
+
+def _known_dtype(dtype: Any) -> np.dtype:
+    """One of `DTYPES`, given by its name or as a type."""
+    try:
+        known = np.dtype(dtype)
+    except TypeError:  # no type at all
+        known = None
+    if known is None or known.name not in DTYPES:
+        raise SpQRError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return known
 
 
 def _open_gguf(spec: str, path: Path, dtype: Any, say: Callable[[str], None]) -> OpenedModel:
@@ -161,7 +171,7 @@ def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
         ) from None
 
 
-def load_model(spec: str, dtype: str | None = None) -> tuple[Decoder, Any]:
+def load_model(spec: str, dtype: Any = None) -> tuple[Decoder, Any]:
     """Reads a model and its tokenizer into memory.
 
     What you should know about the model's files comes as a warning.
@@ -169,8 +179,9 @@ def load_model(spec: str, dtype: str | None = None) -> tuple[Decoder, Any]:
     Args:
       spec: the model: ``demo`` (SmolLM2-135M-Instruct), ``gemma3-270m``, a GGUF file, a Hugging Face directory
         (``config.json`` and safetensors), a hub id such as ``org/name``, or a directory that `save` or ``spqr`` wrote.
-      dtype: type of the dense weights: ``float32``, ``bfloat16`` or ``float16``. None for float32 on a CPU, bfloat16 on
-        GPUs and TPUs. A directory that `save` or ``spqr`` wrote keeps its types.
+      dtype: type of the dense weights: ``float32``, ``bfloat16`` or ``float16``, as a name or as a type such as
+        `jnp.bfloat16`. None for float32 on a CPU, bfloat16 on GPUs and TPUs. A directory that `save` or ``spqr`` wrote
+        keeps its types.
 
     Returns:
       The model, and its tokenizer (a transformers tokenizer; None if the model has none).

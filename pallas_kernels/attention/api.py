@@ -89,12 +89,13 @@ def _attend_by_kernel(
     given: tuple[Any, ...], static: dict[str, Any], scale: float, softcap: float | None, plan: Plan | None, cores: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.attention import mosaic_gpu
+    from pallas_kernels.attention.problem import Problem
 
     qkv, keys = given[0], given[3]
-    layers, batch, kv_heads, length, head_dim = keys.shape
+    _, batch, kv_heads, length, head_dim = keys.shape
     plan = plan or choose_plan(batch, static["heads"], kv_heads, head_dim, length, keys.dtype.itemsize, cores)
-    problem = mosaic_gpu.Problem(
-        **static, layers=layers, batch=batch, length=length, scale=scale, softcap=softcap, dtype=qkv.dtype,
+    problem = Problem(
+        **static, batch=batch, length=length, scale=scale, softcap=softcap, dtype=qkv.dtype,
         cache_dtype=keys.dtype,
     )  # fmt: skip
     results, keys, values = mosaic_gpu.attend(problem, plan, *given)

@@ -7,7 +7,8 @@ import dataclasses
 LOAD_BYTES = 16
 """Bytes that a lane loads at a time."""
 _SUMS = 64  # float32 sums that a lane may hold: beside them stand the keys and values under way
-_UNDER_WAY = 4  # loads of keys, and as many of values, that a lane has under way
+_FEW_SUMS = 40  # with which a thread needs no more than 128 registers, so that a block may have 16 warps
+_LOADS = 4  # of keys, and as many of values, that a lane has under way: 32 KB a block of 8 warps
 _MAX_SPLITS = 32  # the splits are combined by an unrolled expression
 _SPLIT_KEYS = 64  # a split of fewer keys is not worth a thread block
 _SHARED_BYTES = 96 * 1024  # fits every GPU from compute capability 8.0 on
@@ -74,11 +75,13 @@ def choose_plan(batch: int, heads: int, kv_heads: int, head_dim: int, length: in
     lanes, chunks = _cut_of_a_key(pieces, _SUMS // (elements * block_heads))
     blocks = batch * kv_heads * parts
     splits = max(1, min(cores // blocks, length // _SPLIT_KEYS, _MAX_SPLITS))
-    # With at most one block a multiprocessor, a block must keep it busy alone.
-    warps = 16 if blocks * splits <= cores else 8
+    sums = elements * chunks * block_heads
+    warps = 16 if sums <= _FEW_SUMS else 8
+    if blocks * splits > cores:  # a multiprocessor has several blocks at a time
+        warps = 4
     while warps > 4 and 4 * warps * block_heads * chunks * lanes * elements > _SHARED_BYTES:
         warps //= 2
-    return Plan(splits, parts, block_heads, warps, lanes, chunks, max(1, -(-_UNDER_WAY // chunks)))
+    return Plan(splits, parts, block_heads, warps, lanes, chunks, max(1, -(-_LOADS // chunks)))
 
 
 def _fewest_chunks(pieces: int) -> int:

@@ -54,7 +54,7 @@ def quarter_columns(columns: int) -> int:
 
 def capacity(entries: int) -> int:
     """Length of the array for so many entries: at most 1/16 more, so that few lengths occur."""
-    unit = max(1 << max((entries - 1).bit_length() - 5, 0), LEAST_CAPACITY)
+    unit = max(1 << max(int(entries - 1).bit_length() - 5, 0), LEAST_CAPACITY)
     return max(-(-entries // unit) * unit, LEAST_CAPACITY)
 
 
@@ -97,7 +97,7 @@ def rows_and_columns(entries: jax.Array, starts: jax.Array) -> tuple[jax.Array, 
     """
     number = jnp.arange(entries.shape[0], dtype=jnp.int32)
     edges = starts[::QUARTERS]
-    row = jnp.searchsorted(edges, number, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    row = jnp.searchsorted(edges, number, side="right", method="scan").astype(jnp.int32) - 1
     row = jnp.where(number < edges[-1], row, edges.shape[0] + number)
     return row, column_at(entries & 0xFFFF), _values(entries)
 

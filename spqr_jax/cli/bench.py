@@ -19,7 +19,8 @@ from spqr_jax.cli.stream import describe_products
 from spqr_jax.errors import DataError
 from spqr_jax.generate import Generator
 from spqr_jax.models.decoder import Decoder
-from spqr_jax.products import default_implementation, prepare
+from spqr_jax.models.ready import ReadyDecoder, make_ready
+from spqr_jax.products import default_implementation
 from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import open_model
 from spqr_jax.speed import Speed, generating, read_bandwidth, take_turns
@@ -73,9 +74,9 @@ def describe_processors() -> str:
     return f"{os.cpu_count()} processors{busy}"
 
 
-def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decoder]:
+def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decoder | ReadyDecoder]:
     """The models to measure, ready to generate, the dense ones first."""
-    models: dict[str, Decoder] = {}
+    models: dict[str, Decoder | ReadyDecoder] = {}
     if dense is not None:
         models["dense float32"] = collect(open_model(dense, "float32", say).source)
         if bfloat16:
@@ -84,19 +85,19 @@ def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decod
     if not quantized_leaves(given):
         models["not quantized"] = given
     elif default_implementation() == "cpu":
-        models["packed"] = prepare(given)
-        models["packed, int8 activations"] = prepare(given, int8_activations=True)
+        models["packed"] = make_ready(given)
+        models["packed, int8 activations"] = make_ready(given, int8_activations=True)
     else:
-        models["dequantized" if default_implementation() == "xla" else "packed"] = prepare(given)
+        models["dequantized" if default_implementation() == "xla" else "packed"] = make_ready(given)
     return models
 
 
-def held_bytes(params: Decoder) -> int:
+def held_bytes(params: Decoder | ReadyDecoder) -> int:
     """Bytes of a model's weights."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def summary(speed: Speed, params: Decoder | None) -> dict[str, Any]:
+def summary(speed: Speed, params: Decoder | ReadyDecoder | None) -> dict[str, Any]:
     """Medians, and what of its weights a model reads a second (not an untied embedding, of which it reads rows)."""
     values: dict[str, Any] = {
         "decode_tokens_per_second": float(np.median(speed.decode)),

@@ -96,7 +96,7 @@ def forward_pass(config: DecoderConfig, text: Text, every_expert: bool = False) 
         for name in matrix_names(config, kind):
             passed = share if name.startswith("experts.") else 1.0
             products += 2.0 * passed * math.prod(shapes[name]) * text.tokens
-        attention += attention_operations(config, kind.local, text)
+        attention += attention_operations(config, bool(kind.local), text)
     return Pass(products, attention)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,15 +161,18 @@ class AttentionRules:
         """Cosines and sines for the block at hand."""
         if self.local is not None:
             return where.local_rotary if self.local else where.rotary
+        local = where.local
+        assert local is not None
         if where.rotary is None or where.local_rotary is where.rotary:
             return where.rotary
-        chosen: Rotary = jax.tree.map(partial(jnp.where, where.local), where.local_rotary, where.rotary)
+        chosen: Rotary = jax.tree.map(lambda a, b: jnp.where(local, a, b), where.local_rotary, where.rotary)
         return chosen
 
     def keys_seen(self, where: Positions) -> int | jax.Array | None:
         """Keys that a query sees at most, its own included: a number, or an int32 scalar; None for no limit."""
         if self.local is not None or self.window is None:
             return self.window
+        assert where.local is not None
         return jnp.where(where.local, jnp.int32(self.window), jnp.int32(_NO_WINDOW))
 
 
@@ -241,7 +245,7 @@ def _attend_cache_natively(
     return out, KVCache(keys, values)
 
 
-def _gpu_form(q: jax.Array, k: jax.Array, rotary: Rotary | None) -> dict[str, int]:
+def _gpu_form(q: jax.Array, k: jax.Array, rotary: Rotary | None) -> dict[str, Any]:
     """Sizes that the GPU kernel is compiled for."""
     rotated = 0 if rotary is None else 2 * rotary[0].shape[-1]
     return {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "rotated": rotated}

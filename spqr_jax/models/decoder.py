@@ -53,7 +53,7 @@ class State:
       cache: of the block at hand, or what was read before, or None.
       entry: of a block whose MLP stands beside its attention: what both read.
       route: which experts `inner` is for.
-      mean_square: float32 [batch, tokens, 1], the mean square of the residual stream, where it is known already: the
+      squares: float32 [batch, tokens, 1], the sum of squares of the residual stream, where it is known already: the
         loop over layers computes it in the same pass over memory as the stream itself.
     """
 
@@ -62,23 +62,24 @@ class State:
     cache: KVCache | Prefix | None = None
     entry: jax.Array | None = None
     route: experts.Route | None = None
-    mean_square: jax.Array | None = None
+    squares: jax.Array | None = None
 
 
 Stage = Callable[[DecoderConfig, Block, State, Positions, Linear], State]
 
 
-def mean_square(x: jax.Array) -> jax.Array:
-    """mean(x²) over the last axis, float32 [..., 1]."""
+def sum_of_squares(x: jax.Array) -> jax.Array:
+    """Σ x² over the last axis, float32 [..., 1]."""
     y = x.astype(jnp.float32)
-    return jnp.mean(y * y, axis=-1, keepdims=True)
+    return jnp.sum(y * y, axis=-1, keepdims=True)
 
 
 def rms_norm(
-    x: jax.Array, gain: jax.Array, eps: float, offset: float = 0.0, square: jax.Array | None = None
+    x: jax.Array, gain: jax.Array, eps: float, offset: float = 0.0, squares: jax.Array | None = None
 ) -> jax.Array:
-    """x / sqrt(mean(x²) + eps) · (gain + offset), in float32; `square` is mean(x²) if it is known already."""
-    y = x.astype(jnp.float32) * jax.lax.rsqrt((mean_square(x) if square is None else square) + eps)
+    """x / sqrt(mean(x²) + eps) · (gain + offset), in float32; `squares` is Σ x² if it is known already."""
+    squares = sum_of_squares(x) if squares is None else squares
+    y = x.astype(jnp.float32) * jax.lax.rsqrt(squares / x.shape[-1] + eps)
     return (y * (gain.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
@@ -91,16 +92,16 @@ def layer_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, eps: float) -> ja
 
 
 def norm(
-    config: DecoderConfig, part: Block | Outer, name: str, x: jax.Array, square: jax.Array | None = None
+    config: DecoderConfig, part: Block | Outer, name: str, x: jax.Array, squares: jax.Array | None = None
 ) -> jax.Array:
-    """The norm called `name` of a block, or of what is outside of blocks; `square` as in `rms_norm`."""
+    """The norm called `name` of a block, or of what is outside of blocks; `squares` as in `rms_norm`."""
     if config.norm == "layer":
         return layer_norm(x, getattr(part, name), getattr(part, name + "_bias"), config.norm_eps)
-    return rms_norm(x, getattr(part, name), config.norm_eps, config.norm_offset, square)
+    return rms_norm(x, getattr(part, name), config.norm_eps, config.norm_offset, squares)
 
 
 def _attention(config: DecoderConfig, block: Block, state: State, where: Positions, linear: Linear) -> State:
-    x = norm(config, block, "attention_norm", state.residual, state.mean_square)
+    x = norm(config, block, "attention_norm", state.residual, state.squares)
     batch, tokens, _ = x.shape
     q, k, v = products(linear, block, ("q_proj", "k_proj", "v_proj"), x)
     q = q.reshape(batch, tokens, config.num_heads, config.head_dim)

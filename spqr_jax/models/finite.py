@@ -11,15 +11,15 @@ import numpy as np
 
 from spqr_jax.errors import NotFiniteError
 from spqr_jax.models.attention import positions
-from spqr_jax.models.decoder import Decoder, embed, logits, pass_block
+from spqr_jax.models.decoder import embed, logits, pass_block
 
 
-def not_finite(result: str, params: Decoder, tokens: Any) -> NotFiniteError:
+def not_finite(result: str, params: Any, tokens: Any) -> NotFiniteError:
     """The error of a result that is no number.
 
     Args:
       result: what is none, such as "the perplexity of window 3".
-      params: the model, as it was run; blocks run dense or quantized.
+      params: the model as it was run, a `Decoder` or `ReadyDecoder`; blocks run dense or quantized.
       tokens: int32 [batch, seq], the text that led to it.
     """
     dtype = np.dtype(params.outer.final_norm.dtype)
@@ -58,7 +58,7 @@ def advice(dtype: Any) -> str:
     )
 
 
-def _where(params: Decoder, tokens: jax.Array) -> str:
+def _where(params: Any, tokens: jax.Array) -> str:
     """The first part of the model whose output is not finite, in words."""
     config = params.config
     where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))

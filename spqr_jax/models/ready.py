@@ -17,9 +17,16 @@ from jax import lax
 
 from spqr_jax.models.attention import KVCache, Positions
 from spqr_jax.models.config import BlockKind, DecoderConfig
-from spqr_jax.models.decoder import State, mean_square, run_block
+from spqr_jax.models.decoder import State, run_block, sum_of_squares
 from spqr_jax.models.weights import Block, Decoder, Outer, Weight, joint_name, same_input_names
-from spqr_jax.products import Implementation, backend_named, default_implementation, prepare, prepare_for
+from spqr_jax.products import (
+    Implementation,
+    PreparedMatrix,
+    backend_named,
+    default_implementation,
+    prepare,
+    prepare_for,
+)
 from spqr_jax.products.pallas import PallasBackend, stack_matrices
 from spqr_jax.quantized import is_quantized, quantized_leaves
 
@@ -93,7 +100,8 @@ def make_ready(
     dtype = params.outer.final_norm.dtype
     outer = prepare(params.outer, dtype, implementation, int8_activations=int8_activations)
     backend = backend_named(implementation or default_implementation())
-    if backend.stacks and quantized_leaves(params.layers):
+    quantized = quantized_leaves(params.layers)
+    if backend.stacks and quantized and not any(isinstance(weight, PreparedMatrix) for weight in quantized):
         return ReadyDecoder(outer, stack_blocks(params, backend), params.config)
     layers = prepare(params.layers, dtype, implementation, int8_activations=int8_activations)
     return ReadyDecoder(outer, layers, params.config)
@@ -210,17 +218,17 @@ def _run_stack(
     config: DecoderConfig, stack: Any, residual: jax.Array, cache: KVCache, where: Positions
 ) -> tuple[jax.Array, KVCache]:
     """A loop over the layers. The caches are updated in place, packed weights are read by the layer's number."""
-    known = config.norm == "rms"  # the mean square of the stream comes with the stream, in one pass over memory
+    known = config.norm == "rms"  # the squares of the stream are summed as the stream is written
 
     def layer(index: jax.Array, carry: Any) -> Any:
-        residual, square, keys, values = carry
+        residual, squares, keys, values = carry
         here = dataclasses.replace(where, local=stack.local[index]) if stack.block.kind.local is None else where
-        state = State(residual, None, KVCache(keys, values, index), mean_square=square)
+        state = State(residual, None, KVCache(keys, values, index), squares=squares)
         state = run_block(config, stack.at(index), state, here)
         assert isinstance(state.cache, KVCache)
-        square = mean_square(state.residual) if known else None
-        return state.residual, square, state.cache.keys, state.cache.values
+        squares = sum_of_squares(state.residual) if known else None
+        return state.residual, squares, state.cache.keys, state.cache.values
 
-    carry = (residual, mean_square(residual) if known else None, cache.keys, cache.values)
+    carry = (residual, sum_of_squares(residual) if known else None, cache.keys, cache.values)
     residual, _, keys, values = lax.fori_loop(jnp.int32(0), jnp.int32(stack.layers), layer, carry)
     return residual, KVCache(keys, values)

@@ -176,7 +176,7 @@ def joint_name(names: Sequence[str]) -> str:
 
 def same_input_names(config: DecoderConfig, kind: BlockKind) -> list[tuple[str, ...]]:
     """The matrices of a block that read one input, several at a time: q, k and v; gate and up of each MLP."""
-    groups = [("q_proj", "k_proj", "v_proj")]
+    groups: list[tuple[str, ...]] = [("q_proj", "k_proj", "v_proj")]
     if config.gated:
         prefixes = expert_prefixes(config) if kind.sparse else ("",)
         groups += [(prefix + "gate_proj", prefix + "up_proj") for prefix in prefixes]

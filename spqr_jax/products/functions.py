@@ -14,7 +14,7 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.products.prepared import PreparedMatrix
 from spqr_jax.products.table import BACKENDS, Implementation, backend_named, default_implementation
 from spqr_jax.products.xla import multiply_dense
-from spqr_jax.quantized import QuantizedMatrix, is_quantized, map_quantized
+from spqr_jax.quantized import QuantizedMatrix, map_quantized
 
 Weight = jax.Array | QuantizedMatrix
 
@@ -39,7 +39,7 @@ def linear(w: Weight, x: jax.Array) -> jax.Array:
       (2, 64)
     """
     _check_inputs([w], x)
-    return w.multiply(x) if is_quantized(w) else multiply_dense(x, w)
+    return w.multiply(x) if isinstance(w, QuantizedMatrix) else multiply_dense(x, w)
 
 
 def linear_all(ws: Sequence[Weight], x: jax.Array) -> list[jax.Array]:
@@ -66,7 +66,7 @@ def take_rows(w: Weight, index: jax.Array) -> jax.Array:
 
     Indices outside 0..out-1 are clipped. Rows of a quantized matrix are float32.
     """
-    return w.take_rows(index) if is_quantized(w) else jnp.take(w, index, axis=0, mode="clip")
+    return w.take_rows(index) if isinstance(w, QuantizedMatrix) else jnp.take(w, index, axis=0, mode="clip")
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from pallas_kernels import spqr_matmul
 from spqr_jax.array import SpQRArray
@@ -71,8 +71,7 @@ def default_implementation() -> Implementation:
       SpQRError: the environment names CPU kernels that are not here.
     """
     device = spqr_matmul.target()
-    name: Implementation = next(name for name, backend in BACKENDS.items() if not backend.why_not(None, device))
-    return name
+    return next(name for name in get_args(Implementation) if not BACKENDS[name].why_not(None, device))
 
 
 def why_no_kernels(platform: str | None = None) -> str:

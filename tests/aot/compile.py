@@ -28,11 +28,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--out", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=8192)
-    parser.add_argument("--row-blocks", type=int, default=1, help="mosaic_gpu: blocks of 64 rows a thread block")
-    parser.add_argument("--blocks", type=int, default=1, help="triton: blocks of 128 rows a warp")
-    parser.add_argument("--splits", type=int, default=4)
-    parser.add_argument("--stages", type=int, default=3, help="mosaic_gpu: steps in shared memory")
-    parser.add_argument("--depth", type=int, default=4, help="tpu: column blocks of a grid step")
+    parser.add_argument("--form", help="mosaic_gpu: a name in product.py, instead of what follows")
+    parser.add_argument(
+        "--halves", action="store_true", help="mosaic_gpu: scales and zero points without a second level"
+    )
+    parser.add_argument("--blocks", type=int, help="mosaic_gpu: thread blocks; triton: blocks of 128 rows a warp")
+    parser.add_argument("--warps", type=int, default=16, help="mosaic_gpu: of a thread block")
+    parser.add_argument("--cluster", type=int, default=1, help="mosaic_gpu: thread blocks that share rows")
+    parser.add_argument("--chunk", type=int, default=0, help="mosaic_gpu: steps whose x is in shared memory at a time")
+    parser.add_argument("--depth", type=int, help="mosaic_gpu: steps under way; tpu: column blocks of a grid step")
+    parser.add_argument("--subnormal", action="store_true", help="mosaic_gpu: codes as subnormal numbers")
+    parser.add_argument("--splits", type=int, default=4, help="triton: warps that share rows")
     parser.add_argument("--keep", type=Path, help="where the PTX goes")
     return parser.parse_args()
 
@@ -62,15 +68,44 @@ def start_jax(dump: Path | None) -> None:
         os.environ["PATH"] = f"{Path(ptxas).parent}:{os.environ['PATH']}"
         os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(Path(ptxas).parents[1])
         os.environ["XLA_FLAGS"] += f" --xla_gpu_cuda_data_dir={Path(ptxas).parents[1]}"
-    sys.path[:0] = [str(ROOT)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[Any, list[Any]]:
+def form_of(options: argparse.Namespace) -> Any:
+    """What `product` makes matrices of: the tiny form that is named, or a stack of two."""
+    from product import FORMS, Form
+
+    if options.form is not None:
+        return FORMS[options.form]
+    config = {"blocks": options.blocks or 128, "warps": options.warps, "cluster": options.cluster}
+    config |= {"depth": options.depth or 2, "chunk": options.chunk, "subnormal": options.subnormal}
+    return Form(
+        options.target,
+        options.batch,
+        (options.out,),
+        options.inner,
+        (options.bits, options.bits),
+        options.group_size,
+        not options.halves,
+        exact=False,
+        config=tuple(config.items()),
+    )
+
+
+def tensor_core_kernel(options: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
+    """As `product.kernel`; only a tiny form has data."""
+    import product
+
+    form = form_of(options)
+    return product.kernel(form, product.problem(form)[0] if options.form else product.described(form))
+
+
+def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     """The kernel alone and what it takes, as shapes."""
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.spqr_matmul import fragments, lanes, rows, tuning
+    from pallas_kernels.spqr_matmul import lanes, rows, tuning
 
     def spec(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -78,23 +113,12 @@ def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[An
     out, inner, group = options.out, options.inner, options.group_size
     form = {"bits": options.bits, "group_size": group}
     if options.kernel == "mosaic_gpu":
-        from pallas_kernels.spqr_matmul import mosaic_gpu
-
-        row_blocks, columns = fragments.num_blocks(out, inner, group)
-        config = tuning.MosaicConfig(options.row_blocks, options.splits, options.stages)
-        code_lines = fragments.code_lines(options.bits, group)
-        return (
-            lambda *a: mosaic_gpu.multiply(*a, **form, config=config, tma=capability >= (9, 0)),
-            [
-                spec(row_blocks, columns, code_lines, fragments.LINE),
-                spec(row_blocks, columns, fragments.STATISTICS_LINES, fragments.LINE),
-                spec(options.batch, inner, dtype=jnp.float16),
-            ],
-        )
+        multiply, specs, _ = tensor_core_kernel(options)
+        return multiply, [specs]
     if options.kernel == "triton":
         from pallas_kernels.spqr_matmul import triton
 
-        config = tuning.TritonConfig(options.blocks, options.splits)
+        config = tuning.TritonConfig(options.blocks or 1, options.splits)
         return (
             lambda *a: triton.multiply(*a, **form, config=config),
             [
@@ -111,7 +135,7 @@ def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[An
     block = lanes.choose_block(out)
     columns = inner // (lanes.GROUPS * group)
     return (
-        lambda *a: tpu.multiply(*a, **form, block=block, depth=options.depth),
+        lambda *a: tpu.multiply(*a, **form, block=block, depth=options.depth or 4),
         [
             spec(columns * lanes.code_sublanes(options.bits, group), out),
             spec(columns * 8, out),
@@ -124,11 +148,16 @@ def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[An
 def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
     """The product for prompts, from blocks for tensor cores or for a TPU: no kernel of ours, dequantized rows."""
     import jax.numpy as jnp
+    import product
 
     from pallas_kernels import spqr_matmul
-    from pallas_kernels.spqr_matmul import fragments, lanes, outliers
+    from pallas_kernels.spqr_matmul import lanes, outliers
+    from pallas_kernels.spqr_matmul.pieces import Piece
 
     out, inner, group = options.out, options.inner, options.group_size
+    x = spec(options.batch, inner, dtype=jnp.bfloat16)
+    if options.target not in ("v5e", "v6e"):
+        return lambda x, w: spqr_matmul.matmul(x, w, 0), [x, product.described(form_of(options))]
     chunks = out * (inner // 100 // outliers.CHUNK + 1)
     sparse = outliers.Outliers(
         columns=spec(outliers.CHUNK, chunks, dtype=jnp.uint16),
@@ -140,24 +169,14 @@ def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
         row_chunks=24,
         tile_chunks=chunks * outliers.TILE_ROWS // out,
     )
-    if options.target in ("v5e", "v6e"):
-        block, layout, columns = lanes.choose_block(out), "lanes", inner // (lanes.GROUPS * group)
-        arrays = (
-            spec(columns * lanes.code_sublanes(options.bits, group), out),
-            spec(columns * 8, out),
-            spec(columns * lanes.GROUPS, out // block * lanes.LANES),
-        )
-    else:
-        block, layout = fragments.ROWS, "fragments"
-        at = fragments.num_blocks(out, inner, group)
-        arrays = (
-            spec(*at, fragments.code_lines(options.bits, group), fragments.LINE),
-            spec(*at, fragments.STATISTICS_LINES, fragments.LINE),
-        )
-    matrix = spqr_matmul.Prepared(
-        arrays, sparse, spec(inner), (out, inner), options.bits, group, layout, block, "an order"
+    block, columns = lanes.choose_block(out), inner // (lanes.GROUPS * group)
+    arrays = (
+        spec(columns * lanes.code_sublanes(options.bits, group), out),
+        spec(columns * 8, out),
+        spec(columns * lanes.GROUPS, out // block * lanes.LANES),
     )
-    x = spec(options.batch, inner, dtype=jnp.bfloat16)
+    piece = Piece(arrays, sparse, (out, inner), options.bits, group, block, "lanes")
+    matrix = spqr_matmul.Prepared(None, None, None, None, spec(1, inner), (piece,), (out,), inner, (), "lanes")
     return lambda x, w: spqr_matmul.matmul(x, w), [x, matrix]
 
 
@@ -177,12 +196,12 @@ def lower_for(device: Any, function: Any, specs: Any, **options: Any) -> Any:
 def weights_a_step(options: argparse.Namespace) -> int:
     """Weights that a thread, or on a TPU the core, goes through in one turn of the loop."""
     if options.kernel == "mosaic_gpu":
-        return 8 * options.group_size * options.row_blocks
+        return 128 * dict(form_of(options).config).get("depth", 2)
     if options.kernel == "triton":
-        return 16 * options.group_size * options.blocks
+        return 16 * options.group_size * (options.blocks or 1)
     from pallas_kernels.spqr_matmul import lanes
 
-    return lanes.choose_block(options.out) * lanes.GROUPS * options.group_size * options.depth
+    return lanes.choose_block(options.out) * lanes.GROUPS * options.group_size * (options.depth or 4)
 
 
 def main() -> None:
@@ -194,7 +213,7 @@ def main() -> None:
 
         device = targets.device(options.target)
         gpu = targets.GPUS.get(options.target)
-        function, specs = kernel(options, gpu.capability if gpu else (0, 0))
+        function, specs = kernel(options)
         compiled = lower_for(device, function, specs).compile()
         result = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
         weights = 0 if options.kernel == "xla" else weights_a_step(options)
@@ -225,15 +244,7 @@ def _machine(dump: Path, options: argparse.Namespace, weights: int) -> dict[str,
     wide = [op for op in machine.loop if op.startswith(("LDG.E.128", "LDS.128", "UBLKCP", "UTMALDG"))]
     shared = machine.shared
     if options.kernel == "mosaic_gpu":
-        from pallas_kernels.spqr_matmul import fragments
-
-        shared = fragments.shared_bytes(
-            bits=options.bits,
-            group_size=options.group_size,
-            batch=options.batch,
-            row_blocks=options.row_blocks,
-            stages=options.stages,
-        )
+        shared = tensor_core_kernel(options)[2].shared_bytes
     return {
         "shared_bytes": shared,
         "registers": machine.registers,

@@ -18,7 +18,10 @@ from support.model_files import write_model_and_ids
 import cpu_kernels
 
 BENCHMARKS = ROOT / "benchmarks"
-MODULES = {"accelerator", "page", "roofline", "timings"}
+MODULES = {
+    *("accelerator", "device_loop", "generate_program", "launches", "page", "report", "roofline", "timings"),
+    "torch_rivals",  # needs PyTorch with CUDA
+}
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in MODULES)
 MACHINE = {
     "machine": "mine",

@@ -128,19 +128,3 @@ def test_ablations_answer_tasks(folder):
 def test_tables_and_picture_of_the_quality_page_are_made_from_the_results(script):
     result = run_script(script, ROOT, "--check")
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.slow
-def test_the_accelerator_check_runs_where_there_is_none(tmp_path):
-    command = [
-        sys.executable,
-        SCRIPTS.parent / "benchmarks" / "accelerator_check.py",
-        "--out",
-        tmp_path / "report.json",
-    ]
-    command += ["--shapes", "64x96", "--batch", "1", "--turns", "1", "--csv", tmp_path / "accelerator.csv"]
-    subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [c["right"] for c in report["checks"]] == [True] * 5
-    assert set(report["times"][0]["seconds"]) == {"dense bfloat16", "dense float16", "xla"}
-    assert len((tmp_path / "accelerator.csv").read_text().splitlines()) == 4
