@@ -59,7 +59,7 @@ def _solve_chunk(
 ) -> SolvedColumns:
     """Solves rows side by side, w [in, chunk]."""
     size = spec.panel(w.shape[0])
-    progress = _begin(len(valid) // size, size, spec)
+    progress = _begin(len(valid), spec)
     for first in np.arange(0, len(valid), size, dtype=np.int32):
         panel = _take_panel(w, u, valid, progress.errors, first, size)
         progress = _put_panel(progress, *_solve_panel(*panel, choices, spec), first)
@@ -104,18 +104,22 @@ def _put_panel(progress: _Progress, errors: jax.Array, solved: SolvedColumns, fi
     return _Progress(put(progress.errors, errors), SolvedColumns(**whole, loss=loss))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(panels: int, size: int, spec: ColumnSpec) -> _Progress:
-    """A chunk of so many panels of `size` columns, of which nothing is solved."""
-    row, column = jnp.zeros(spec.chunk), jnp.zeros(size)
-    solve = partial(_solve_panel, spec=spec)
-    square = jnp.zeros((size, size))
-    errors, solved = jax.eval_shape(solve, jnp.zeros((size, spec.chunk)), square, column > 0, RowChoices(row, row))
-
-    def whole(part: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.zeros((panels * part.shape[0], *part.shape[1:]), part.dtype)
-
-    return _Progress(whole(errors), SolvedColumns(*(whole(part) for part in solved))._replace(loss=row))
+@partial(jax.jit, static_argnums=(0, 1))
+def _begin(inner: int, spec: ColumnSpec) -> _Progress:
+    """A chunk of `inner` columns of which nothing is solved."""
+    rows, groups = spec.chunk, inner // spec.group_size
+    stats = (rows // spec.grid.stats_group_size, 4) if spec.grid.quantized_stats else (rows, 2)
+    solved = SolvedColumns(
+        codes=jnp.zeros((inner, rows), jnp.uint8),
+        values=jnp.zeros((inner, rows)),
+        residual=jnp.zeros((inner, rows), jnp.float16),
+        outliers=jnp.zeros((inner, rows), bool),
+        scale_codes=jnp.zeros((groups, rows), jnp.uint8),
+        zero_codes=jnp.zeros((groups, rows), jnp.uint8),
+        stats=jnp.zeros((groups, *stats), jnp.float16),
+        loss=jnp.zeros(rows),
+    )
+    return _Progress(jnp.zeros((inner, rows)), solved)
 
 
 @partial(jax.jit, static_argnums=3)

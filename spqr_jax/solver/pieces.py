@@ -16,11 +16,11 @@ from spqr_jax.solver.hessian import quadratic_form
 
 
 class Figures(NamedTuple):
-    """What the host reads of a matrix as soon as it is solved."""
+    """What the host reads as soon as matrices are solved."""
 
-    output_error: jax.Array  # f32 scalar
+    output_errors: list[jax.Array]  # f32 scalar of each matrix
     finite: jax.Array  # bool scalar, whether all statistics are
-    outliers: jax.Array  # int32 [out], of each row
+    outliers: jax.Array  # int32 [rows], of each row of all matrices
 
 
 class Piece(NamedTuple):
@@ -33,7 +33,6 @@ class Piece(NamedTuple):
     residual: jax.Array | None  # f16 [out, in], permuted columns
     outliers: jax.Array | None  # bool [out, in], permuted columns
     dense: jax.Array  # f32 [out, in]
-    figures: Figures
 
 
 @partial(jax.jit, static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
@@ -47,8 +46,8 @@ def cut(
     has_outliers: bool,
     stats_bits: int,
     tile: int,
-) -> list[Piece]:
-    """Cuts the stacked result into the matrices it is made of."""
+) -> tuple[list[Piece], Figures]:
+    """Cuts the stacked result into its matrices."""
     inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
     codes = solved.codes[:padded_in].T
     values = solved.values[:inner]
@@ -58,7 +57,7 @@ def cut(
     if second_level:
         scale_codes = pack_codes(solved.scale_codes[:groups], stats_bits)
         zero_codes = pack_codes(solved.zero_codes[:groups], stats_bits)
-    pieces, first = [], 0
+    pieces, errors, first = [], [], 0
     for w, layout in zip(weights, layouts, strict=True):
         last, end = first + layout.shape[0], first + layout.padded_out
 
@@ -66,24 +65,20 @@ def cut(
             return packed[:, packed_words(first, stats_bits) : packed_words(end, stats_bits)]
 
         rows = slice(first, last)
-        tile_stats = stats[first // tile : end // tile] if second_level else stats[rows]
         piece = Piece(
             codes=codes[rows],
             scale_codes=words(scale_codes) if second_level else None,
             zero_codes=words(zero_codes) if second_level else None,
-            tile_stats=tile_stats,
+            tile_stats=stats[first // tile : end // tile] if second_level else stats[rows],
             residual=solved.residual[:inner, rows].T if has_outliers else None,
             outliers=solved.outliers[:inner, rows].T if has_outliers else None,
             dense=dense[rows],
-            figures=Figures(
-                _relative_error(w.astype(jnp.float32), dense[rows], h, solved.loss[rows], shift),
-                jnp.all(jnp.isfinite(tile_stats)),
-                jnp.sum(solved.outliers[:inner, rows], axis=0, dtype=jnp.int32),
-            ),
         )
         pieces.append(piece)
+        errors.append(_relative_error(w.astype(jnp.float32), dense[rows], h, solved.loss[rows], shift))
         first = end
-    return pieces
+    counts = jnp.sum(solved.outliers[:inner], axis=0, dtype=jnp.int32)
+    return pieces, Figures(errors, jnp.all(jnp.isfinite(stats)), counts)
 
 
 def _relative_error(

@@ -28,7 +28,7 @@ from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
 from spqr_jax.solver.panels import by_panels, solve_columns
-from spqr_jax.solver.pieces import Figures, Piece, cut
+from spqr_jax.solver.pieces import Piece, cut
 from spqr_jax.solver.sparse import OutlierList, outlier_list
 
 
@@ -200,21 +200,23 @@ def _solve_stack(
         u = pad_factor(u, padded[0])
     solved = solve_columns(w_stack, u, valid, choices, spec)
     shift = None if factor is None else factor.shift
-    pieces = cut(
+    pieces, figures = cut(
         solved, tuple(weights), h, place, shift, layouts, config.outliers, config.stats_bits, config.stats_group_size
     )
     codes = [_pack_codes(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
-    finite, figures = jax.device_get((finite, [piece.figures for piece in pieces]))  # the only wait
+    finite, figures = jax.device_get((finite, figures))  # the only wait
     for w, fine in zip(weights, finite, strict=True):
         if not fine:
             raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
-    if not all(figure.finite for figure in figures):
+    if not figures.finite:
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
             f"(largest {float(jnp.max(jnp.abs(w_stack))):g}) or too far from zero; rescale the layer or leave it dense"
         )
     damping = 0.0 if factor is None else factor.damping
-    return [_result(*each, perm, damping) for each in zip(pieces, codes, figures, layouts, configs, strict=True)]
+    counts = np.split(figures.outliers, np.cumsum([layout.padded_out for layout in layouts]))[: len(layouts)]
+    finish = partial(_result, perm=perm, damping=damping)
+    return list(map(finish, pieces, codes, figures.output_errors, counts, layouts, configs))
 
 
 def _checked_hessian(
@@ -296,18 +298,19 @@ _pack_codes = jax.jit(pack_codes, static_argnums=1)  # apart from the rest: bits
 def _result(
     matrix: Piece,
     codes: jax.Array,
-    figures: Figures,
+    output_error: np.ndarray,
+    counts: np.ndarray,
     layout: ArrayLayout,
     config: SpQRConfig,
     perm: np.ndarray | None,
     damping: float,
 ) -> Solved:
-    """A solved matrix, with its packed codes and the figures that the host has read."""
+    """A solved matrix, with its packed codes, its output error and the number of outliers of each row."""
     if matrix.residual is None or matrix.outliers is None:
         row_ptr = np.zeros(layout.shape[0] + 1, np.int32)
         outliers = OutlierList(row_ptr, np.zeros(0, np.int32), np.zeros(0, np.float16))
     else:
-        outliers = outlier_list(matrix.residual, matrix.outliers, np.asarray(figures.outliers))
+        outliers = outlier_list(matrix.residual, matrix.outliers, counts[: layout.shape[0]])
     array = pack_array(
         layout,
         codes=codes,
@@ -321,7 +324,7 @@ def _result(
         stats_bits=config.stats_bits,
     )
     stats = LayerStats(
-        output_error=float(figures.output_error),
+        output_error=float(output_error),
         outlier_share=array.nnz / array.size,
         ideal_bits=array.ideal_bits,
         stored_bits=array.stored_bits,
