@@ -28,7 +28,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--out", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=8192)
-    parser.add_argument("--form", help="mosaic_gpu: a name in product.py, instead of what follows")
+    parser.add_argument(
+        "--forms", type=Path, help="mosaic_gpu: a folder for the PTX of all of this target in product.py"
+    )
     parser.add_argument(
         "--halves", action="store_true", help="mosaic_gpu: scales and zero points without a second level"
     )
@@ -72,11 +74,9 @@ def start_jax(dump: Path | None) -> None:
 
 
 def form_of(options: argparse.Namespace) -> Any:
-    """What `product` makes matrices of: the tiny form that is named, or a stack of two."""
-    from product import FORMS, Form
+    """A stack of two matrices."""
+    from product import Form
 
-    if options.form is not None:
-        return FORMS[options.form]
     config = {"blocks": options.blocks or 128, "warps": options.warps, "cluster": options.cluster}
     config |= {"depth": options.depth or 2, "chunk": options.chunk, "subnormal": options.subnormal}
     return Form(
@@ -93,11 +93,24 @@ def form_of(options: argparse.Namespace) -> Any:
 
 
 def tensor_core_kernel(options: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
-    """As `product.kernel`; only a tiny form has data."""
+    """As `product.kernel`, of shapes."""
     import product
 
     form = form_of(options)
-    return product.kernel(form, product.problem(form)[0] if options.form else product.described(form))
+    return product.kernel(form, product.described(form, options.out * options.inner // 100))
+
+
+def keep_forms(device: Any, dump: Path, target: str, folder: Path) -> None:
+    """Compiles the tiny products, all in this process; their PTX goes to `folder`, named by number."""
+    import product
+
+    for i, form in enumerate(product.FORMS.values()):
+        if form.target == target:
+            multiply, specs, _ = product.kernel(form, product.described(form, product.most_outliers(form)))
+            lower_for(device, multiply, [specs]).compile()
+            (folder / f"{i}.ptx").write_text(_ptx_of(dump, "mosaic").read_text())
+            for path in dump.rglob("*.ptx"):
+                path.unlink()
 
 
 def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
@@ -157,7 +170,7 @@ def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
     out, inner, group = options.out, options.inner, options.group_size
     x = spec(options.batch, inner, dtype=jnp.bfloat16)
     if options.target not in ("v5e", "v6e"):
-        return lambda x, w: spqr_matmul.matmul(x, w, 0), [x, product.described(form_of(options))]
+        return lambda x, w: spqr_matmul.matmul(x, w, 0), [x, product.described(form_of(options), out * inner // 100)]
     chunks = out * (inner // 100 // outliers.CHUNK + 1)
     sparse = outliers.Outliers(
         columns=spec(outliers.CHUNK, chunks, dtype=jnp.uint16),
@@ -207,23 +220,35 @@ def weights_a_step(options: argparse.Namespace) -> int:
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder)
-        start_jax(dump)
-        import targets
+        start_jax(Path(folder))
+        print(json.dumps(result(options, Path(folder))), flush=True)
+    os._exit(0)  # at an ordinary exit the compiler's threads now and then use what is no longer there
 
-        device = targets.device(options.target)
-        gpu = targets.GPUS.get(options.target)
-        function, specs = kernel(options)
-        compiled = lower_for(device, function, specs).compile()
-        result = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
-        weights = 0 if options.kernel == "xla" else weights_a_step(options)
-        if options.kernel == "xla":
-            result["dense_bytes"] = 2 * options.out * options.inner
-        elif gpu is None:
-            result |= _bundles(dump, weights)
-        else:
-            result |= _machine(dump, options, weights)
-        print(json.dumps(result))
+
+def result(options: argparse.Namespace, dump: Path) -> dict[str, Any]:
+    """What came out."""
+    import targets
+
+    device = targets.device(options.target)
+    gpu = targets.GPUS.get(options.target)
+    if options.forms:
+        keep_forms(device, dump, options.target, options.forms)
+        return {}
+    function, specs = kernel(options)
+    compiled = lower_for(device, function, specs).compile()
+    numbers = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    if options.kernel == "xla":
+        return numbers | {"dense_bytes": 2 * options.out * options.inner}
+    if gpu is None:
+        return numbers | _bundles(dump, weights_a_step(options))
+    return numbers | _machine(dump, options, weights_a_step(options))
+
+
+def _ptx_of(dump: Path, name: str) -> Path:
+    """The only PTX with such a kernel."""
+    paths = [path for path in dump.rglob("*.ptx") if re.search(rf"\.entry\s+\w*{name}", path.read_text())]
+    [ptx] = {path.read_text(): path for path in paths}.values()
+    return ptx
 
 
 def _bundles(dump: Path, weights: int) -> dict[str, Any]:
@@ -235,9 +260,7 @@ def _bundles(dump: Path, weights: int) -> dict[str, Any]:
 def _machine(dump: Path, options: argparse.Namespace, weights: int) -> dict[str, Any]:
     import sass
 
-    wanted = "mosaic" if options.kernel == "mosaic_gpu" else "spqr_matvec"
-    found = [f for f in dump.rglob("*.ptx") if re.search(rf"\.entry\s+\w*{wanted}", f.read_text())]
-    [ptx] = {f.read_text(): f for f in found}.values()
+    ptx = _ptx_of(dump, "mosaic" if options.kernel == "mosaic_gpu" else "spqr_matvec")
     kept = options.keep or dump / "kernel.ptx"
     kept.write_text(ptx.read_text())
     machine = sass.assemble(kept)

@@ -105,27 +105,35 @@ def matrix(rng: np.random.Generator, form: Form, rows: int, bits: int) -> tuple[
     return part, wide[0] * (codes - wide[1]) + sparse.astype(np.float64)
 
 
+def matrices(form: Form) -> list[list[tuple[dict[str, Any], np.ndarray]]]:
+    """The parts of each matrix of the stack."""
+    rng = np.random.default_rng(0)
+    return [[matrix(rng, form, rows, bits) for rows in form.parts] for bits in form.bits]
+
+
+def most_outliers(form: Form) -> int:
+    """Of one matrix of the stack."""
+    return max(sum(len(part["values"]) for part, _ in parts) for parts in matrices(form))
+
+
 def problem(form: Form) -> tuple[Any, np.ndarray, np.ndarray]:
     """(the stack as `Prepared`, x in float32, the product in float64); rows of x have very different sizes."""
     from pallas_kernels.spqr_matmul.part import Part
     from pallas_kernels.spqr_matmul.prepared import prepare, stack
 
-    rng = np.random.default_rng(0)
-    matrices = []
-    for bits in form.bits:
-        made = [matrix(rng, form, rows, bits) for rows in form.parts]
-        matrices.append(prepare("fragments", [Part(**part) for part, _ in made]))
-        dense = [weights for _, weights in made]
+    stacked = matrices(form)
+    prepared = stack([prepare("fragments", [Part(**part) for part, _ in parts]) for parts in stacked])
+    rng = np.random.default_rng(1)
     x = rng.standard_normal((form.batch, form.inner)) * np.exp2(rng.integers(-20, 20, (form.batch, 1)))
     x = np.asarray(x, np.float32)
     if not form.wide_x:
         x = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-    want = [x.astype(np.float64) @ weights.T for weights in dense]
-    return stack(matrices), x, np.concatenate(want, axis=1)
+    want = [x.astype(np.float64) @ weights.T for _, weights in stacked[-1]]
+    return prepared, x, np.concatenate(want, axis=1)
 
 
-def described(form: Form) -> Any:
-    """The stack's arrays as shapes, all of one format, with outliers of 1% of the weights."""
+def described(form: Form, outliers: int) -> Any:
+    """The stack that `problem` makes, or a larger one, as shapes; `outliers` of the matrix that has most."""
     import jax
     import jax.numpy as jnp
 
@@ -134,14 +142,17 @@ def described(form: Form) -> Any:
     from pallas_kernels.spqr_matmul.prepared import Prepared
 
     def spec(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct((len(form.bits), *shape), jnp.int32)
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    layout = format_of(form.bits[0], form.group_size, second_level=form.second_level)
+    formats = [format_of(bits, form.group_size, second_level=form.second_level) for bits in form.bits]
+    count, steps = len(formats), fragments.num_steps(form.inner)
     tiles = sum(fragments.num_tiles(rows) for rows in form.parts)
-    capacity = entries.capacity(int(OUTLIERS * sum(form.parts) * form.inner))
-    words = spec(tiles, fragments.num_steps(form.inner), layout.step_words)
-    starts, order = spec(4 * 16 * tiles + 1), spec(form.inner)
-    return Prepared(words, None, spec(capacity), starts, order, (), form.parts, form.inner, (layout,), "fragments")
+    words, spans = spec(count, tiles, steps, formats[0].step_words), None
+    if len(set(formats)) > 1:
+        words, spans = spec(sum(tiles * steps * f.step_words for f in formats)), spec(count, tiles, 2)
+    held, starts, order = spec(count, entries.capacity(outliers)), spec(count, 64 * tiles + 1), spec(count, form.inner)
+    kinds = tuple(sorted(set(formats)))
+    return Prepared(words, spans, held, starts, order, (), form.parts, form.inner, kinds, "fragments")
 
 
 # ---- the kernel -----------------------------------------------------------------------------------------------------

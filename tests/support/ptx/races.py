@@ -101,6 +101,7 @@ class Races:
             inside &= warp // self._warps == owner
             many = tag - number + np.where(inside, self._many + rank, self._all)
             self._reader[at[lost]] = many[lost]
+            self._reader[at[lost & ~inside]] = many[lost & ~inside]  # whatever another put there
         return False
 
     def write(self, places: np.ndarray, size: int, warp: np.ndarray) -> bool:
