@@ -54,7 +54,7 @@ def quarter_columns(columns: int) -> int:
 
 def capacity(entries: int) -> int:
     """Length of the array for so many entries: at most 1/16 more, so that few lengths occur."""
-    unit = max(1 << max((entries - 1).bit_length() - 5, 0), LEAST_CAPACITY)
+    unit = max(1 << max(int(entries - 1).bit_length() - 5, 0), LEAST_CAPACITY)
     return max(-(-entries // unit) * unit, LEAST_CAPACITY)
 
 

@@ -64,27 +64,35 @@ def num_tiles(rows: int) -> int:
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "columns", "form"))
+@functools.partial(jax.jit, static_argnames=("shape", "bits", "group_size", "form"))
 def pack(
-    codes: jax.Array, statistics: tuple[jax.Array, ...], *, bits: int, group_size: int, columns: int, form: Format
+    codes: jax.Array,
+    statistics: tuple[jax.Array, ...],
+    *,
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int,
+    form: Format,
 ) -> jax.Array:
     """The words of a matrix: one program for each shape and format.
 
     Args:
-      codes: uint16 [out, at least ceil(columns / 16) * bits], runs of 16 codes as little-endian bit streams.
-      statistics: for `nibbles` scale and zero codes, integers [out, groups] below 16, and
-        float16 [ceil(out / 16), groups, 4] (ss, sz, zs, zz); for `halves` scale and zero point,
-        floats [out, groups].
+      codes: uint16 [at least out, at least ceil(in / 16) * bits], runs of 16 codes as
+        little-endian bit streams.
+      statistics: for `nibbles` scale and zero codes, integers [at least out, at least groups]
+        below 16, and float16 [at least ceil(out / 16), at least groups, 4] (ss, sz, zs, zz);
+        for `halves` scale and zero point, floats [at least out, at least groups].
+      shape: (out, in) of the matrix.
       bits: of a code.
       group_size: columns a group, a multiple of 16.
-      columns: of the matrix.
       form: of the words.
 
     Returns:
-      int32 [tiles, steps, step_words].
+      int32 [1, tiles, steps, step_words].
     """
-    tiles, steps = num_tiles(codes.shape[0]), num_steps(columns)
-    codes = _padded(codes[:, : -(-columns // BLOCK) * bits], tiles * TILE, steps * BLOCKS * bits)
+    out, inner = shape
+    tiles, steps = num_tiles(out), num_steps(inner)
+    codes = _padded(codes[:out, : -(-inner // BLOCK) * bits], tiles * TILE, steps * BLOCKS * bits)
 
     def step(number: jax.Array) -> jax.Array:
         runs = lax.dynamic_slice_in_dim(codes, number * BLOCKS * bits, BLOCKS * bits, axis=1)
@@ -92,16 +100,24 @@ def pack(
 
     # a step at a time: unpacked, the whole would take many times its packed size
     words = [lax.map(step, jnp.arange(steps)).swapaxes(0, 1)]
-    repeats, groups = group_size // form.group_columns, -(-columns // form.group_columns)
-    spread = [jnp.repeat(part, repeats, axis=1)[:, :groups] for part in statistics]
-    spread = [
-        _padded(part, tiles * (TILE if part.ndim == 2 else 1), steps * form.groups).reshape(
-            tiles, *([2, 8] if part.ndim == 2 else []), steps, form.groups, *part.shape[2:]
-        )
-        for part in spread
-    ]
+    spread = [_spread(part, shape, group_size, form) for part in statistics]
     words += _nibble_words(*spread) if form.statistics == "nibbles" else _half_words(*spread)
-    return lax.bitcast_convert_type(jnp.concatenate([w.reshape(tiles, steps, -1) for w in words], axis=2), jnp.int32)
+    joined = jnp.concatenate([w.reshape(1, tiles, steps, -1) for w in words], axis=3)
+    return lax.bitcast_convert_type(joined, jnp.int32)
+
+
+def _spread(part: jax.Array, shape: tuple[int, int], group_size: int, form: Format) -> jax.Array:
+    """Statistics of rows, or of tiles if there are three axes, by the groups of the words.
+
+    Returns:
+      [tiles, h, r, steps, groups], or [tiles, steps, groups, 4].
+    """
+    out, inner = shape
+    tiles, steps, by_row = num_tiles(out), num_steps(inner), part.ndim == 2
+    part = part[: out if by_row else tiles, : -(-inner // group_size)]
+    part = jnp.repeat(part, group_size // form.group_columns, axis=1)[:, : -(-inner // form.group_columns)]
+    part = _padded(part, tiles * TILE if by_row else tiles, steps * form.groups)
+    return part.reshape(tiles, *((2, 8) if by_row else ()), steps, form.groups, *part.shape[2:])
 
 
 def _padded(array: jax.Array, rows: int, columns: int) -> jax.Array:

@@ -11,6 +11,7 @@ The kernel is written per thread (`pallas_kernels.machine`), its phases are in `
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,7 +21,9 @@ from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import machine
 from pallas_kernels.machine import Word
-from pallas_kernels.spqr_matmul.formats import Format
+from pallas_kernels.spqr_matmul import tuning
+from pallas_kernels.spqr_matmul.device import target
+from pallas_kernels.spqr_matmul.formats import TILE, Format
 from pallas_kernels.spqr_matmul.fragments import num_steps
 from pallas_kernels.spqr_matmul.mosaic import activations, reduce
 from pallas_kernels.spqr_matmul.mosaic.outliers import Outliers
@@ -40,7 +43,7 @@ def plan_of(
     columns: int,
     formats: tuple[Format, ...],
     capacity: int,
-    config: MosaicConfig,
+    config: MosaicConfig | None = None,
     *,
     mixed: bool = False,
     x_dtype: Any = jnp.bfloat16,
@@ -51,12 +54,15 @@ def plan_of(
     Raises:
       ValueError: it cannot be cut so; says why.
     """
+    chosen = config or MosaicConfig(blocks=rows // TILE)
     sizes = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 4}
     if jnp.dtype(x_dtype) not in sizes or jnp.dtype(out_dtype) not in sizes:
         raise ValueError(f"x and the result must be bfloat16 or float32, got {x_dtype} and {out_dtype}")
     plan = Plan(
-        n, rows, columns, formats, mixed, capacity, sizes[jnp.dtype(x_dtype)], sizes[jnp.dtype(out_dtype)], config
+        n, rows, columns, formats, mixed, capacity, sizes[jnp.dtype(x_dtype)], sizes[jnp.dtype(out_dtype)], chosen
     )
+    if config is None:
+        plan = dataclasses.replace(plan, config=tuning.mosaic_config(target(), plan))
     if why := plan.why_impossible():
         raise ValueError(why)
     return plan
@@ -72,8 +78,9 @@ def multiply(
     *,
     rows: int,
     formats: tuple[Format, ...],
-    config: MosaicConfig,
+    config: MosaicConfig | None = None,
     out_dtype: Any = jnp.bfloat16,
+    interpret: Any = False,
 ) -> jax.Array:
     """x W' with matrix `index` of a stack in the "fragments" layout.
 
@@ -85,8 +92,9 @@ def multiply(
       x: bfloat16 or float32 [n, columns], in the packed order, at most 64 rows, columns a multiple of 16.
       rows: of W, padded to whole tiles.
       formats: one, or all that spans name.
-      config: how the work is cut.
+      config: how the work is cut; None to choose for the default device.
       out_dtype: bfloat16 or float32.
+      interpret: must be false: Pallas's interpreter cannot run what is written per thread.
 
     Returns:
       [n, rows]. Products are in float16, sums in float32; a row of x is multiplied as if it were divided
@@ -94,7 +102,10 @@ def multiply(
 
     Raises:
       ValueError: the arguments do not fit.
+      NotImplementedError: `interpret` is not false.
     """
+    if interpret is not False:
+        raise NotImplementedError("mosaic_gpu: the kernel is written per thread and cannot be interpreted")
     n, columns = x.shape
     mixed, capacity = spans is not None, entries.shape[1]
     plan = plan_of(n, rows, columns, formats, capacity, config, mixed=mixed, x_dtype=x.dtype, out_dtype=out_dtype)

@@ -64,12 +64,10 @@ class Part:
 
     @property
     def statistics(self) -> tuple[Any, ...]:
-        """Those that are given, without rows or groups past the matrix."""
-        out, groups = self.shape[0], self.groups
-        if self.scale is not None:
-            return self.scale[:out, :groups], self.zero[:out, :groups]
-        codes = (self.scale_codes[:out, :groups], self.zero_codes[:out, :groups])
-        return *codes, self.tile_stats[: -(-out // TILE), :groups]
+        """Those that are given."""
+        return (
+            (self.scale, self.zero) if self.scale is not None else (self.scale_codes, self.zero_codes, self.tile_stats)
+        )
 
 
 class Outliers(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -59,16 +60,36 @@ def pack(
     values: np.ndarray,
 ) -> Piece:
     """A matrix's canonical parts in this layout; arguments as `Part` and `fragments.pack` have them."""
-    needed = -(-shape[1] // group_size) * group_size // rows.TILE * bits
-    arguments: dict[str, Any] = dict(zip(("scales", "zeros", "tiles"), statistics, strict=True))
-    arguments |= {"codes": codes[:, :needed], "bits": bits, "group_size": group_size}
-    if layout == "rows":
-        block, arrays = rows.BLOCK, rows.pack(**arguments)
-    else:
-        block = lanes.choose_block(shape[0])
-        arrays = lanes.pack(**arguments, block=block)
+    block = rows.BLOCK if layout == "rows" else lanes.choose_block(shape[0])
+    arrays = _pack(codes, *statistics, layout=layout, shape=shape, bits=bits, group_size=group_size, block=block)
     sparse = outliers.pack(row_ptr, columns, values)
-    return Piece(tuple(arrays), sparse, shape, bits, group_size, block, layout)
+    return Piece(arrays, sparse, shape, bits, group_size, block, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "shape", "bits", "group_size", "block"))
+def _pack(
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array,
+    tiles: jax.Array,
+    *,
+    layout: str,
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int,
+    block: int,
+) -> tuple[jax.Array, ...]:
+    """The arrays, without rows or groups past the matrix."""
+    out, groups = shape[0], -(-shape[1] // group_size)
+    arguments = {
+        "codes": codes[:out, : groups * group_size // rows.TILE * bits],
+        "scales": scales[:out, :groups],
+        "zeros": zeros[:out, :groups],
+        "tiles": tiles[: -(-out // rows.TILE), :groups],
+    }
+    if layout == "rows":
+        return rows.pack(**arguments, bits=bits, group_size=group_size)
+    return lanes.pack(**arguments, bits=bits, group_size=group_size, block=block)
 
 
 def dense_rows(piece: Piece, first: Any, count: int) -> jax.Array:

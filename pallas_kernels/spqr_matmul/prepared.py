@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -143,12 +144,12 @@ def _fragments(empty: Prepared, parts: Sequence[Part], outliers: Sequence[Outlie
         words = fragments.pack(
             part.codes,
             part.statistics,
+            shape=part.shape,
             bits=part.bits,
             group_size=part.group_size,
-            columns=empty.inner,
             form=form,
         )
-        sections.append((words[None], None, (form,)))
+        sections.append((words, None, (form,)))
     words, tile_spans, formats = spans.concatenated(sections, axis=1)
     counts = [
         np.pad(np.diff(sparse.row_ptr), (0, -part.shape[0] % TILE))
@@ -187,19 +188,26 @@ def stack(matrices: Sequence[Prepared]) -> Prepared:
                 f"and of {matrix.parts} rows x {matrix.inner}"
             )
     words, tile_spans, formats = spans.concatenated([(m.words, m.spans, m.formats) for m in matrices], axis=0)
-    longest = max(matrix.entries.shape[1] for matrix in matrices)
-    order = None
-    if any(matrix.order is not None for matrix in matrices):
-        in_order = jnp.arange(first.inner, dtype=jnp.int32)
-        order = jnp.concatenate(
-            [jnp.broadcast_to(in_order, (m.count, first.inner)) if m.order is None else m.order for m in matrices]
-        )
-    return dataclasses.replace(
-        first,
-        words=words,
-        spans=tile_spans,
-        entries=jnp.concatenate([jnp.pad(m.entries, ((0, 0), (0, longest - m.entries.shape[1]))) for m in matrices]),
-        starts=jnp.concatenate([matrix.starts for matrix in matrices]),
-        order=order,
-        formats=formats,
+    held, starts, order = _stacked(
+        [matrix.entries for matrix in matrices],
+        [matrix.starts for matrix in matrices],
+        [matrix.order for matrix in matrices],
+        inner=first.inner,
     )
+    return dataclasses.replace(
+        first, words=words, spans=tile_spans, entries=held, starts=starts, order=order, formats=formats
+    )
+
+
+@functools.partial(jax.jit, static_argnames="inner")
+def _stacked(
+    held: list[jax.Array], starts: list[jax.Array], orders: list[jax.Array | None], *, inner: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Entries to one capacity, starts, and orders: None if all are."""
+    capacity = max(array.shape[1] for array in held)
+    held = [jnp.pad(array, ((0, 0), (0, capacity - array.shape[1]))) for array in held]
+    order = None
+    if any(array is not None for array in orders):
+        in_order = [jnp.broadcast_to(jnp.arange(inner, dtype=jnp.int32), (array.shape[0], inner)) for array in held]
+        order = jnp.concatenate([o if o is not None else i for o, i in zip(orders, in_order, strict=True)])
+    return jnp.concatenate(held), jnp.concatenate(starts), order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def concatenated(sections: Sequence[Section], *, axis: int) -> Section:
     first = sections[0][2]
     if all(spans is None and formats == first for _, spans, formats in sections):
         words = [words for words, *_ in sections]
-        return (jnp.concatenate(words, axis=axis) if len(words) > 1 else words[0]), None, first
+        return (_joined(words, axis=axis) if len(words) > 1 else words[0]), None, first
     union = tuple(sorted({form for _, _, formats in sections for form in formats}))
     first_unit, shifted = 0, []
     for words, spans, formats in sections:
@@ -30,8 +31,17 @@ def concatenated(sections: Sequence[Section], *, axis: int) -> Section:
         first_unit += words.size // UNIT
     if first_unit > np.iinfo(np.int32).max:
         raise ValueError(f"a stack of {first_unit * UNIT * 4 >> 30} GiB is more than its offsets can address (128 GiB)")
-    flat = jnp.concatenate([words.reshape(-1) for words, *_ in sections])
-    return flat, jax.device_put(np.concatenate(shifted, axis=axis).astype(np.int32)), union
+    return (
+        _joined([words for words, *_ in sections], axis=None),
+        jax.device_put(np.concatenate(shifted, axis=axis).astype(np.int32)),
+        union,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _joined(words: list[jax.Array], *, axis: int | None) -> jax.Array:
+    """Concatenated along an axis, or flat."""
+    return jnp.concatenate(words if axis is not None else [w.reshape(-1) for w in words], axis=axis or 0)
 
 
 def _spans(words: Any, formats: tuple[Format, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,20 +1,24 @@
 """How a product is cut on a device: what was measured there if anything was, else a rule.
 
-`tuned.json` beside this file maps device kind, kernel and problem to a configuration;
-`benchmarks/tune_pallas.py` writes it. The rules fill a GPU: enough thread blocks for
-every multiprocessor to have several, each with at least two steps.
+`tuned.json` beside this file maps device kind, kernel and problem to a configuration. The
+rules fill a GPU. `mosaic_config` takes the cut that `mosaic.estimate` expects to be fastest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.spqr_matmul import lanes, rows
 from pallas_kernels.spqr_matmul.device import Target
+from pallas_kernels.spqr_matmul.formats import TILE
+from pallas_kernels.spqr_matmul.mosaic import estimate
+from pallas_kernels.spqr_matmul.mosaic.plan import MosaicConfig, Plan
 from pallas_kernels.spqr_matmul.pieces import Piece
 
 TABLE = Path(__file__).with_name("tuned.json")
@@ -71,6 +75,45 @@ def triton_config(device: Target, problem: Problem) -> TritonConfig:
     blocks = rows.padded_rows(problem.out, rows.BLOCK) // rows.BLOCK
     steps = rows.padded_inner(problem.inner, problem.group_size) // (rows.GROUPS * problem.group_size)
     return TritonConfig(blocks=1, splits=_splits(16 * device.cores, blocks, steps))
+
+
+def mosaic_config(device: Target, plan: Plan) -> MosaicConfig:
+    """For `mosaic_gpu`: of the cuts that fit, the one with the least estimate.
+
+    Args:
+      device: what it is for.
+      plan: of the product; its `config` is not read.
+    """
+    widths = ",".join(f"{f.width}/{f.groups}/{f.statistics}" for f in plan.formats)
+    key = f"{plan.n}x{plan.rows}x{plan.columns}:{widths}"
+    if values := table().get(device.kind, {}).get("mosaic_gpu", {}).get(key):
+        return MosaicConfig(**values)
+    best = min(_mosaic_cuts(device, plan), key=lambda cut: estimate.microseconds(cut, device))
+    return best.config
+
+
+def _mosaic_cuts(device: Target, plan: Plan) -> Iterator[Plan]:
+    """Plans that a device can run: tiles of a thread block, warps, clusters, steps ahead, chunks."""
+    tiles = plan.rows // TILE
+    clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
+    for cluster, warps, depth in itertools.product(clusters, (4, 8, 12, 16), (1, 2, 3, 4)):
+        for per_block in range(1, min(warps, tiles) + 1):
+            config = MosaicConfig(-(-tiles // per_block), warps, cluster, depth, early=4 if plan.n > 4 else 8)
+            cut = dataclasses.replace(plan, config=config)
+            if cut.why_impossible() or cluster > cut.steps or estimate.spills(cut):
+                continue
+            cut = _in_chunks(cut, device)
+            if depth == 1 or depth <= -(-cut.chunk // cut.split):  # no more ahead than there are
+                yield cut
+
+
+def _in_chunks(plan: Plan, device: Target) -> Plan:
+    """The plan with as few and as equal chunks as shared memory allows."""
+    for chunks in range(1, plan.part + 1):
+        cut = dataclasses.replace(plan, config=dataclasses.replace(plan.config, chunk=-(-plan.part // chunks)))
+        if cut.shared_bytes + estimate.RESERVED_SHARED <= device.shared_bytes:
+            break
+    return cut
 
 
 VMEM_BYTES = 12 << 20

@@ -1,7 +1,7 @@
 """What a product in one launch is expected to take on a device: the measure by which `tuning` chooses how to cut it.
 
-The counts are of machine instructions compiled for an H100, see docs/explanation/kernels.md. The estimate is there to rank
-plans, not to predict times.
+The counts are of machine instructions compiled for an H100, see docs/explanation/kernels.md. The estimate is there to
+rank plans, not to predict times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from pallas_kernels.spqr_matmul.mosaic.plan import Plan
 REGISTERS = 65536
 """Of a multiprocessor, for all its threads."""
 
+RESERVED_SHARED = 2048
+"""Bytes of shared memory that a thread block takes beside what a plan counts, at most."""
+
 _ISSUED = 3.2  # instructions of a warp that a multiprocessor issues in a clock: 4 at most
+_DEPENDENT = 5.0  # clocks between instructions of a warp that wait for each other
 _CLOCKS = 1700.0  # a microsecond
 _BANDWIDTH = 24000.0  # bytes a microsecond that one multiprocessor loads at most
 _WAIT = 1.2  # microseconds until a thread block's first words are there
@@ -31,10 +35,15 @@ def registers(plan: Plan) -> int:
     return 40 + plan.config.depth * words + sums + operands
 
 
+def spills(plan: Plan) -> bool:
+    """Whether a thread needs more registers than it can have."""
+    return registers(plan) > min(REGISTERS // plan.threads // 8 * 8, 255)
+
+
 def resident(plan: Plan, target: Target) -> int:
     """Thread blocks that a multiprocessor has at a time."""
     by_registers = REGISTERS // (plan.threads * min(max(registers(plan), 64), REGISTERS // plan.threads))
-    return max(1, min(by_registers, target.shared_bytes // (plan.shared_bytes + 1024)))
+    return max(1, min(by_registers, target.shared_bytes // (plan.shared_bytes + RESERVED_SHARED)))
 
 
 def _step_instructions(plan: Plan) -> float:
@@ -62,9 +71,8 @@ def microseconds(plan: Plan, target: Target) -> float:
     blocks = config.blocks * config.cluster
     turns = math.ceil(blocks / (target.cores * together))
     a_core = min(together, math.ceil(blocks / target.cores))
-    instructions = _instructions(plan) * a_core / (_ISSUED * _CLOCKS)
-    # a warp alone waits for its own instructions: with few warps a multiprocessor does not issue what it could
-    instructions *= max(1.0, 10 / (a_core * config.warps))
+    of_block = _instructions(plan) / _CLOCKS
+    instructions = max(of_block * a_core / _ISSUED, of_block / config.warps * _DEPENDENT)
     word_bytes = 4 * max(f.step_words for f in plan.formats)
     loaded = plan.part * plan.tiles * word_bytes * a_core / _BANDWIDTH
     under_way = a_core * config.warps * config.depth * word_bytes
