@@ -34,12 +34,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--halves", action="store_true", help="mosaic_gpu: scales and zero points without a second level"
     )
-    parser.add_argument("--blocks", type=int, help="mosaic_gpu: thread blocks; triton: blocks of 128 rows a warp")
-    parser.add_argument("--warps", type=int, default=16, help="mosaic_gpu: of a thread block")
-    parser.add_argument("--cluster", type=int, default=1, help="mosaic_gpu: thread blocks that share rows")
-    parser.add_argument("--chunk", type=int, default=0, help="mosaic_gpu: steps whose x is in shared memory at a time")
-    parser.add_argument("--depth", type=int, help="mosaic_gpu: steps under way; tpu: column blocks of a grid step")
-    parser.add_argument("--subnormal", action="store_true", help="mosaic_gpu: codes as subnormal numbers")
+    parser.add_argument("--blocks", type=int, default=1, help="triton: blocks of 128 rows a warp")
+    parser.add_argument("--depth", type=int, default=4, help="tpu: column blocks of a grid step")
     parser.add_argument("--splits", type=int, default=4, help="triton: warps that share rows")
     parser.add_argument("--keep", type=Path, help="where the PTX goes")
     return parser.parse_args()
@@ -74,11 +70,9 @@ def start_jax(dump: Path | None) -> None:
 
 
 def form_of(options: argparse.Namespace) -> Any:
-    """A stack of two matrices."""
+    """A stack of two matrices, whose product is cut as on the device."""
     from product import Form
 
-    config = {"blocks": options.blocks or 128, "warps": options.warps, "cluster": options.cluster}
-    config |= {"depth": options.depth or 2, "chunk": options.chunk, "subnormal": options.subnormal}
     return Form(
         options.target,
         options.batch,
@@ -88,7 +82,6 @@ def form_of(options: argparse.Namespace) -> Any:
         options.group_size,
         not options.halves,
         exact=False,
-        config=tuple(config.items()),
     )
 
 
@@ -131,7 +124,7 @@ def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     if options.kernel == "triton":
         from pallas_kernels.spqr_matmul import triton
 
-        config = tuning.TritonConfig(options.blocks or 1, options.splits)
+        config = tuning.TritonConfig(options.blocks, options.splits)
         return (
             lambda *a: triton.multiply(*a, **form, config=config),
             [
@@ -148,7 +141,7 @@ def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     block = lanes.choose_block(out)
     columns = inner // (lanes.GROUPS * group)
     return (
-        lambda *a: tpu.multiply(*a, **form, block=block, depth=options.depth or 4),
+        lambda *a: tpu.multiply(*a, **form, block=block, depth=options.depth),
         [
             spec(columns * lanes.code_sublanes(options.bits, group), out),
             spec(columns * 8, out),
@@ -209,12 +202,12 @@ def lower_for(device: Any, function: Any, specs: Any, **options: Any) -> Any:
 def weights_a_step(options: argparse.Namespace) -> int:
     """Weights that a thread, or on a TPU the core, goes through in one turn of the loop."""
     if options.kernel == "mosaic_gpu":
-        return 128 * dict(form_of(options).config).get("depth", 2)
+        return 128 * tensor_core_kernel(options)[2].config.depth
     if options.kernel == "triton":
-        return 16 * options.group_size * (options.blocks or 1)
+        return 16 * options.group_size * options.blocks
     from pallas_kernels.spqr_matmul import lanes
 
-    return lanes.choose_block(options.out) * lanes.GROUPS * options.group_size * (options.depth or 4)
+    return lanes.choose_block(options.out) * lanes.GROUPS * options.group_size * options.depth
 
 
 def main() -> None:
@@ -227,9 +220,11 @@ def main() -> None:
 
 def result(options: argparse.Namespace, dump: Path) -> dict[str, Any]:
     """What came out."""
+    import jax
     import targets
 
     device = targets.device(options.target)
+    jax.config.update("jax_default_device", device)  # for which `tuning` chooses
     gpu = targets.GPUS.get(options.target)
     if options.forms:
         keep_forms(device, dump, options.target, options.forms)
@@ -264,11 +259,13 @@ def _machine(dump: Path, options: argparse.Namespace, weights: int) -> dict[str,
     kept = options.keep or dump / "kernel.ptx"
     kept.write_text(ptx.read_text())
     machine = sass.assemble(kept)
-    wide = [op for op in machine.loop if op.startswith(("LDG.E.128", "LDS.128", "UBLKCP", "UTMALDG"))]
-    shared = machine.shared
+    wide = [op for op in machine.loop if re.match(r"(LDG|LDS)\.(\w+\.)*128|UBLKCP|UTMALDG", op)]
+    shared, cut = machine.shared, f"{options.blocks} blocks, {options.splits} splits"
     if options.kernel == "mosaic_gpu":
-        shared = tensor_core_kernel(options)[2].shared_bytes
+        plan = tensor_core_kernel(options)[2]
+        shared, cut = plan.shared_bytes, str(plan.config)
     return {
+        "cut": cut,
         "shared_bytes": shared,
         "registers": machine.registers,
         "spills": machine.spills,

@@ -24,7 +24,7 @@ class Form:
       second_level: whether scales and zero points are codes.
       exact: a float32 result, else bfloat16.
       wide_x: x in float32, else in bfloat16.
-      config: fields of `MosaicConfig`.
+      config: fields of `MosaicConfig`; empty for what `tuning` chooses for the default device.
     """
 
     target: str
@@ -63,6 +63,10 @@ FORMS = {
     "4 rows, float32 x": _form("h100", 4, form={"wide_x": True}),
     "8 rows, clusters": _form("h100", 8, blocks=2, cluster=4, form={"inner": 2048}, pdl=True),
     "16 rows": _form("h100", 16, form={"group_size": 64}),
+    "2 rows, 8 bits": _form("h100", 2, form={"bits": (8, 8), "group_size": 32}),
+    "64 rows, clusters, 4 bits, no second level": _form(
+        "h100", 64, blocks=2, cluster=4, form={"parts": (64,), "bits": (4, 4), "second_level": False, "group_size": 128}
+    ),
     "20 rows, chunks": _form("h100", 20, blocks=2, chunk=2, form={"bits": (4, 4)}),
     "a100, one row": _form("a100", 1),
     "a100, 16 rows": _form("a100", 16),
@@ -167,7 +171,7 @@ def kernel(form: Form, prepared: Any) -> tuple[Any, dict[str, Any], Any]:
     from pallas_kernels.spqr_matmul.mosaic.plan import MosaicConfig
 
     of, to = (jnp.float32 if wide else jnp.bfloat16 for wide in (form.wide_x, form.exact))
-    config = MosaicConfig(**dict(form.config))
+    config = MosaicConfig(**dict(form.config)) if form.config else None
     columns = -(-form.inner // 16) * 16
     shapes = {name: getattr(prepared, name) for name in ("words", "spans", "entries", "starts")}
     shapes["index"] = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -180,7 +184,7 @@ def kernel(form: Form, prepared: Any) -> tuple[Any, dict[str, Any], Any]:
     )
 
     def multiply(arrays: dict[str, Any]) -> Any:
-        options = {"rows": prepared.rows, "formats": prepared.formats, "config": config, "out_dtype": to}
+        options = {"rows": prepared.rows, "formats": prepared.formats, "config": plan.config, "out_dtype": to}
         return mosaic_gpu.multiply(**arrays, **options)
 
     specs = {name: s if s is None else jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in shapes.items()}
