@@ -35,6 +35,11 @@ def larger(a: Float, b: Float) -> Float:
     return Float(instruction(f32(), [a.mlir, b.mlir], "max.f32 $0, $1, $2;", "=f,f,f"))
 
 
+def larger_bfloat16(a: Word, b: Word) -> Word:
+    """The larger of two bfloat16, in both halves."""
+    return Word(instruction(i32(), [a.mlir, b.mlir], "max.bf16x2 $0, $1, $2;", "=r,r,r"))
+
+
 def exp2(a: Float) -> Float:
     """2 to the a, to about 2 units in the last place."""
     return Float(instruction(f32(), [a.mlir], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))

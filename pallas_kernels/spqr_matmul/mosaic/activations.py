@@ -57,12 +57,13 @@ def _largest_of_part(thread: Thread, row: Word, place: Word) -> Word:
     count = -(-plan.part // plan.warps_a_row) * loads_a_step
     row_at = thread.address["x"].times(row, plan.columns * plan.x_bytes)
     end = plan.columns * plan.x_bytes // 16
+    whole_rows = plan.whole and plan.part % plan.warps_a_row == 0
 
     def one(i: Word | int, largest: Word) -> Word:
         turn, half = (i // loads_a_step, i % loads_a_step)
         step = place + turn * plan.warps_a_row
         at = ((thread.first_step + step) * loads_a_step + half) * 32 + thread.lane
-        inside = (at < end) & (step < plan.part)
+        inside = None if whole_rows else (at < end) & (step < plan.part)
         return _larger(largest, machine.load(row_at.at(at, 16), 4, when=inside, policy=_x_policy(thread)), plan)
 
     def batch(i: Word, largest: Word) -> Word:
@@ -76,7 +77,7 @@ def _largest_of_part(thread: Thread, row: Word, place: Word) -> Word:
         largest = machine.loop(0, whole, _AHEAD, largest, batch)
     for i in range(whole, count):
         largest = one(machine.word(i), largest)
-    return largest
+    return largest if plan.x_bytes == 4 else machine.maximum(largest & 0xFFFF0000, largest << 16)
 
 
 def _larger(largest: Word, words: list[Word], plan: Plan) -> Word:
@@ -84,7 +85,7 @@ def _larger(largest: Word, words: list[Word], plan: Plan) -> Word:
         if plan.x_bytes == 4:
             largest = machine.maximum(largest, w & 0x7FFFFFFF)
         else:
-            largest = machine.maximum(machine.maximum(largest, w & 0x7FFF0000), (w & 0x7FFF) << 16)
+            largest = machine.larger_bfloat16(largest, w & 0x7FFF7FFF)
     return largest
 
 
@@ -117,7 +118,8 @@ def store_chunk(thread: Thread, chunk: Word | int) -> None:
 def _load(thread: Thread, row: Word, block: Word, inside: Bool) -> list[Pair]:
     """16 columns of a row, divided by the row's power of two, as pairs [v][c]; zeros past the last column."""
     plan = thread.plan
-    there = (block < plan.columns // BLOCK) & inside
+    always = plan.whole and plan.chunk * BLOCKS * plan.n % 32 == 0
+    there = None if always else (block < plan.columns // BLOCK) & inside
     at = thread.address["x"].times(row, plan.columns * plan.x_bytes).at(block, BLOCK * plan.x_bytes)
     words = [
         w for i in range(plan.x_bytes) for w in machine.load(at, 4, when=there, offset=16 * i, policy=_x_policy(thread))

@@ -119,6 +119,11 @@ class Plan:
         return -(-self.part // self.chunk)
 
     @property
+    def whole(self) -> bool:
+        """Whether all chunks of all thread blocks are full of columns."""
+        return self.columns == self.config.cluster * self.chunks * self.chunk * STEP_COLUMNS
+
+    @property
     def columns_b(self) -> int:
         """Rows of x with padding: columns of operand B."""
         if self.n == 1:
