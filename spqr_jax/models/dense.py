@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from spqr_jax.array import SpQRArray
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.weights import Block, Outer, Weight
+from spqr_jax.quantized import is_quantized
 
 
 def dense_block(block: Block, dtype: Any) -> Block:
@@ -23,7 +23,7 @@ def dense_block(block: Block, dtype: Any) -> Block:
       block: the block, dense or quantized.
       dtype: type of the dequantized matrices. Activations have it, so that a product rounds them no further.
     """
-    packed = {name: weight for name, weight in block.items() if isinstance(weight, SpQRArray)}
+    packed = {name: weight for name, weight in block.items() if is_quantized(weight)}
     return block.replace({name: weight.to_dense(dtype) for name, weight in packed.items()})
 
 
@@ -47,4 +47,4 @@ def head_part(config: DecoderConfig, outer: Outer, dtype: Any) -> Outer:
 
 
 def _dense(weight: Weight | None, dtype: Any) -> Weight | None:
-    return weight.to_dense(dtype) if isinstance(weight, SpQRArray) else weight
+    return weight.to_dense(dtype) if is_quantized(weight) else weight
