@@ -30,8 +30,7 @@ def prepared(
     columns = np.concatenate([np.sort(rng.choice(inner, n, replace=False)) for n in counts])
     tiles = rng.uniform((0.001, -9, 0.2, -9), (0.01, -1, 0.6, -1), (-(-out // 16), groups, 4))
     codes = rng.integers(0, 1 << bits, (out, groups * group_size), dtype=np.uint8)
-    return spqr_matmul.prepare(
-        layout,
+    part = spqr_matmul.Part(
         shape=shape,
         bits=bits,
         group_size=group_size,
@@ -39,11 +38,13 @@ def prepared(
         scale_codes=rng.integers(0, 8, (out, groups), dtype=np.uint8),
         zero_codes=rng.integers(0, 8, (out, groups), dtype=np.uint8),
         tile_stats=tiles.astype(np.float16),
+        scale=None,
+        zero=None,
         row_ptr=np.concatenate([[0], np.cumsum(counts)]),
         cols=columns.astype(np.uint16 if inner <= 1 << 16 else np.int32),
         values=rng.standard_normal(len(columns)).astype(np.float16),
-        perm=rng.permutation(inner).astype(np.int32),
     )
+    return spqr_matmul.prepare(layout, [part], rng.permutation(inner).astype(np.int32))
 
 
 def copies(matrix: Any, most: int = 64) -> list[Any]:

@@ -48,13 +48,13 @@ def check(kernel: str, batch: int, bits: int, group_size: int, shape: Shape) -> 
     matrix = prepared((shape.out, shape.inner), LAYOUTS.get(kernel, "rows"), bits, group_size)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((batch, shape.inner)), jnp.float16)
     try:
-        got = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, kernel))(x, matrix)
+        got = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, implementation=kernel))(x, matrix)
     except NotImplementedError as error:
         return entry | {"not": str(error)}
     except Exception as error:  # errors of a compiler or a driver belong into the report
         return entry | {"failed": f"{type(error).__name__}: {error}"[:2000]}
     with jax.default_matmul_precision("highest"):
-        want = spqr_matmul.matmul(x.astype(jnp.float32), matrix, "xla")
+        want = spqr_matmul.matmul(x.astype(jnp.float32), matrix, implementation="xla")
     error = relative_error(got, np.asarray(want, np.float64))
     return entry | {"error": error, "right": error < MAX_ERROR[kernel]}
 
@@ -70,7 +70,7 @@ def timed(names: list[str], batch: int, shape: Shape, turns: int) -> dict[str, f
     x = jnp.asarray(rng.standard_normal((batch, shape.inner)), jnp.bfloat16)
     for name in names:
         matrices = copies(prepared((shape.out, shape.inner), LAYOUTS.get(name, "rows")))
-        run = product(lambda x, w, name=name: spqr_matmul.matmul(x, w, name), x, matrices)
+        run = product(lambda x, w, name=name: spqr_matmul.matmul(x, w, implementation=name), x, matrices)
         try:
             run[0]()
         except NotImplementedError:

@@ -22,7 +22,7 @@ import numpy as np
 from accelerator import LAYOUTS, Shape, copies, prepared, product, relative_error, take_turns
 
 from pallas_kernels import spqr_matmul
-from pallas_kernels.spqr_matmul import api, fragments, tuning
+from pallas_kernels.spqr_matmul import tuning
 from spqr_jax.cli.display import console, number, table
 
 MAX_ERROR = 2e-3
@@ -34,11 +34,7 @@ def candidates(kernel: str, problem: tuning.Problem, target: spqr_matmul.Target)
         rule: Any = tuning.triton_config(target, problem)
         triton = [tuning.TritonConfig(b, s) for b, s in itertools.product((1, 2), (4, 8, 16, 24, 32, 48, 64))]
         return list(dict.fromkeys([rule, *(c for c in triton if _fits_rows(problem, 128 * c.blocks))]))
-    rule = tuning.mosaic_config(target, problem)
-    columns = fragments.num_blocks(problem.out, problem.inner, problem.group_size)[1]
-    splits = [s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24) if s <= columns]
-    mosaic = [tuning.MosaicConfig(*c) for c in itertools.product((1, 2), splits, (2, 3, 4))]
-    return list(dict.fromkeys([rule, *(c for c in mosaic if _fits_rows(problem, 64 * c.row_blocks))]))
+    raise NotImplementedError(f"{kernel} has no configurations to try")
 
 
 def _fits_rows(problem: tuning.Problem, rows: int) -> bool:
@@ -52,15 +48,14 @@ def tune(kernel: str, batch: int, shape: Shape, bits: int, group_size: int, turn
     matrix = prepared((shape.out, shape.inner), LAYOUTS[kernel], bits, group_size)
     matrices = copies(matrix)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((batch, shape.inner)), jnp.float16)
-    want = np.asarray(spqr_matmul.matmul(x.astype(jnp.float32), matrix, "xla"), np.float64)
+    want = np.asarray(spqr_matmul.matmul(x.astype(jnp.float32), matrix, implementation="xla"), np.float64)
     runs: dict[str, Any] = {}
     configs = {}
     for config in candidates(kernel, problem, target):
         label = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
 
         def multiply(x: jax.Array, w: Any, config: Any = config) -> jax.Array:
-            with api.using(kernel, config):
-                return spqr_matmul.matmul(x, w, kernel)
+            return spqr_matmul.matmul(x, w, implementation=kernel, config=config)
 
         try:
             if relative_error(jax.jit(multiply)(x, matrix), want) > MAX_ERROR:

@@ -64,9 +64,6 @@ def linear_all(ws: Sequence[Weight], x: jax.Array) -> list[jax.Array]:
     packed = [w for w in ws if isinstance(w, cpu_kernels.Packed)]
     if len(packed) == len(ws) and len({w.int8_activations for w in packed}) == 1:
         return cpu_kernels.matmul_all(x, packed)
-    prepared = [w for w in ws if isinstance(w, spqr_matmul.Prepared)]
-    if len(prepared) == len(ws):
-        return spqr_matmul.matmul_all(x, prepared)
     return [linear(w, x) for w in ws]
 
 
@@ -172,7 +169,7 @@ def prepare(
         if implementation == "cpu":
             return pack_for_cpu(leaf, int8_activations)
         if implementation in _LAYOUTS:
-            why = why_not_pallas(leaf)
+            why = why_not_pallas(leaf, _LAYOUTS[implementation])
             if not why:
                 return pack_for_pallas(leaf, _LAYOUTS[implementation])
             warnings.warn(
@@ -184,11 +181,13 @@ def prepare(
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, SpQRArray))
 
 
-def why_not_pallas(array: SpQRArray) -> str:
-    """Why the Pallas kernels cannot read a weight's format; empty if they can."""
+def why_not_pallas(array: SpQRArray, layout: spqr_matmul.Layout) -> str:
+    """Why a layout of the Pallas kernels cannot hold a weight's format; empty if it can."""
     return spqr_matmul.why_unsupported(
+        layout,
         bits=array.bits,
         group_size=array.group_size,
+        inner=array.shape[1],
         statistics_bits=max(array.scale_bits, array.zero_bits) if array.quantized_stats else None,
         tile_rows=array.stats_group_size,
     )
@@ -200,27 +199,38 @@ def pack_for_pallas(array: SpQRArray, layout: spqr_matmul.Layout) -> spqr_matmul
     Raises:
       SpQRError: its format is none that they read, or the array breaks one of its invariants.
     """
-    if why := why_not_pallas(array):
+    if why := why_not_pallas(array, layout):
         raise SpQRError(f"a weight of shape {array.shape} cannot be prepared for the Pallas kernels: {why}")
     try:
-        return spqr_matmul.prepare(
-            layout,
-            shape=array.shape,
-            bits=array.bits,
-            group_size=array.group_size,
-            codes=array.codes,
-            scale_codes=unpack_codes(np.asarray(array.scale_codes), array.scale_bits).T,
-            zero_codes=unpack_codes(np.asarray(array.zero_codes), array.zero_bits).T,
-            tile_stats=np.repeat(np.asarray(array.tile_stats), array.stats_group_size // cpu_kernels.TILE, axis=0),
-            row_ptr=array.outlier_row_ptr,
-            cols=array.outlier_cols,
-            values=array.outlier_values,
-            perm=array.perm,
-        )
+        return spqr_matmul.prepare(layout, [part_for_pallas(array)], array.perm)
     except ValueError as error:
         raise SpQRError(
             f"a weight of shape {array.shape} cannot be prepared for the Pallas kernels: {error}"
         ) from error
+
+
+def part_for_pallas(array: SpQRArray) -> spqr_matmul.Part:
+    """A quantized weight's arrays as the Pallas kernels' packing takes them."""
+    form: dict[str, Any] = dict.fromkeys(("scale_codes", "zero_codes", "tile_stats", "scale", "zero"))
+    tile = array.stats_group_size
+    if array.quantized_stats and max(array.scale_bits, array.zero_bits) <= 4 and tile % spqr_matmul.TILE == 0:
+        form |= {
+            "scale_codes": unpack_codes(np.asarray(array.scale_codes), array.scale_bits).T,
+            "zero_codes": unpack_codes(np.asarray(array.zero_codes), array.zero_bits).T,
+            "tile_stats": np.repeat(np.asarray(array.tile_stats), tile // spqr_matmul.TILE, axis=0),
+        }
+    else:
+        form["scale"], form["zero"] = array.statistics()
+    return spqr_matmul.Part(
+        shape=array.shape,
+        bits=array.bits,
+        group_size=array.group_size,
+        codes=array.codes,
+        row_ptr=array.outlier_row_ptr,
+        cols=array.outlier_cols,
+        values=array.outlier_values,
+        **form,
+    )
 
 
 def pack_for_cpu(array: SpQRArray, int8_activations: bool = False) -> cpu_kernels.Packed:

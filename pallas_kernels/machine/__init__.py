@@ -14,7 +14,16 @@ inside functions.
 
 from __future__ import annotations
 
-from pallas_kernels.machine.control import barrier, block_index, branch, cluster_barrier, if_, loop, thread_index
+from pallas_kernels.machine.control import (
+    barrier,
+    block_index,
+    branch,
+    cluster_barrier,
+    for_each,
+    if_,
+    loop,
+    thread_index,
+)
 from pallas_kernels.machine.dialects import instruction, statement
 from pallas_kernels.machine.instructions import (
     and_or,
@@ -26,8 +35,10 @@ from pallas_kernels.machine.instructions import (
     from_lane,
     from_xor_lane,
     larger,
+    larger_bfloat16,
     merge,
     mma,
+    mma_half,
     product,
     reciprocal,
     tree_sum,
@@ -84,6 +95,7 @@ __all__ = [
     "exp2",
     "fma",
     "fma_pair",
+    "for_each",
     "from_lane",
     "from_xor_lane",
     "half_bits",
@@ -91,6 +103,7 @@ __all__ = [
     "if_",
     "instruction",
     "larger",
+    "larger_bfloat16",
     "load",
     "load_half",
     "loop",
@@ -98,6 +111,7 @@ __all__ = [
     "merge",
     "minimum",
     "mma",
+    "mma_half",
     "number",
     "product",
     "reciprocal",

@@ -52,6 +52,14 @@ def loop(
     return tree_of(list(op.results))
 
 
+def for_each(first: Word | int, bound: Word | int, step: Word | int, body: Callable[[Word], None]) -> None:
+    """for (i = first; i < bound; i += step) body(i), signed."""
+    op = scf.ForOp(plain_word(first), plain_word(bound), plain_word(step), [])
+    with ir.InsertionPoint(op.body):
+        body(Word(op.induction_variable))
+        scf.yield_([])
+
+
 def if_(condition: Bool, body: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
     """Runs `body` where the condition holds, else `otherwise`."""
     op = scf.IfOp(condition.mlir, has_else=otherwise is not None)

@@ -35,6 +35,11 @@ def larger(a: Float, b: Float) -> Float:
     return Float(instruction(f32(), [a.mlir, b.mlir], "max.f32 $0, $1, $2;", "=f,f,f"))
 
 
+def larger_bfloat16(a: Word, b: Word) -> Word:
+    """The larger of two bfloat16, in both halves."""
+    return Word(instruction(i32(), [a.mlir, b.mlir], "max.bf16x2 $0, $1, $2;", "=r,r,r"))
+
+
 def exp2(a: Float) -> Float:
     """2 to the a, to about 2 units in the last place."""
     return Float(instruction(f32(), [a.mlir], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
@@ -80,6 +85,13 @@ def mma(a: Sequence[Word], b: Sequence[Word], c: Sequence[Float]) -> list[Float]
     operands = [v.mlir for v in (*a, *b, *c)]
     constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
     return [Float(v) for v in several(4, f32(), operands, text, constraints, False)]
+
+
+def mma_half(a: Sequence[Word], b: Word, c: Sequence[Float]) -> list[Float]:
+    """As `mma`, of float16 [16, 8] and [8, 8]: the first two words of `a` and the first of `b` (mma.m16n8k8)."""
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};"
+    operands = [v.mlir for v in (*a, b, *c)]
+    return [Float(v) for v in several(4, f32(), operands, text, "=f,=f,=f,=f,r,r,r,f,f,f,f", False)]
 
 
 def from_lane(value: Word, lane: Word | int, width: int = 32) -> Word:

@@ -111,10 +111,10 @@ def wait_for_launch_before() -> None:
 
 
 class Shared:
-    """Words of a buffer in shared memory, by index."""
+    """Words of a buffer in shared memory, by index; `first` is the buffer's word that index 0 stands for."""
 
-    def __init__(self, ref: Any) -> None:
-        self._base = utils.memref_ptr(ref)
+    def __init__(self, ref: Any, first: int = 0) -> None:
+        self._base = utils.getelementptr(utils.memref_ptr(ref), [first], i32())
 
     def _pointer(self, index: Word | int, kind: Any) -> Any:
         return utils.getelementptr(self._base, [plain_word(index)], kind)

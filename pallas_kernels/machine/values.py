@@ -128,6 +128,14 @@ class Pair(Value):
         """Element 0 or 1 as a float32."""
         return Float(arith.extf(f32(), vector.extract(self.mlir, [], [element])))
 
+    def both(self, element: int) -> Pair:
+        """Element 0 or 1 twice."""
+        half = vector.extract(self.mlir, [], [element])
+        return Pair(vector.from_elements(f16x2(), [half, half]))
+
+    def negated(self) -> Pair:
+        return Pair(arith.negf(self.mlir))
+
     def word(self) -> Word:
         """The same bits as a word."""
         return Word(llvm.bitcast(i32(), self.mlir))

@@ -1,176 +1,268 @@
-"""The packed layout of the tensor-core kernel: what a thread needs in one step lies together.
+"""The "fragments" layout of the tensor-core kernel: what one warp reads at a time lies together.
 
-One *block* is 64 rows by 16 groups of columns. Two arrays hold of each, contiguously:
+A *tile* is 16 rows. A *step* is 16 rows x 256 columns of a tile: one warp reads it at a
+time, into registers. Columns are padded to whole steps, rows to whole tiles. A group past
+the last column has zeros for statistics, so its weights are 0; the result of a padding row
+is of no use. `formats.Format` gives the number of words.
 
-  codes       group_size/16 times `bits` planes of [128 threads, 4 words]
-  statistics  [128 threads, 2 words], the scale and zero codes of the second level, and
-              [4 tiles of 16 rows, 4 columns of threads, 8 words], the tiles' four float16
+Row i of a tile is row 8 h + r: h in 0..1, r in 0..7. Column j of a step is in block
+b = j // 16; inside of it, j % 16 = 8 v + 2 c + e: v and e in 0..1, c in 0..3. A lane of a warp
+is 4 r + c. These are the places of operand A of ``mma.m16n8k16``. Words are int32,
+and e picks the 16-bit half of a word: e = 1 is the upper one.
 
-Words are int32. Thread 32 w + 4 r + c belongs to tile w and holds of it rows r and r + 8;
-word h + 2 v of a plane has columns 8 c + 4 (step & 1) + 2 v, and one more in its upper
-half, of row r + 8 h: exactly the operand A of ``mma.m16n8k16``, under a permutation of
-the columns that `mosaic_gpu.fragment_x` applies to the activations. One 128-bit load is one operand.
+The words of a step, in this order:
 
-A scale word belongs to row r + 8 h. Its bytes are, from the lowest, groups 2 c, 2 c + 8,
-2 c + 1 and 2 c + 9, a byte being scale code + 16 * zero code; so the two half-words are
-neighbours of one pair of float16 in the operand that multiplies the groups' sums of x.
+  codes         `width` planes of [32 lanes (r, c), 4 words (v, h)]: lane 4 r + c, word h + 2 v.
+                Block b's code is in each half e, at `Format.field(b)`.
+  statistics    g is the group of a step: 16 groups of 16 columns, or 8 of 32.
+    nibbles, 16 groups (96 words); g = 8 v + 2 c + e:
+                [32 lanes (r, c), 2 words (h)]: a byte at bit 8 v + 16 e, scale code + 16 * zero code
+                [4 (c), 2 (v), 4 (ss, sz, zs, zz)]: float16 in half e; the same for all rows
+    nibbles, 8 groups (48 words); g = 2 c + e:
+                [32 lanes (r, c)]: a byte at bit 8 h + 16 e
+                [4 (c), 4 (ss, sz, zs, zz)]: float16 in half e
+    halves, 16 groups (256 words); g = 8 v + 2 c + e:
+                scale, then zero point: each [32 lanes (r, c), 4 words (v, h)], word h + 2 v,
+                float16 in half e: operand A of ``mma.m16n8k16``
+    halves, 8 groups (128 words); g = 2 c + e:
+                [32 lanes (r, c), 4 words]: scale of h = 0, of h = 1, zero point of h = 0, of h = 1,
+                float16 in half e: operands A of ``mma.m16n8k8``
+
+With nibbles, scale = ss (scale code - sz) and zero = zs (zero code - zz). A weight is
+scale * (code - zero), plus its outlier.
+
+A *stack* is `count` matrices of one shape. If all its tiles have one format, `words` is
+[count, tiles, steps, step_words]. If not, `words` is flat, and `spans` int32 [count, tiles, 2]
+gives for each tile the offset of its first word, in units of 16 words, and the index of its
+format; a tile's steps follow each other. `entries` holds the outliers.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from pallas_kernels.spqr_matmul.fields import STEPS, fields, planes_of
-
-ROWS = 64
-"""Rows of a block: four tiles of 16, one a warp."""
-
-LINE = 128
-"""Words a line of a block; one word a thread."""
-
-GROUPS = 16
-"""Groups of columns in a block."""
-
-TILE = 16
-"""Rows that share one second-level fit."""
+from pallas_kernels.spqr_matmul.fields import run_codes
+from pallas_kernels.spqr_matmul.formats import BLOCK, BLOCKS, SPARE_BIT, STEP_COLUMNS, TILE, Format
 
 
-STATISTICS_LINES = 3
-"""Lines of a block's statistics."""
+def num_steps(columns: int) -> int:
+    """Steps that hold so many columns."""
+    return -(-columns // STEP_COLUMNS)
 
 
-def code_lines(bits: int, group_size: int) -> int:
-    """Lines of a block's codes."""
-    return 4 * bits * (group_size // STEPS)
+def num_tiles(rows: int) -> int:
+    """Tiles that hold so many rows."""
+    return -(-rows // TILE)
 
 
-def activation_lines(group_size: int, batch: int) -> int:
-    """Lines that the activations of a block's columns take, for up to 8 rows of them; padded to whole fours."""
-    pairs = GROUPS * group_size // (2 * STEPS) + 1  # of steps; the last is the sums of the groups
-    columns = min(1 << (batch - 1).bit_length(), 8)
-    return 4 * -(-pairs * columns * 16 // (4 * LINE))
+# ---- packing --------------------------------------------------------------------------------------------------------
 
 
-def shared_bytes(*, bits: int, group_size: int, batch: int, row_blocks: int, stages: int) -> int:
-    """Shared memory of a thread block whose steps are kept `stages` at a time."""
-    blocks = row_blocks * (code_lines(bits, group_size) + STATISTICS_LINES)
-    return stages * 4 * LINE * (blocks + -(-batch // 8) * activation_lines(group_size, batch))
-
-
-def num_blocks(out: int, inner: int, group_size: int) -> tuple[int, int]:
-    """(blocks of rows, blocks of columns)."""
-    return -(-out // ROWS), -(-inner // (GROUPS * group_size))
-
-
-@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
+@functools.partial(jax.jit, static_argnames=("shape", "bits", "group_size", "form"))
 def pack(
-    codes: jax.Array, scales: jax.Array, zeros: jax.Array, tiles: jax.Array, *, bits: int, group_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Canonical parts to blocks.
+    codes: jax.Array,
+    statistics: tuple[jax.Array, ...],
+    *,
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int,
+    form: Format,
+) -> jax.Array:
+    """The words of a matrix: one program for each shape and format.
 
     Args:
-      codes: uint16 [out, in / 16 * bits], runs of 16 codes as little-endian bit streams.
-      scales, zeros: uint8 [out, groups], below 16.
-      tiles: float16 [tiles of 16 rows, groups, 4].
-      bits: of a code, 2 to 4.
+      codes: uint16 [at least out, at least ceil(in / 16) * bits], runs of 16 codes as
+        little-endian bit streams.
+      statistics: for `nibbles` scale and zero codes, integers [at least out, at least groups]
+        below 16, and float16 [at least ceil(out / 16), at least groups, 4] (ss, sz, zs, zz);
+        for `halves` scale and zero point, floats [at least out, at least groups].
+      shape: (out, in) of the matrix.
+      bits: of a code.
       group_size: columns a group, a multiple of 16.
+      form: of the words.
 
     Returns:
-      Codes, int32 [row blocks, column blocks, code lines, 128]; statistics, int32
-      [row blocks, column blocks, 3, 128].
+      int32 [1, tiles, steps, step_words].
     """
-    rows, cols = num_blocks(codes.shape[0], scales.shape[1] * group_size, group_size)
-    parts = group_size // STEPS
-    codes = _pad(codes, (rows * ROWS, cols * GROUPS * parts * bits))
-    starts = [f.shift + f.position for f in fields(bits)[: STEPS // bits] if f is not None]
+    out, inner = shape
+    tiles, steps = num_tiles(out), num_steps(inner)
+    codes = _padded(codes[:out, : -(-inner // BLOCK) * bits], tiles * TILE, steps * BLOCKS * bits)
 
-    def column_block(block: jax.Array) -> jax.Array:
-        width = GROUPS * parts * bits
-        runs = jax.lax.dynamic_slice_in_dim(codes, block * width, width, axis=1)
-        runs = runs.reshape(rows, ROWS, parts, STEPS, bits).astype(jnp.uint32)
-        planes = planes_of(runs, bits, starts)  # rows, 64, parts, planes, 16
-        # rows 64 = (tile, h, r), columns 16 = (v, c, e)
-        planes = planes.reshape(rows, 4, 2, 8, parts, bits, 2, 4, 2)
-        words = planes[..., 0] | planes[..., 1] << 16  # rows, w, h, r, parts, planes, v, c
-        return words.transpose(0, 4, 5, 1, 3, 7, 6, 2).reshape(rows, -1, LINE)
+    def step(number: jax.Array) -> jax.Array:
+        runs = lax.dynamic_slice_in_dim(codes, number * BLOCKS * bits, BLOCKS * bits, axis=1)
+        return _code_words(run_codes(runs.reshape(-1, BLOCKS, bits).astype(jnp.uint32), bits), form)
 
-    # a column of blocks at a time: unpacked, the whole would take many times its packed size
-    words = jax.lax.map(column_block, jnp.arange(cols)).swapaxes(0, 1)
-
-    nibbles = _pad(scales, (rows * ROWS, cols * GROUPS)) | _pad(zeros, (rows * ROWS, cols * GROUPS)) << 4
-    nibbles = nibbles.reshape(rows, 4, 2, 8, cols, 2, 4, 2).astype(jnp.uint32)  # rows, w, h, r, cols, v, c, e
-    halves = ((v, e) for v in (0, 1) for e in (0, 1))
-    stats = functools.reduce(jnp.bitwise_or, (nibbles[..., v, :, e] << (8 * v + 16 * e) for v, e in halves))
-    stats = stats.transpose(0, 4, 1, 3, 5, 2).reshape(rows, cols, -1, LINE)
-
-    pairs = jax.lax.bitcast_convert_type(_pad(tiles, (rows * 4, cols * GROUPS, 4)), jnp.uint16).astype(jnp.uint32)
-    pairs = pairs.reshape(rows, 4, cols, 2, 4, 2, 4)  # rows, w, cols, v, c, e, which
-    second = (pairs[..., 0, :] | pairs[..., 1, :] << 16).transpose(0, 2, 1, 4, 3, 5).reshape(rows, cols, -1, LINE)
-    statistics = jnp.concatenate([stats, second], axis=2)
-    return jax.lax.bitcast_convert_type(words, jnp.int32), jax.lax.bitcast_convert_type(statistics, jnp.int32)
+    # a step at a time: unpacked, the whole would take many times its packed size
+    words = [lax.map(step, jnp.arange(steps)).swapaxes(0, 1)]
+    spread = [_spread(part, shape, group_size, form) for part in statistics]
+    words += _nibble_words(*spread) if form.statistics == "nibbles" else _half_words(*spread)
+    joined = jnp.concatenate([w.reshape(1, tiles, steps, -1) for w in words], axis=3)
+    return lax.bitcast_convert_type(joined, jnp.int32)
 
 
-def _pad(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.pad(array, [(0, want - have) for have, want in zip(array.shape, shape, strict=True)])
-
-
-# ---- the same blocks read as arrays: what the kernel's registers hold, for interpretation and for XLA ---------------
-
-
-def codes_of(lines: jax.Array, bits: int) -> list[jax.Array]:
-    """The codes of one part of a block: [..., 4 * bits, 128] words to 16 steps of [..., 64, 16] int32."""
-    lead = lines.shape[:-2]
-    words = lines.reshape(*lead, bits, 4, 8, 4, 2, 2)  # plane, w, r, c, v, h
-    planes = jnp.stack([words & 0xFFFF, jax.lax.shift_right_logical(words, 16)], axis=-1)  # ..., e
-    planes = jnp.moveaxis(planes, (-6, -2, -5, -3, -4, -1), range(len(lead) + 1, len(lead) + 7))  # w, h, r, v, c, e
-    planes = planes.reshape(*lead, bits, ROWS, STEPS)
-    mask = (1 << bits) - 1
-    spare = jnp.zeros_like(planes[..., 0, :, :])
-    for p in range(bits):
-        spare |= (planes[..., p, :, :] >> 15 & 1) << p
-    return [spare if f is None else planes[..., f.plane, :, :] >> (f.shift + f.position) & mask for f in fields(bits)]
-
-
-def statistics_of(lines: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point of a block's groups: [..., 3, 128] words to [..., 64, 16] each, computed in `dtype`."""
-    lead = lines.shape[:-2]
-    words = lines[..., :2, :].reshape(*lead, 4, 8, 4, 2)  # w, r, c, h
-    bytes_ = jnp.stack(
-        [jax.lax.shift_right_logical(words, 8 * v + 16 * e) & 0xFF for v in (0, 1) for e in (0, 1)], axis=-1
-    )
-    bytes_ = bytes_.reshape(*lead, 4, 8, 4, 2, 2, 2)  # w, r, c, h, v, e
-    n = len(lead)
-    bytes_ = bytes_.transpose(*range(n), n, n + 3, n + 1, n + 4, n + 2, n + 5).reshape(*lead, ROWS, GROUPS)
-    halves = lines[..., 2, :].reshape(*lead, 4, 4, 2, 4)  # w, c, v, which
-    halves = jnp.stack([halves & 0xFFFF, jax.lax.shift_right_logical(halves, 16)], axis=-1)  # ..., e
-    halves = jnp.moveaxis(halves, (-5, -3, -4, -1, -2), range(n, n + 5)).reshape(*lead, 4, GROUPS, 4)
-    tiles = jax.lax.bitcast_convert_type(halves.astype(jnp.uint16), jnp.float16).astype(dtype)
-    ss, sz, zs, zz = (jnp.repeat(tiles[..., i], TILE, axis=-2) for i in range(4))
-    return ss * ((bytes_ & 15).astype(dtype) - sz), zs * ((bytes_ >> 4).astype(dtype) - zz)
-
-
-def dequantize(codes: jax.Array, statistics: jax.Array, *, bits: int, group_size: int) -> jax.Array:
-    """The dense part of some blocks of rows, in the order of the packed columns.
-
-    Args:
-      codes, statistics: of :func:`pack`.
+def _spread(part: jax.Array, shape: tuple[int, int], group_size: int, form: Format) -> jax.Array:
+    """Statistics of rows, or of tiles if there are three axes, by the groups of the words.
 
     Returns:
-      float32 [64 * row blocks, 16 * group_size * column blocks].
+      [tiles, h, r, steps, groups], or [tiles, steps, groups, 4].
     """
-    rows, cols = codes.shape[:2]
-    parts = group_size // STEPS
-    steps = jnp.stack(codes_of(codes.reshape(rows, cols, parts, 4 * bits, LINE), bits), axis=-2)
-    # rows, cols, parts, 64, 16 steps, 16
-    steps = steps.transpose(0, 3, 1, 2, 4, 5).reshape(rows, ROWS, cols, GROUPS, group_size)
-    scale, zero = (v.transpose(0, 2, 1, 3)[..., None] for v in statistics_of(statistics, jnp.float32))
-    return (scale * (steps.astype(jnp.float32) - zero)).reshape(rows * ROWS, -1)
+    out, inner = shape
+    tiles, steps, by_row = num_tiles(out), num_steps(inner), part.ndim == 2
+    part = part[: out if by_row else tiles, : -(-inner // group_size)]
+    part = jnp.repeat(part, group_size // form.group_columns, axis=1)[:, : -(-inner // form.group_columns)]
+    part = _padded(part, tiles * TILE if by_row else tiles, steps * form.groups)
+    return part.reshape(tiles, *((2, 8) if by_row else ()), steps, form.groups, *part.shape[2:])
 
 
-def bits_a_weight(bits: int, group_size: int) -> float:
-    """Bits of a block a weight, without outliers."""
-    return 32 * LINE * (code_lines(bits, group_size) + STATISTICS_LINES) / (ROWS * GROUPS * group_size)
+def _padded(array: jax.Array, rows: int, columns: int) -> jax.Array:
+    sizes = (rows - array.shape[0], columns - array.shape[1])
+    return jnp.pad(array, [(0, size) for size in sizes] + [(0, 0)] * (array.ndim - 2))
+
+
+def _code_words(codes: jax.Array, form: Format) -> jax.Array:
+    """Codes uint32 [16 * tiles, 16 blocks, 16] of one step to words [tiles, code_words]."""
+    whole = form.width * form.fields_per_plane
+    planes = codes[:, :whole].reshape(-1, form.width, form.fields_per_plane, BLOCK)
+    halves = _or(planes << jnp.asarray(_bits(form), jnp.uint32)[:, None], 2)
+    if whole < BLOCKS:
+        bit = jnp.arange(form.width, dtype=jnp.uint32)[:, None]
+        halves |= (codes[:, whole:] >> bit & 1) << SPARE_BIT
+    halves = halves.reshape(-1, 2, 8, form.width, 2, 4, 2)  # tile, h, r, plane, v, c, e
+    return _pairs(halves).transpose(0, 3, 2, 5, 4, 1).reshape(-1, form.code_words)
+
+
+def _nibble_words(scales: jax.Array, zeros: jax.Array, second: jax.Array) -> list[jax.Array]:
+    """Codes [tiles, h, r, steps, groups] and float16 [tiles, steps, groups, 4] to words [tiles, steps, ...]."""
+    tiles, _, _, steps, groups = scales.shape
+    bytes_ = scales.astype(jnp.uint32) & 15 | (zeros.astype(jnp.uint32) & 15) << 4
+    bytes_ = bytes_.reshape(tiles, 2, 8, steps, groups // 8, 4, 2)  # tile, h, r, step, v, c, e
+    second = second.reshape(tiles, steps, groups // 8, 4, 2, 4)  # tile, step, v, c, e, which
+    words = _pairs(jnp.moveaxis(_bits_of(second), 4, -1)).transpose(0, 1, 3, 2, 4)
+    if groups == 8:  # bytes by h, since there is no v
+        return [_pairs(bytes_[:, 0] | bytes_[:, 1] << 8).transpose(0, 2, 1, 3, 4), words]
+    by_v = bytes_[:, :, :, :, 0] | bytes_[:, :, :, :, 1] << 8
+    return [_pairs(by_v).transpose(0, 3, 2, 4, 1), words]
+
+
+def _half_words(scales: jax.Array, zeros: jax.Array) -> list[jax.Array]:
+    """Floats [tiles, h, r, steps, groups] to words [tiles, steps, ...]."""
+    tiles, _, _, steps, groups = scales.shape
+    both = _bits_of(jnp.stack([scales, zeros]).astype(jnp.float16))
+    words = _pairs(both.reshape(2, tiles, 2, 8, steps, groups // 8, 4, 2))  # which, tile, h, r, step, v, c
+    order = (1, 4, 3, 6, 5, 0, 2) if groups == 8 else (1, 4, 0, 3, 6, 5, 2)
+    return [words.transpose(order)]
+
+
+def _bits(form: Format) -> list[int]:
+    """Where the fields of a half-word begin, as stored."""
+    return [form.width * slot for slot in range(form.fields_per_plane)]
+
+
+def _bits_of(halves: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(halves, jnp.uint16).astype(jnp.uint32)
+
+
+def _pairs(halves: jax.Array) -> jax.Array:
+    """The last axis, e, to one word."""
+    return halves[..., 0] | halves[..., 1] << 16
+
+
+def _or(array: jax.Array, axis: int) -> jax.Array:
+    return lax.reduce(array, np.uint32(0), lax.bitwise_or, (axis,))
+
+
+# ---- reading, by XLA ------------------------------------------------------------------------------------------------
+
+
+class RowWords(NamedTuple):
+    """The words of steps, sorted by row; the lower axes as the format has them."""
+
+    codes: jax.Array  # uint32 [..., rows, steps, planes, v, c]
+    statistics: jax.Array  # uint32 [..., rows, steps, c] or, of halves, [..., rows, steps, which, v, c]
+    second: jax.Array | None  # uint32 [..., steps, v, c, 4]
+
+
+def by_row(words: jax.Array, form: Format) -> RowWords:
+    """Sorts the words of tiles by row: int32 [..., steps, step_words] to 16 rows."""
+    words = lax.bitcast_convert_type(words, jnp.uint32)
+    lead, groups = words.shape[:-1], form.groups
+    codes, words = words[..., : form.code_words], words[..., form.code_words :]
+    codes = _rows_first(codes.reshape(*lead, form.width, 8, 4, 2, 2), "prcvh", "pvc")
+    if form.statistics == "halves":
+        form_axes = ((8, 4, 2, 2), "rcwh", "wc") if groups == 8 else ((2, 8, 4, 2, 2), "wrcvh", "wvc")
+        statistics = _rows_first(words.reshape(*lead, *form_axes[0]), *form_axes[1:])
+        return RowWords(codes, statistics.reshape(*statistics.shape[: len(lead) + 1], 2, groups // 8, 4), None)
+    bytes_, second = words[..., : 4 * groups], words[..., 4 * groups :]
+    if groups == 8:  # the upper rows' bytes stand above the lower ones'
+        bytes_ = bytes_.reshape(*lead, 8, 4, 1) >> jnp.asarray([0, 8], jnp.uint32)
+    second = jnp.swapaxes(second.reshape(*lead, 4, groups // 8, 4), -3, -2)
+    return RowWords(codes, _rows_first(bytes_.reshape(*lead, 8, 4, 2), "rch", "c"), second)
+
+
+def _rows_first(array: jax.Array, axes: str, rest: str) -> jax.Array:
+    """[..., steps, axes] to [..., 16 rows (h, r), steps, rest]."""
+    lead = array.ndim - len(axes)
+    order = [lead + axes.index("h"), lead + axes.index("r"), lead - 1, *(lead + axes.index(axis) for axis in rest)]
+    array = array.transpose(*range(lead - 1), *order)
+    return array.reshape(*array.shape[: lead - 1], TILE, *array.shape[lead + 1 :])
+
+
+def pick(words: RowWords, rows: jax.Array) -> RowWords:
+    """One row of each tile, int32 [n] in 0..15, of the words of n tiles; the axis of rows has size 1."""
+
+    def chosen(array: jax.Array) -> jax.Array:
+        return jax.vmap(lambda tile, row: lax.dynamic_slice_in_dim(tile, row, 1, axis=0))(array, rows)
+
+    return words._replace(codes=chosen(words.codes), statistics=chosen(words.statistics))
+
+
+def decode(words: RowWords, form: Format) -> jax.Array:
+    """The weights without outliers: float32 [..., rows, 256 * steps]."""
+    halves = words.codes[..., None, None] >> _shifts(_bits(form), (0, 16))  # ..., plane, v, c, field, e
+    lead = halves.ndim - 5
+    codes = jnp.moveaxis(halves & (1 << form.width) - 1, -2, lead + 1)
+    codes = codes.reshape(*codes.shape[:lead], -1, BLOCK)
+    if codes.shape[-2] < BLOCKS:
+        bits = words.codes[..., None] >> jnp.asarray([SPARE_BIT, SPARE_BIT + 16], jnp.uint32) & 1
+        spare = _or(bits << jnp.arange(form.width, dtype=jnp.uint32)[:, None, None, None], lead)
+        codes = jnp.concatenate([codes, spare.reshape(*codes.shape[:-2], 1, BLOCK)], axis=-2)
+    scale, zero = _halves_of(words) if words.second is None else _nibbles_of(words, form)
+    grouped = codes.reshape(*codes.shape[:-2], form.groups, form.group_columns).astype(jnp.float32)
+    weights = scale[..., None] * (grouped - zero[..., None])
+    return weights.reshape(*weights.shape[:-3], -1)
+
+
+def _shifts(first: list[int], second: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.add.outer(first, second), jnp.uint32)
+
+
+def _nibbles_of(words: RowWords, form: Format) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point, float32 [..., rows, steps, groups]."""
+    assert words.second is not None
+    lines = form.groups // 8
+    bytes_ = words.statistics[..., None, None] >> _shifts([8 * v for v in range(lines)], (0, 16))  # ..., c, v, e
+    bytes_ = jnp.swapaxes(bytes_, -3, -2)
+    bytes_ = bytes_.reshape(*bytes_.shape[:-3], form.groups)
+    second = jnp.moveaxis(_floats(words.second), -1, -2)  # ..., steps, v, c, e, which
+    second = second.reshape(*second.shape[:-4], form.groups, 4)[..., None, :, :, :]  # for all rows of the tile
+    ss, sz, zs, zz = (second[..., which] for which in range(4))
+    return ss * ((bytes_ & 15).astype(jnp.float32) - sz), zs * ((bytes_ >> 4 & 15).astype(jnp.float32) - zz)
+
+
+def _halves_of(words: RowWords) -> tuple[jax.Array, jax.Array]:
+    """The same of halves."""
+    both = _floats(words.statistics)  # ..., steps, which, v, c, e
+    both = both.reshape(*both.shape[:-3], -1)
+    return both[..., 0, :], both[..., 1, :]
+
+
+def _floats(words: jax.Array) -> jax.Array:
+    """Two float16 a word, as float32 on a new last axis."""
+    halves = (words[..., None] >> jnp.asarray([0, 16], jnp.uint32)).astype(jnp.uint16)
+    return lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)

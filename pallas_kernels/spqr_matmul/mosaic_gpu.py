@@ -1,4 +1,13 @@
-"""Tensor cores: decode and multiply for up to 16 rows of activations, through Pallas's Mosaic GPU backend."""
+"""Tensor cores: the product with up to 64 rows of x in one launch, through Pallas's Mosaic GPU backend.
+
+The kernel is written per thread (`pallas_kernels.machine`), its phases are in `pallas_kernels.spqr_matmul.mosaic`:
+
+1. Each warp loads its first words of W into registers; nothing waits for them yet.
+2. x goes to shared memory as float16 in the order of operand B, each row divided by a power of two.
+3. Outliers are multiplied from shared memory, in the time that the words take.
+4. Each warp decodes and multiplies its steps and loads the words of later ones.
+5. The warps of a tile, then the thread blocks of a cluster, add up through shared memory, in a fixed order.
+"""
 
 from __future__ import annotations
 
@@ -8,179 +17,211 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.spqr_matmul import fragments
-from pallas_kernels.spqr_matmul import mosaic_registers as registers
-from pallas_kernels.spqr_matmul.fields import STEPS
-from pallas_kernels.spqr_matmul.mosaic_registers import plgpu
-from pallas_kernels.spqr_matmul.tuning import MosaicConfig
+from pallas_kernels import machine
+from pallas_kernels.machine import Word
+from pallas_kernels.spqr_matmul import tuning
+from pallas_kernels.spqr_matmul.device import target
+from pallas_kernels.spqr_matmul.formats import TILE, Format
+from pallas_kernels.spqr_matmul.fragments import num_steps
+from pallas_kernels.spqr_matmul.mosaic import activations, reduce
+from pallas_kernels.spqr_matmul.mosaic.outliers import Outliers
+from pallas_kernels.spqr_matmul.mosaic.plan import MAX_ROWS, MosaicConfig, Plan
+from pallas_kernels.spqr_matmul.mosaic.steps import Steps, zero_sum
+from pallas_kernels.spqr_matmul.mosaic.thread import Thread
 
-MAX_BATCH = 16
-COLUMNS = 8  # of one mma: rows of activations
+# Any: what older JAX has not, and what has no types of its own.
+plgpu: Any = mosaic_gpu
+
+__all__ = ["MAX_ROWS", "multiply", "plan_of"]
+
+
+def plan_of(
+    n: int,
+    rows: int,
+    columns: int,
+    formats: tuple[Format, ...],
+    capacity: int,
+    config: MosaicConfig | None = None,
+    *,
+    mixed: bool = False,
+    x_dtype: Any = jnp.bfloat16,
+    out_dtype: Any = jnp.bfloat16,
+) -> Plan:
+    """The plan of a product; arguments as of :func:`multiply`.
+
+    Raises:
+      ValueError: it cannot be cut so; says why.
+    """
+    chosen = config or MosaicConfig(blocks=rows // TILE)
+    sizes = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 4}
+    if jnp.dtype(x_dtype) not in sizes or jnp.dtype(out_dtype) not in sizes:
+        raise ValueError(f"x and the result must be bfloat16 or float32, got {x_dtype} and {out_dtype}")
+    plan = Plan(
+        n, rows, columns, formats, mixed, capacity, sizes[jnp.dtype(x_dtype)], sizes[jnp.dtype(out_dtype)], chosen
+    )
+    if config is None:
+        plan = dataclasses.replace(plan, config=tuning.mosaic_config(target(), plan))
+    if why := plan.why_impossible():
+        raise ValueError(why)
+    return plan
 
 
 def multiply(
-    codes: jax.Array,
-    statistics: jax.Array,
+    words: jax.Array,
+    spans: jax.Array | None,
+    entries: jax.Array,
+    starts: jax.Array,
+    index: jax.Array,
     x: jax.Array,
     *,
-    bits: int,
-    group_size: int,
-    config: MosaicConfig,
-    tma: bool = True,
-    interpret: bool = False,
+    rows: int,
+    formats: tuple[Format, ...],
+    config: MosaicConfig | None = None,
+    out_dtype: Any = jnp.bfloat16,
+    interpret: Any = False,
 ) -> jax.Array:
-    """The dense part times activations that are already in the order of the packed columns.
+    """x W' with matrix `index` of a stack in the "fragments" layout.
 
     Args:
-      codes, statistics: as `fragments.pack` makes them.
-      x: float16 [batch, 16 * group_size * column blocks], at most 16 rows, magnitudes up to 1.
-      tma: whether the GPU has a tensor memory accelerator (compute capability 9 and up);
-        others copy with ``cp.async``.
-      interpret: the kernel as `plgpu.force_gpu_interpret_mode` can run it.
+      words: int32 [count, tiles, steps, step_words], or with spans [total].
+      spans: int32 [count, tiles, 2] where formats are mixed, else None.
+      entries, starts: int32, the outliers.
+      index: int32 [1], which matrix; the kernel reads it, so nothing is copied.
+      x: bfloat16 or float32 [n, columns], in the packed order, at most 64 rows, columns a multiple of 16.
+      rows: of W, padded to whole tiles.
+      formats: one, or all that spans name.
+      config: how the work is cut; None to choose for the default device.
+      out_dtype: bfloat16 or float32.
+      interpret: must be false: Pallas's interpreter cannot run what is written per thread.
 
     Returns:
-      float32 [splits, tiles of 8 rows of x, 64 * row blocks, columns], to be added up over
-      the splits; columns are the batch, or 8, rounded up to a power of two, and what stands
-      past the batch is of no use.
+      [n, rows]. Products are in float16, sums in float32; a row of x is multiplied as if it were divided
+      by a power of two first. Equal arguments give equal bits.
+
+    Raises:
+      ValueError: the arguments do not fit.
+      NotImplementedError: `interpret` is not false.
     """
-    rows, cols = codes.shape[:2]
-    per_split = -(-cols // config.splits)
-    shape = _Shape(x.shape[0], cols, per_split, group_size // STEPS)
-    words = fragment_x(x, group_size, config.splits * per_split)
+    if interpret is not False:
+        raise NotImplementedError("mosaic_gpu: the kernel is written per thread and cannot be interpreted")
+    n, columns = x.shape
+    mixed, capacity = spans is not None, entries.shape[1]
+    plan = plan_of(n, rows, columns, formats, capacity, config, mixed=mixed, x_dtype=x.dtype, out_dtype=out_dtype)
+    if spans is None and words.shape[1:] != (plan.all_tiles, num_steps(plan.columns), formats[0].step_words):
+        raise ValueError(f"words {words.shape} are no {rows} x {plan.columns} in {formats[0]}")
+    arrays = {"index": index, "words": words, "entries": entries, "starts": starts, "x": x}
+    if spans is not None:
+        arrays["spans"] = spans
+    return _launch(arrays, plan=plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan", inline=False)
+def _launch(arrays: dict[str, jax.Array], plan: Plan) -> jax.Array:
+    """The launch; jitted so that a program with many equal products lowers one."""
+    names = sorted(arrays)
+
+    def kernel(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def body(ctx: Any, *plain: Any) -> None:
+            del ctx
+            *buffers, shared = plain
+            _body(Thread(plan, dict(zip([*names, "out"], buffers, strict=True)), shared))
+
+        body(*refs)
+        if plan.config.pdl:  # over by now: here so that Pallas marks the launch as one that may begin early
+            plgpu.griddepcontrol_wait()
+
+    cluster = plan.config.cluster
     return plgpu.kernel(
-        functools.partial(_kernel, bits=bits, shape=shape, config=config, tma=tma, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct(
-            (config.splits, shape.tiles, rows * fragments.ROWS, _columns(shape.batch)), jnp.float32
-        ),
-        grid=(rows // config.row_blocks, config.splits),
-        grid_names=("rows", "split"),
+        kernel,
+        out_type=jax.ShapeDtypeStruct((plan.n, plan.rows), jnp.float32 if plan.out_bytes == 4 else jnp.bfloat16),
+        scratch_types=[plgpu.SMEM((plan.shared_words,), jnp.int32)],
+        grid=(plan.config.blocks,),
+        grid_names=("rows",),
+        num_threads=plan.config.warps // 4,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(codes, statistics, words)
+        **({"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}),
+    )(*(arrays[name] for name in names))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    batch: int
-    cols: int
-    per_split: int
-    parts: int  # steps a group
-
-    @property
-    def tiles(self) -> int:
-        """Products of one operand A: columns of a tile are rows of activations."""
-        return -(-self.batch // COLUMNS)
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of steps whose activations a block needs; the last holds the sums of the groups."""
-        return STEPS * self.parts // 2 + 1
-
-
-def _columns(batch: int) -> int:
-    """Rows of activations that are stored for a tile: the batch, or 8, rounded up to a power of two."""
-    return min(1 << (batch - 1).bit_length(), COLUMNS)
-
-
-def fragment_x(x: jax.Array, group_size: int, blocks: int) -> jax.Array:
-    """Activations as operands B, with the sums of each group.
-
-    Args:
-      x: float16 [batch, columns].
-      blocks: of columns to make; those past the end are zeros.
-
-    Returns:
-      int32 [blocks, tiles, lines, 128]; a tile's words are [pairs of steps, rows, 16], and
-      padding up to whole lines, four at a time.
-    """
-    batch, inner = x.shape
-    columns, tiles = _columns(batch), -(-batch // COLUMNS)
-    x = jnp.pad(x, ((0, tiles * columns - batch), (0, blocks * fragments.GROUPS * group_size - inner)))
-    x = x.reshape(tiles, columns, blocks, fragments.GROUPS, group_size)
-    sums = x.astype(jnp.float32).sum(-1)
-    high = sums.astype(jnp.float16)
-    low = (sums - high.astype(jnp.float32)).astype(jnp.float16)
-    sums = jnp.stack([high, low], axis=-2).reshape(tiles, columns, blocks, 2 * STEPS)
-    x = jnp.concatenate([x.reshape(tiles, columns, blocks, -1), sums], axis=-1)
-    # columns of two steps are (p, v, c, e), places (c, p, v, e)
-    x = x.reshape(tiles, columns, blocks, -1, 2, 2, 4, 2).transpose(2, 0, 3, 1, 6, 4, 5, 7)
-    words = lax.bitcast_convert_type(x, jnp.int32).reshape(blocks, tiles, -1)
-    lines = fragments.activation_lines(group_size, batch)
-    words = jnp.pad(words, ((0, 0), (0, 0), (0, lines * fragments.LINE - words.shape[-1])))
-    return words.reshape(blocks, tiles, lines, fragments.LINE)
+def _body(thread: Thread) -> None:
+    """What a thread does."""
+    plan = thread.plan
+    outliers = Outliers(thread)
+    if plan.chunks == 1:
+        steps = _Formats(thread)
+        ahead, bounds = steps.ahead(0), outliers.bounds(0)
+        early = outliers.early(*bounds)
+        activations.store_powers(thread)
+        activations.store_chunk(thread, 0)
+        machine.barrier()
+        sums = outliers.add(0, outliers.zeros(), bounds, early)
+        if plan.wide:
+            outliers.store(sums)
+        state = steps.run(0, ahead)
+    else:
+        sums, state = _chunks(thread, outliers)
+    if plan.wide:
+        machine.barrier()  # the warps' sums go where x was
+    elif plan.chunks == 1:
+        outliers.store(sums)
+    reduce.store_parts(thread, state)
+    machine.barrier()
+    reduce.finish(thread)
 
 
-def _kernel(
-    codes: Any,
-    statistics: Any,
-    words: Any,
-    out: Any,
-    *,
-    bits: int,
-    shape: _Shape,
-    config: MosaicConfig,
-    tma: bool,
-    interpret: bool,
-) -> None:
-    row, split = lax.axis_index("rows"), lax.axis_index("split")
-    zero = plgpu.layout_cast(jnp.zeros((fragments.ROWS, COLUMNS), jnp.float32), registers.ACC)
-    step = functools.partial(_step, zero=zero, bits=bits, shape=shape, tma=tma, interpret=interpret)
+def _chunks(thread: Thread, outliers: Outliers) -> tuple[Any, list[machine.Float]]:
+    """The sums where x does not fit into shared memory at once."""
+    plan = thread.plan
+    steps = _Formats(thread)
+    activations.store_powers(thread)
 
-    def block_at(block: int, i: jax.Array) -> tuple[Any, ...]:
-        # The last split may reach past the end: there it reads a block again, and zeros for activations.
-        return row * config.row_blocks + block, jnp.minimum(split * shape.per_split + i, shape.cols - 1), 0, 0
+    def chunk(i: Word, carried: tuple[Any, list[machine.Float]]) -> tuple[Any, list[machine.Float]]:
+        sums, state = carried
+        ahead, bounds = steps.ahead(i), outliers.bounds(i)
+        machine.barrier()  # the chunk before has been read
+        activations.store_chunk(thread, i)
+        machine.barrier()
+        sums = outliers.add(i, sums, bounds, [])
+        return sums, [a + b for a, b in zip(state, steps.run(i, ahead), strict=True)]
 
-    def spec(block_shape: tuple[int | None, ...], index: Any) -> Any:
-        return plgpu.BlockSpec(block_shape, index, oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
-
-    store = registers.interpreted_store if interpret else registers.store
-    blocks = range(config.row_blocks)
-    totals = plgpu.emit_pipeline(
-        step,
-        grid=(shape.per_split,),
-        in_specs=[
-            spec((None, *words.shape[1:]), lambda i: (split * shape.per_split + i, 0, 0, 0)),
-            *(spec((None, None, *codes.shape[2:]), functools.partial(block_at, block)) for block in blocks),
-            *(spec((None, None, *statistics.shape[2:]), functools.partial(block_at, block)) for block in blocks),
-        ],
-        max_concurrent_steps=config.stages,
-        init_carry=((zero,) * shape.tiles,) * config.row_blocks,
-    )(words, *[codes] * config.row_blocks, *[statistics] * config.row_blocks)
-    for block, tiles in enumerate(totals):
-        rows = pl.ds((row * config.row_blocks + block) * fragments.ROWS, fragments.ROWS)
-        for tile, total in enumerate(tiles):
-            store(out.at[split, tile, rows], total, columns=_columns(shape.batch))
+    start = outliers.zeros(), zero_sum() * plan.tiles_b
+    sums, state = machine.loop(0, plan.chunks, 1, start, chunk)
+    outliers.store(sums)
+    return sums, state
 
 
-def _step(
-    _: Any, words: Any, *blocks_and_sums: Any, zero: jax.Array, bits: int, shape: _Shape, tma: bool, interpret: bool
-) -> Any:
-    *blocks, sums = blocks_and_sums
-    codes, statistics = blocks[: len(sums)], blocks[len(sums) :]
-    unpack = registers.interpreted_unpack if interpret else registers.unpack
-    activations = registers.interpreted_activations if interpret else registers.activations
-    mma = _interpreted_mma if interpret else plgpu.mma
-    columns = _columns(shape.batch)
-    b = [activations(words.at[tile], pairs=shape.pairs, rows=columns) for tile in range(shape.tiles)]
-    new = []
-    for block, totals in enumerate(sums):
-        a, scales, products = unpack(codes[block], statistics[block], bits=bits, parts=shape.parts)
-        totals = list(totals)
-        for group in range(fragments.GROUPS):
-            scale = lax.broadcast_in_dim(scales[group], (fragments.ROWS, COLUMNS), (0,))
-            for tile in range(shape.tiles):
-                acc = zero
-                for i in range(group * shape.parts, (group + 1) * shape.parts):
-                    acc = mma(acc, a[i], b[tile][i])
-                totals[tile] = totals[tile] + scale * acc
-        # scale * (code - zero) summed over a group's columns: the second term needs the sum of x only
-        new.append(tuple(t - mma(mma(zero, products, y[-2]), products, y[-1]) for t, y in zip(totals, b, strict=True)))
-    if tma:
-        plgpu.commit_smem()  # what was read here is overwritten by the next copy, which is another proxy's
-    return tuple(new)
+class _Formats:
+    """The steps of a warp's tile, whose format is data where formats are mixed; all lanes of a warp take one branch."""
 
+    def __init__(self, thread: Thread) -> None:
+        self.thread = thread
+        self.steps = [Steps(thread, form) for form in thread.plan.formats]
+        self.words = max(s.count for s in self.steps)
 
-def _interpreted_mma(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
+    def _switch(self, like: Any, branches: list[Any]) -> Any:
+        """branches[format_index]()."""
+        if len(branches) == 1:
+            return branches[0]()
+        chosen = self.thread.format_index.equals(len(branches) - 1)
+        return machine.branch(chosen, like, branches[-1], lambda: self._switch(like, branches[:-1]))
+
+    def ahead(self, chunk: Word | int) -> list[list[Word]]:
+        """The words of the first steps; of formats with fewer, the last are zeros."""
+
+        def of(steps: Steps) -> list[list[Word]]:
+            return [words + [machine.word(0)] * (self.words - steps.count) for words in steps.ahead(chunk)]
+
+        like = [[machine.word(0)] * self.words] * self.thread.plan.config.depth
+        return self._switch(like, [functools.partial(of, s) for s in self.steps])
+
+    def run(self, chunk: Word | int, ahead: list[list[Word]]) -> list[machine.Float]:
+        """The accumulators at the end."""
+
+        def of(steps: Steps) -> list[machine.Float]:
+            return steps.run(chunk, [words[: steps.count] for words in ahead])
+
+        return self._switch(zero_sum() * self.thread.plan.tiles_b, [functools.partial(of, s) for s in self.steps])

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.spqr_matmul.entries import capacity
+
 CHUNK = 4
 """Entries a chunk: of 1% of 4096 inputs, filling up adds 4%."""
 
@@ -34,9 +36,11 @@ class Outliers:
         their number stands for none.
       starts: int32 [out + 1], the first sum of each row after the last pass.
       chunk_starts: the same of the first pass; None if there is no further one.
-      widest: sums that a row has at most after the last pass.
-      row_chunks: chunks that a row has at most.
-      tile_chunks: chunks that `TILE_ROWS` rows from a multiple of it have at most.
+      widest: sums that a row has at most after the last pass, rounded up to a power of two.
+      row_chunks: chunks that a row has at most, rounded up to a power of two.
+
+    The programs depend on `widest`, `row_chunks` and the number of passes. Rounded, they are
+    the same for most matrices of a model.
     """
 
     columns: Any
@@ -46,7 +50,6 @@ class Outliers:
     chunk_starts: Any
     widest: int
     row_chunks: int
-    tile_chunks: int
 
     @property
     def first_chunks(self) -> Any:
@@ -57,11 +60,8 @@ class Outliers:
 jax.tree_util.register_dataclass(
     Outliers,
     data_fields=["columns", "values", "merges", "starts", "chunk_starts"],
-    meta_fields=["widest", "row_chunks", "tile_chunks"],
+    meta_fields=["widest", "row_chunks"],
 )
-
-TILE_ROWS = 512
-"""Rows that prefill dequantizes at a time."""
 
 
 def pack(row_ptr: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Outliers:
@@ -78,7 +78,7 @@ def pack(row_ptr: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Outlie
     starts = np.concatenate([[0], np.cumsum(chunks)])
     rows = np.repeat(np.arange(len(counts)), counts)
     place = CHUNK * starts[rows] + np.arange(row_ptr[-1]) - row_ptr[rows]
-    total = max(int(starts[-1]), 1)
+    total = capacity(int(starts[-1]))  # few sizes, so that matrices share programs
     packed_columns = np.zeros(CHUNK * total, np.asarray(columns).dtype)
     packed_values = np.zeros(CHUNK * total, np.float16)
     packed_columns[place] = np.asarray(columns)[: row_ptr[-1]]
@@ -87,18 +87,21 @@ def pack(row_ptr: np.ndarray, columns: np.ndarray, values: np.ndarray) -> Outlie
     while np.diff(starts).max(initial=0) > FAN:
         merge, starts = _merge(starts)
         merges.append(merge.astype(np.int32))
-    edges = chunk_starts[np.minimum(np.arange(0, len(counts) + TILE_ROWS, TILE_ROWS), len(counts))]
     packed = Outliers(
         columns=packed_columns.reshape(total, CHUNK).T,
         values=packed_values.reshape(total, CHUNK).T,
         merges=tuple(merges),
         starts=starts.astype(np.int32),
         chunk_starts=chunk_starts.astype(np.int32) if merges else None,
-        widest=int(np.diff(starts).max(initial=0)),
-        row_chunks=int(chunks.max(initial=0)),
-        tile_chunks=int(np.diff(edges).max(initial=0)),
+        widest=_power_of_two(int(np.diff(starts).max(initial=0))),
+        row_chunks=_power_of_two(int(chunks.max(initial=0))),
     )
     return jax.device_put(packed)
+
+
+def _power_of_two(number: int) -> int:
+    """Rounded up; 1 at least."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def _merge(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,34 +149,24 @@ def _multiply(outliers: Outliers, x: jax.Array) -> jax.Array:
     return total
 
 
-def add_to_tile(outliers: Outliers, tile: jax.Array, first: jax.Array) -> jax.Array:
-    """Adds the outliers of `TILE_ROWS` rows to their dense part.
+def add_to(outliers: Outliers, dense: jax.Array, first: jax.Array) -> jax.Array:
+    """Adds the outliers of some rows to their dense part.
 
     Args:
-      tile: [TILE_ROWS, columns], rows from `first` on.
-      first: a multiple of TILE_ROWS.
+      dense: [some rows, columns], rows from `first` on, in the packed order.
+      first: int32, which row of the matrix is row 0 of `dense`.
     """
-    if not outliers.tile_chunks:
-        return tile
-    starts = outliers.first_chunks
-    count = outliers.columns.shape[1]
-    length = min(outliers.tile_chunks, count)
-    begin = jnp.minimum(jnp.take(starts, first, mode="clip"), count - length)
-    chunk = begin + jnp.arange(length, dtype=jnp.int32)
-    row = jnp.searchsorted(starts, chunk, side="right").astype(jnp.int32) - 1 - first
-    inside = (row >= 0) & (row < TILE_ROWS)
-    columns = jax.lax.dynamic_slice_in_dim(outliers.columns, begin, length, axis=1).astype(jnp.int32)
-    values = jax.lax.dynamic_slice_in_dim(outliers.values, begin, length, axis=1)
+    chunk = jnp.arange(outliers.columns.shape[1], dtype=jnp.int32)
+    row = jnp.searchsorted(outliers.first_chunks, chunk, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    row = jnp.where(row < first, dense.shape[0], row - first)  # negative ones would count from the end
     # Filling has value 0 and column 0, which another entry may have too: the scatter must add.
-    at = (jnp.broadcast_to(jnp.where(inside, row, TILE_ROWS), columns.shape), columns)
-    return tile.at[at].add(values.astype(tile.dtype), mode="drop")
+    at = (jnp.broadcast_to(row, outliers.columns.shape), outliers.columns.astype(jnp.int32))
+    return dense.at[at].add(outliers.values.astype(dense.dtype), mode="drop")
 
 
 def row(outliers: Outliers, index: jax.Array, inner: int) -> jax.Array:
     """The sparse part of one row, float32 [inner] in the packed order."""
     dense = jnp.zeros(inner, jnp.float32)
-    if not outliers.row_chunks:
-        return dense
     first, last = outliers.first_chunks[index], outliers.first_chunks[index + 1]
     chunk = first + jnp.arange(outliers.row_chunks, dtype=jnp.int32)
     columns = jnp.take(outliers.columns, chunk, axis=1, mode="clip").astype(jnp.int32)

@@ -1,53 +1,64 @@
-"""`Prepared`: a quantized matrix in the layout that one of the kernels reads."""
+"""`Prepared`: quantized matrices in the layout that one of the kernels reads."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.spqr_matmul import fragments, lanes, outliers, rows
-
-Layout = Literal["fragments", "rows", "lanes"]
-LAYOUTS: tuple[Layout, ...] = ("fragments", "rows", "lanes")
-
-BITS = (2, 3, 4)
-"""Bits of a code that the kernels read."""
-
-TILE = 16
-STATISTICS_BITS = 4
-"""Bits of a scale or zero code at most: both of a group are held in a byte."""
+from pallas_kernels.spqr_matmul import entries, fragments, spans
+from pallas_kernels.spqr_matmul import pieces as pieces_
+from pallas_kernels.spqr_matmul.formats import TILE, Format, format_of
+from pallas_kernels.spqr_matmul.part import LAYOUTS, Layout, Outliers, Part, checked
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A matrix [out, in] for :func:`matmul`. Make one with :func:`prepare`.
+    """A stack of joined matrices for :func:`matmul`. Make one with :func:`prepare` and :func:`stack`.
+
+    A *joined* matrix is several matrices that read one input, rows below each other. A *stack*
+    is several joined matrices of one shape, for example of the layers of a model. The static
+    attributes, and so the programs, depend on shapes and formats only.
 
     Attributes:
-      arrays: the layout's: int32, see `fragments`, `rows` and `lanes`.
-      sparse: the outliers.
-      order: int32 [in], which input each packed column is; None if they are in order.
-      shape: (out, in).
-      bits: of a code.
-      group_size: columns a group.
+      words: codes and statistics, int32, see `fragments`; None in other layouts.
+      spans: int32 [count, tiles, 2], where each tile's words begin; None if all have one format.
+      entries: the outliers, int32 [count, capacity], see `entries`; None in other layouts.
+      starts: int32 [count, 4 * rows + 1], where each row's begin; None in other layouts.
+      order: int32 [count, in], the input that each packed column is; None if all are in order.
+      pieces: the matrices of the other layouts; empty for "fragments".
+      parts: rows of each of the joined matrices.
+      inner: columns.
+      formats: of the tiles of `words`.
       layout: whose arrays these are.
-      block: rows of a block, to whole ones of which rows are padded.
-      order_key: equal for equal orders; "" for none.
     """
 
-    arrays: tuple[Any, ...]
-    sparse: outliers.Outliers
+    words: Any
+    spans: Any
+    entries: Any
+    starts: Any
     order: Any
-    shape: tuple[int, int]
-    bits: int
-    group_size: int
+    pieces: tuple[pieces_.Piece, ...]
+    parts: tuple[int, ...]
+    inner: int
+    formats: tuple[Format, ...]
     layout: Layout
-    block: int
-    order_key: str
+
+    @property
+    def count(self) -> int:
+        """Matrices of the stack."""
+        return 1 if self.starts is None else self.starts.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows of all parts, in) of one matrix of the stack."""
+        return sum(self.parts), self.inner
 
     @property
     def ndim(self) -> int:
@@ -60,160 +71,143 @@ class Prepared:
         return np.dtype(np.float32)
 
     @property
+    def rows(self) -> int:
+        """Rows of one matrix, each part's padded to whole tiles of 16."""
+        return sum(-(-part // TILE) * TILE for part in self.parts)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are held, paddings included."""
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
-    @property
-    def padded_inner(self) -> int:
-        """Columns that the arrays hold."""
-        if self.layout == "fragments":
-            return self.arrays[0].shape[1] * fragments.GROUPS * self.group_size
-        module = rows if self.layout == "rows" else lanes
-        return module.padded_inner(self.shape[1], self.group_size)
-
-    @property
-    def padded_out(self) -> int:
-        """Rows that the arrays hold."""
-        return -(-self.shape[0] // self.block) * self.block
-
 
 jax.tree_util.register_dataclass(
     Prepared,
-    data_fields=["arrays", "sparse", "order"],
-    meta_fields=["shape", "bits", "group_size", "layout", "block", "order_key"],
+    data_fields=["words", "spans", "entries", "starts", "order", "pieces"],
+    meta_fields=["parts", "inner", "formats", "layout"],
 )
 
 
-def why_unsupported(*, bits: int, group_size: int, statistics_bits: int | None, tile_rows: int) -> str:
-    """Why the kernels cannot read a format, and what they could; empty if they can.
-
-    Args:
-      bits: of a code.
-      group_size: columns that share a scale.
-      statistics_bits: of a scale or zero code, the larger; None without a second level.
-      tile_rows: rows that share a second-level fit.
-    """
-    if bits not in BITS:
-        return f"codes of {bits} bits (the kernels read {', '.join(map(str, BITS))})"
-    if group_size % TILE or group_size > 128:
-        return f"groups of {group_size} (the kernels read multiples of {TILE} up to 128)"
-    if statistics_bits is None:
-        return "statistics without a second level (the kernels read scale and zero codes)"
-    if statistics_bits > STATISTICS_BITS:
-        return f"scale or zero codes of {statistics_bits} bits (the kernels read up to {STATISTICS_BITS})"
-    if tile_rows % TILE:
-        return f"second-level groups of {tile_rows} rows (the kernels read multiples of {TILE})"
-    return ""
-
-
-def prepare(
-    layout: Layout,
-    *,
-    shape: tuple[int, int],
-    bits: int,
-    group_size: int,
-    codes: Any,
-    scale_codes: Any,
-    zero_codes: Any,
-    tile_stats: Any,
-    row_ptr: Any,
-    cols: Any,
-    values: Any,
-    perm: Any,
-) -> Prepared:
-    """Turns a matrix's parts into a kernel's layout. Columns are permuted ones throughout.
-
-    A weight is scale * (code - zero), plus its outlier; scale = ss (scale code - sz) and
-    zero = zs (zero code - zz), with the four of a tile of 16 rows and one group.
+def prepare(layout: Layout, parts: Sequence[Part], perm: Any = None) -> Prepared:
+    """Turns matrices that read one input into a kernel's layout.
 
     Args:
       layout: `fragments` for mosaic_gpu, `rows` for triton, `lanes` for tpu.
-      shape: (out, in).
-      bits: of a code, one of `BITS`.
-      group_size: columns a group, a multiple of 16 up to 128.
-      codes: uint16 [out, words], runs of 16 codes: `bits` words hold a run as one
-        little-endian bit stream.
-      scale_codes: uint8 [at least out, groups], below 16.
-      zero_codes: the same.
-      tile_stats: float16 [tiles of 16 rows, groups, 4]: ss, sz, zs, zz.
-      row_ptr: int [out + 1], outliers before each row.
-      cols: integers [entries], rising within a row.
-      values: float16 [entries].
+      parts: one matrix, or several of as many columns.
       perm: integers [in], or None for the identity: packed column j is input perm[j].
 
+    Returns:
+      A stack of one.
+
     Raises:
-      NotImplementedError: the kernels do not read this format; says why.
-      ValueError: parts that do not fit together.
+      NotImplementedError: the layout cannot hold this format; says why.
+      ValueError: arrays that do not fit together.
     """
-    out, inner = shape
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if why := why_unsupported(bits=bits, group_size=group_size, statistics_bits=STATISTICS_BITS, tile_rows=TILE):
-        raise NotImplementedError(why)
-    groups = -(-inner // group_size)
-    _check(out, inner, bits, groups, codes, scale_codes, zero_codes, tile_stats, row_ptr, cols, values, perm)
-    parts = {
-        "codes": codes[:, : groups * group_size // TILE * bits],
-        "scales": scale_codes[:out, :groups],
-        "zeros": zero_codes[:out, :groups],
-        "tiles": tile_stats[: -(-out // TILE), :groups],
-    }
-    static = {"bits": bits, "group_size": group_size}
+    if not parts:
+        raise ValueError("there must be at least one part")
+    inner = parts[0].shape[1]
+    if len(columns := {part.shape[1] for part in parts}) > 1:
+        raise ValueError(f"joined parts must have one number of columns, got {sorted(columns)}")
+    outliers = [checked(layout, part) for part in parts]
+    order = None
+    if perm is not None:
+        perm = np.asarray(perm).astype(np.int32)
+        if perm.shape != (inner,) or not np.array_equal(np.sort(perm), np.arange(inner)):
+            raise ValueError(f"perm of shape {perm.shape} is not a permutation of {inner} columns")
+        order = jax.device_put(perm[None])
+    empty = Prepared(None, None, None, None, order, (), tuple(part.shape[0] for part in parts), inner, (), layout)
     if layout == "fragments":
-        block, arrays = fragments.ROWS, fragments.pack(**parts, **static)
-    elif layout == "rows":
-        block, arrays = rows.BLOCK, rows.pack(**parts, **static)
-    else:
-        block = lanes.choose_block(out)
-        arrays = lanes.pack(**parts, **static, block=block)
-    order = None if perm is None else np.asarray(perm).astype(np.int32)
-    return Prepared(
-        arrays=tuple(arrays),
-        sparse=outliers.pack(np.asarray(row_ptr), np.asarray(cols), np.asarray(values)),
-        order=None if order is None else jax.device_put(order),
-        shape=(int(out), int(inner)),
-        bits=bits,
-        group_size=group_size,
-        layout=layout,
-        block=block,
-        order_key="" if order is None else hashlib.sha256(order.tobytes()).hexdigest()[:16],
+        return _fragments(empty, parts, outliers)
+    packed = (
+        pieces_.pack(
+            layout,
+            shape=part.shape,
+            bits=part.bits,
+            group_size=part.group_size,
+            codes=part.codes,
+            statistics=part.statistics,
+            row_ptr=sparse.row_ptr,
+            columns=sparse.columns,
+            values=sparse.values,
+        )
+        for part, sparse in zip(parts, outliers, strict=True)
+    )
+    return dataclasses.replace(empty, pieces=tuple(packed))
+
+
+def _fragments(empty: Prepared, parts: Sequence[Part], outliers: Sequence[Outliers]) -> Prepared:
+    sections: list[spans.Section] = []
+    for part in parts:
+        form = format_of(part.bits, part.group_size, second_level=part.scale is None)
+        words = fragments.pack(
+            part.codes,
+            part.statistics,
+            shape=part.shape,
+            bits=part.bits,
+            group_size=part.group_size,
+            form=form,
+        )
+        sections.append((words, None, (form,)))
+    words, tile_spans, formats = spans.concatenated(sections, axis=1)
+    counts = [
+        np.pad(np.diff(sparse.row_ptr), (0, -part.shape[0] % TILE))
+        for part, sparse in zip(parts, outliers, strict=True)
+    ]
+    packed, starts = entries.pack(
+        np.concatenate([[0], np.cumsum(np.concatenate(counts))]),
+        np.concatenate([sparse.columns for sparse in outliers]),
+        np.concatenate([sparse.values for sparse in outliers]),
+        rows=empty.rows,
+        inner=empty.inner,
+    )
+    packed = np.pad(packed, (0, entries.capacity(len(packed)) - len(packed))).view(np.int32)
+    held, starts = jax.device_put((packed[None], starts[None]))
+    return dataclasses.replace(empty, words=words, spans=tile_spans, entries=held, starts=starts, formats=formats)
+
+
+def stack(matrices: Sequence[Prepared]) -> Prepared:
+    """Matrices of one shape as one stack, in order; their formats may differ.
+
+    The new arrays are copies: those of `matrices` can be dropped.
+
+    Raises:
+      NotImplementedError: the matrices have another layout than "fragments".
+      ValueError: the matrices differ in shape, or there is none.
+    """
+    if not matrices:
+        raise ValueError("a stack needs at least one matrix")
+    first = matrices[0]
+    if layouts := {matrix.layout for matrix in matrices} - {"fragments"}:
+        raise NotImplementedError(f"only the fragments layout can be stacked, not {', '.join(sorted(layouts))}")
+    for matrix in matrices:
+        if (matrix.parts, matrix.inner) != (first.parts, first.inner):
+            raise ValueError(
+                f"matrices of a stack must have one shape, got parts of {first.parts} rows x {first.inner} "
+                f"and of {matrix.parts} rows x {matrix.inner}"
+            )
+    words, tile_spans, formats = spans.concatenated([(m.words, m.spans, m.formats) for m in matrices], axis=0)
+    held, starts, order = _stacked(
+        [matrix.entries for matrix in matrices],
+        [matrix.starts for matrix in matrices],
+        [matrix.order for matrix in matrices],
+        inner=first.inner,
+    )
+    return dataclasses.replace(
+        first, words=words, spans=tile_spans, entries=held, starts=starts, order=order, formats=formats
     )
 
 
-def _check(
-    out: int,
-    inner: int,
-    bits: int,
-    groups: int,
-    codes: Any,
-    scale_codes: Any,
-    zero_codes: Any,
-    tile_stats: Any,
-    row_ptr: Any,
-    cols: Any,
-    values: Any,
-    perm: Any,
-) -> None:
-    least = {
-        "codes": (codes, (out, -(-inner // TILE) * bits)),
-        "scale_codes": (scale_codes, (out, groups)),
-        "zero_codes": (zero_codes, (out, groups)),
-        "tile_stats": (tile_stats, (-(-out // TILE), groups, 4)),
-    }
-    for name, (array, wanted) in least.items():
-        have = tuple(array.shape)
-        if len(have) != len(wanted) or any(h < w for h, w in zip(have, wanted, strict=True)):
-            raise ValueError(
-                f"{name} of shape {have} does not cover a matrix of {out} x {inner}: at least {wanted} is needed"
-            )
-    row_ptr, cols = np.asarray(row_ptr), np.asarray(cols)
-    if row_ptr.shape != (out + 1,) or row_ptr[0] != 0 or np.any(np.diff(row_ptr) < 0):
-        raise ValueError(f"row_ptr of shape {row_ptr.shape} does not rise from 0 over {out} rows")
-    entries = int(row_ptr[-1])
-    if cols.shape[0] < entries or np.asarray(values).shape[0] < entries:
-        raise ValueError(f"{entries} outliers, but {cols.shape[0]} columns and {np.asarray(values).shape[0]} values")
-    if entries and not 0 <= int(cols[:entries].min()) <= int(cols[:entries].max()) < inner:
-        raise ValueError(f"an outlier's column is outside 0..{inner - 1}")
-    if perm is not None and not np.array_equal(np.sort(np.asarray(perm)), np.arange(inner)):
-        raise ValueError(f"perm is not a permutation of {inner} columns")
+@functools.partial(jax.jit, static_argnames="inner")
+def _stacked(
+    held: list[jax.Array], starts: list[jax.Array], orders: list[jax.Array | None], *, inner: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Entries to one capacity, starts, and orders: None if all are."""
+    capacity = max(array.shape[1] for array in held)
+    held = [jnp.pad(array, ((0, 0), (0, capacity - array.shape[1]))) for array in held]
+    order = None
+    if any(array is not None for array in orders):
+        in_order = [jnp.broadcast_to(jnp.arange(inner, dtype=jnp.int32), (array.shape[0], inner)) for array in held]
+        order = jnp.concatenate([o if o is not None else i for o, i in zip(orders, in_order, strict=True)])
+    return jnp.concatenate(held), jnp.concatenate(starts), order

@@ -1,20 +1,25 @@
 """How a product is cut on a device: what was measured there if anything was, else a rule.
 
-`tuned.json` beside this file maps device kind, kernel and problem to a configuration;
-`benchmarks/tune_pallas.py` writes it. The rules fill a GPU: enough thread blocks for
-every multiprocessor to have several, each with at least two steps.
+`tuned.json` beside this file maps device kind, kernel and problem to a configuration. The
+rules fill a GPU. `mosaic_config` takes the cut that `mosaic.estimate` expects to be fastest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.spqr_matmul import fragments, lanes, rows
+from pallas_kernels.spqr_matmul import lanes, rows
 from pallas_kernels.spqr_matmul.device import Target
+from pallas_kernels.spqr_matmul.formats import TILE
+from pallas_kernels.spqr_matmul.mosaic import estimate
+from pallas_kernels.spqr_matmul.mosaic.plan import MosaicConfig, Plan
+from pallas_kernels.spqr_matmul.pieces import Piece
 
 TABLE = Path(__file__).with_name("tuned.json")
 
@@ -35,19 +40,9 @@ class Problem:
         return f"{self.batch}x{self.out}x{self.inner}:b{self.bits}g{self.group_size}"
 
 
-@dataclasses.dataclass(frozen=True)
-class MosaicConfig:
-    """How `mosaic_gpu` cuts the work.
-
-    Attributes:
-      row_blocks: blocks of 64 rows that a thread block has; they share the activations.
-      splits: thread blocks that share these rows, each with its own columns.
-      stages: steps whose words are in shared memory at a time.
-    """
-
-    row_blocks: int
-    splits: int
-    stages: int
+def problem(piece: Piece, batch: int) -> Problem:
+    """What the configuration of a product depends on."""
+    return Problem(batch, *piece.shape, piece.bits, piece.group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +68,6 @@ def _found(kernel: str, device: Target, problem: Problem) -> dict[str, int] | No
     return table().get(device.kind, {}).get(kernel, {}).get(problem.key)
 
 
-def mosaic_config(device: Target, problem: Problem) -> MosaicConfig:
-    """For `mosaic_gpu`: four thread blocks a multiprocessor, of four warps each; no stages if not one would fit."""
-    if found := _found("mosaic_gpu", device, problem):
-        return MosaicConfig(**found)
-    row_blocks, columns = fragments.num_blocks(problem.out, problem.inner, problem.group_size)
-    splits = _splits(4 * device.cores, row_blocks, columns)
-    form = {"bits": problem.bits, "group_size": problem.group_size, "batch": min(problem.batch, 16), "row_blocks": 1}
-
-    def fits(stages: int) -> bool:
-        return fragments.shared_bytes(**form, stages=stages) <= device.shared_bytes
-
-    stages = next((stages for stages in (3, 2, 1) if fits(stages)), 0)
-    return MosaicConfig(row_blocks=1, splits=splits, stages=min(stages, -(-columns // splits)))
-
-
 def triton_config(device: Target, problem: Problem) -> TritonConfig:
     """For `triton`: sixteen warps a multiprocessor."""
     if found := _found("triton", device, problem):
@@ -95,6 +75,45 @@ def triton_config(device: Target, problem: Problem) -> TritonConfig:
     blocks = rows.padded_rows(problem.out, rows.BLOCK) // rows.BLOCK
     steps = rows.padded_inner(problem.inner, problem.group_size) // (rows.GROUPS * problem.group_size)
     return TritonConfig(blocks=1, splits=_splits(16 * device.cores, blocks, steps))
+
+
+def mosaic_config(device: Target, plan: Plan) -> MosaicConfig:
+    """For `mosaic_gpu`: of the cuts that fit, the one with the least estimate.
+
+    Args:
+      device: what it is for.
+      plan: of the product; its `config` is not read.
+    """
+    widths = ",".join(f"{f.width}/{f.groups}/{f.statistics}" for f in plan.formats)
+    key = f"{plan.n}x{plan.rows}x{plan.columns}:{widths}"
+    if values := table().get(device.kind, {}).get("mosaic_gpu", {}).get(key):
+        return MosaicConfig(**values)
+    best = min(_mosaic_cuts(device, plan), key=lambda cut: estimate.microseconds(cut, device))
+    return best.config
+
+
+def _mosaic_cuts(device: Target, plan: Plan) -> Iterator[Plan]:
+    """Plans that a device can run: tiles of a thread block, warps, clusters, steps ahead, chunks."""
+    tiles = plan.rows // TILE
+    clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
+    for cluster, warps, depth in itertools.product(clusters, (4, 8, 12, 16), (1, 2, 3, 4)):
+        for per_block in range(1, min(warps, tiles) + 1):
+            config = MosaicConfig(-(-tiles // per_block), warps, cluster, depth, early=4 if plan.n > 4 else 8)
+            cut = dataclasses.replace(plan, config=config)
+            if cut.why_impossible() or cluster > cut.steps or estimate.spills(cut):
+                continue
+            cut = _in_chunks(cut, device)
+            if depth == 1 or depth <= -(-cut.chunk // cut.split):  # no more ahead than there are
+                yield cut
+
+
+def _in_chunks(plan: Plan, device: Target) -> Plan:
+    """The plan with as few and as equal chunks as shared memory allows."""
+    for chunks in range(1, plan.part + 1):
+        cut = dataclasses.replace(plan, config=dataclasses.replace(plan.config, chunk=-(-plan.part // chunks)))
+        if cut.shared_bytes + estimate.RESERVED_SHARED <= device.shared_bytes:
+            break
+    return cut
 
 
 VMEM_BYTES = 12 << 20

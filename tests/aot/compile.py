@@ -28,11 +28,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--out", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=8192)
-    parser.add_argument("--row-blocks", type=int, default=1, help="mosaic_gpu: blocks of 64 rows a thread block")
+    parser.add_argument(
+        "--forms", type=Path, help="mosaic_gpu: a folder for the PTX of all of this target in product.py"
+    )
+    parser.add_argument(
+        "--halves", action="store_true", help="mosaic_gpu: scales and zero points without a second level"
+    )
     parser.add_argument("--blocks", type=int, default=1, help="triton: blocks of 128 rows a warp")
-    parser.add_argument("--splits", type=int, default=4)
-    parser.add_argument("--stages", type=int, default=3, help="mosaic_gpu: steps in shared memory")
     parser.add_argument("--depth", type=int, default=4, help="tpu: column blocks of a grid step")
+    parser.add_argument("--splits", type=int, default=4, help="triton: warps that share rows")
     parser.add_argument("--keep", type=Path, help="where the PTX goes")
     return parser.parse_args()
 
@@ -62,15 +66,52 @@ def start_jax(dump: Path | None) -> None:
         os.environ["PATH"] = f"{Path(ptxas).parent}:{os.environ['PATH']}"
         os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(Path(ptxas).parents[1])
         os.environ["XLA_FLAGS"] += f" --xla_gpu_cuda_data_dir={Path(ptxas).parents[1]}"
-    sys.path[:0] = [str(ROOT)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[Any, list[Any]]:
+def form_of(options: argparse.Namespace) -> Any:
+    """A stack of two matrices, whose product is cut as on the device."""
+    from product import Form
+
+    return Form(
+        options.target,
+        options.batch,
+        (options.out,),
+        options.inner,
+        (options.bits, options.bits),
+        options.group_size,
+        not options.halves,
+        exact=False,
+    )
+
+
+def tensor_core_kernel(options: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
+    """As `product.kernel`, of shapes."""
+    import product
+
+    form = form_of(options)
+    return product.kernel(form, product.described(form, options.out * options.inner // 100))
+
+
+def keep_forms(device: Any, dump: Path, target: str, folder: Path) -> None:
+    """Compiles the tiny products, all in this process; their PTX goes to `folder`, named by number."""
+    import product
+
+    for i, form in enumerate(product.FORMS.values()):
+        if form.target == target:
+            multiply, specs, _ = product.kernel(form, product.described(form, product.most_outliers(form)))
+            lower_for(device, multiply, [specs]).compile()
+            (folder / f"{i}.ptx").write_text(_ptx_of(dump, "mosaic").read_text())
+            for path in dump.rglob("*.ptx"):
+                path.unlink()
+
+
+def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     """The kernel alone and what it takes, as shapes."""
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.spqr_matmul import fragments, lanes, rows, tuning
+    from pallas_kernels.spqr_matmul import lanes, rows, tuning
 
     def spec(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -78,19 +119,8 @@ def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[An
     out, inner, group = options.out, options.inner, options.group_size
     form = {"bits": options.bits, "group_size": group}
     if options.kernel == "mosaic_gpu":
-        from pallas_kernels.spqr_matmul import mosaic_gpu
-
-        row_blocks, columns = fragments.num_blocks(out, inner, group)
-        config = tuning.MosaicConfig(options.row_blocks, options.splits, options.stages)
-        code_lines = fragments.code_lines(options.bits, group)
-        return (
-            lambda *a: mosaic_gpu.multiply(*a, **form, config=config, tma=capability >= (9, 0)),
-            [
-                spec(row_blocks, columns, code_lines, fragments.LINE),
-                spec(row_blocks, columns, fragments.STATISTICS_LINES, fragments.LINE),
-                spec(options.batch, inner, dtype=jnp.float16),
-            ],
-        )
+        multiply, specs, _ = tensor_core_kernel(options)
+        return multiply, [specs]
     if options.kernel == "triton":
         from pallas_kernels.spqr_matmul import triton
 
@@ -124,11 +154,16 @@ def kernel(options: argparse.Namespace, capability: tuple[int, int]) -> tuple[An
 def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
     """The product for prompts, from blocks for tensor cores or for a TPU: no kernel of ours, dequantized rows."""
     import jax.numpy as jnp
+    import product
 
     from pallas_kernels import spqr_matmul
-    from pallas_kernels.spqr_matmul import fragments, lanes, outliers
+    from pallas_kernels.spqr_matmul import lanes, outliers
+    from pallas_kernels.spqr_matmul.pieces import Piece
 
     out, inner, group = options.out, options.inner, options.group_size
+    x = spec(options.batch, inner, dtype=jnp.bfloat16)
+    if options.target not in ("v5e", "v6e"):
+        return lambda x, w: spqr_matmul.matmul(x, w, 0), [x, product.described(form_of(options), out * inner // 100)]
     chunks = out * (inner // 100 // outliers.CHUNK + 1)
     sparse = outliers.Outliers(
         columns=spec(outliers.CHUNK, chunks, dtype=jnp.uint16),
@@ -140,24 +175,14 @@ def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
         row_chunks=24,
         tile_chunks=chunks * outliers.TILE_ROWS // out,
     )
-    if options.target in ("v5e", "v6e"):
-        block, layout, columns = lanes.choose_block(out), "lanes", inner // (lanes.GROUPS * group)
-        arrays = (
-            spec(columns * lanes.code_sublanes(options.bits, group), out),
-            spec(columns * 8, out),
-            spec(columns * lanes.GROUPS, out // block * lanes.LANES),
-        )
-    else:
-        block, layout = fragments.ROWS, "fragments"
-        at = fragments.num_blocks(out, inner, group)
-        arrays = (
-            spec(*at, fragments.code_lines(options.bits, group), fragments.LINE),
-            spec(*at, fragments.STATISTICS_LINES, fragments.LINE),
-        )
-    matrix = spqr_matmul.Prepared(
-        arrays, sparse, spec(inner), (out, inner), options.bits, group, layout, block, "an order"
+    block, columns = lanes.choose_block(out), inner // (lanes.GROUPS * group)
+    arrays = (
+        spec(columns * lanes.code_sublanes(options.bits, group), out),
+        spec(columns * 8, out),
+        spec(columns * lanes.GROUPS, out // block * lanes.LANES),
     )
-    x = spec(options.batch, inner, dtype=jnp.bfloat16)
+    piece = Piece(arrays, sparse, (out, inner), options.bits, group, block, "lanes")
+    matrix = spqr_matmul.Prepared(None, None, None, None, spec(1, inner), (piece,), (out,), inner, (), "lanes")
     return lambda x, w: spqr_matmul.matmul(x, w), [x, matrix]
 
 
@@ -177,7 +202,7 @@ def lower_for(device: Any, function: Any, specs: Any, **options: Any) -> Any:
 def weights_a_step(options: argparse.Namespace) -> int:
     """Weights that a thread, or on a TPU the core, goes through in one turn of the loop."""
     if options.kernel == "mosaic_gpu":
-        return 8 * options.group_size * options.row_blocks
+        return 128 * tensor_core_kernel(options)[2].config.depth
     if options.kernel == "triton":
         return 16 * options.group_size * options.blocks
     from pallas_kernels.spqr_matmul import lanes
@@ -188,23 +213,37 @@ def weights_a_step(options: argparse.Namespace) -> int:
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder)
-        start_jax(dump)
-        import targets
+        start_jax(Path(folder))
+        print(json.dumps(result(options, Path(folder))), flush=True)
+    os._exit(0)  # at an ordinary exit the compiler's threads now and then use what is no longer there
 
-        device = targets.device(options.target)
-        gpu = targets.GPUS.get(options.target)
-        function, specs = kernel(options, gpu.capability if gpu else (0, 0))
-        compiled = lower_for(device, function, specs).compile()
-        result = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
-        weights = 0 if options.kernel == "xla" else weights_a_step(options)
-        if options.kernel == "xla":
-            result["dense_bytes"] = 2 * options.out * options.inner
-        elif gpu is None:
-            result |= _bundles(dump, weights)
-        else:
-            result |= _machine(dump, options, weights)
-        print(json.dumps(result))
+
+def result(options: argparse.Namespace, dump: Path) -> dict[str, Any]:
+    """What came out."""
+    import jax
+    import targets
+
+    device = targets.device(options.target)
+    jax.config.update("jax_default_device", device)  # for which `tuning` chooses
+    gpu = targets.GPUS.get(options.target)
+    if options.forms:
+        keep_forms(device, dump, options.target, options.forms)
+        return {}
+    function, specs = kernel(options)
+    compiled = lower_for(device, function, specs).compile()
+    numbers = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    if options.kernel == "xla":
+        return numbers | {"dense_bytes": 2 * options.out * options.inner}
+    if gpu is None:
+        return numbers | _bundles(dump, weights_a_step(options))
+    return numbers | _machine(dump, options, weights_a_step(options))
+
+
+def _ptx_of(dump: Path, name: str) -> Path:
+    """The only PTX with such a kernel."""
+    paths = [path for path in dump.rglob("*.ptx") if re.search(rf"\.entry\s+\w*{name}", path.read_text())]
+    [ptx] = {path.read_text(): path for path in paths}.values()
+    return ptx
 
 
 def _bundles(dump: Path, weights: int) -> dict[str, Any]:
@@ -216,25 +255,17 @@ def _bundles(dump: Path, weights: int) -> dict[str, Any]:
 def _machine(dump: Path, options: argparse.Namespace, weights: int) -> dict[str, Any]:
     import sass
 
-    wanted = "mosaic" if options.kernel == "mosaic_gpu" else "spqr_matvec"
-    found = [f for f in dump.rglob("*.ptx") if re.search(rf"\.entry\s+\w*{wanted}", f.read_text())]
-    [ptx] = {f.read_text(): f for f in found}.values()
+    ptx = _ptx_of(dump, "mosaic" if options.kernel == "mosaic_gpu" else "spqr_matvec")
     kept = options.keep or dump / "kernel.ptx"
     kept.write_text(ptx.read_text())
     machine = sass.assemble(kept)
-    wide = [op for op in machine.loop if op.startswith(("LDG.E.128", "LDS.128", "UBLKCP", "UTMALDG"))]
-    shared = machine.shared
+    wide = [op for op in machine.loop if re.match(r"(LDG|LDS)\.(\w+\.)*128|UBLKCP|UTMALDG", op)]
+    shared, cut = machine.shared, f"{options.blocks} blocks, {options.splits} splits"
     if options.kernel == "mosaic_gpu":
-        from pallas_kernels.spqr_matmul import fragments
-
-        shared = fragments.shared_bytes(
-            bits=options.bits,
-            group_size=options.group_size,
-            batch=options.batch,
-            row_blocks=options.row_blocks,
-            stages=options.stages,
-        )
+        plan = tensor_core_kernel(options)[2]
+        shared, cut = plan.shared_bytes, str(plan.config)
     return {
+        "cut": cut,
         "shared_bytes": shared,
         "registers": machine.registers,
         "spills": machine.spills,

@@ -74,7 +74,10 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P[T\d]+\s+)?
 
 
 def _largest_loop(sass: str) -> list[str]:
-    """Opcodes between a label and a branch back to it, of the longest such that holds no other."""
+    """Opcodes between a label and a branch back to it, of the longest such that holds no other.
+
+    Loops with matrix products go before others.
+    """
     labels, opcodes, branches = {}, [], []
     for line in sass.splitlines():
         if label := re.match(r"^\s*(\.L_x?_?\d+):", line):
@@ -88,5 +91,6 @@ def _largest_loop(sass: str) -> list[str]:
     inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
     if not inner:
         return []
-    first, last = max(inner, key=lambda loop: loop[1] - loop[0])
+    products = [loop for loop in inner if any(op.startswith("HMMA") for op in opcodes[loop[0] : loop[1]])]
+    first, last = max(products or inner, key=lambda loop: loop[1] - loop[0])
     return opcodes[first:last]

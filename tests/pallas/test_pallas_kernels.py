@@ -1,10 +1,10 @@
-"""The Pallas kernels against the formula: in interpreters, in every layout and format, and what they refuse."""
+"""The Pallas kernels against the formula, in interpreters; which kernel is chosen, and what they refuse."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import re
 import warnings
 
 import jax
@@ -12,26 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.arrays import dense, dense_model, random_array, random_quantized
+from support.parts import prepared
 
 from pallas_kernels import spqr_matmul
-from pallas_kernels.spqr_matmul import api, outliers, prepared, xla
+from pallas_kernels.spqr_matmul import api, fragments, lanes, outliers, rows
+from pallas_kernels.spqr_matmul.formats import Format
 from spqr_jax import SpQRError, linear, prepare
 from spqr_jax.generate import Generator
-from spqr_jax.linear import default_implementation, linear_all, pack_for_pallas, take_rows
+from spqr_jax.linear import default_implementation, pack_for_pallas
 
-LAYOUTS = {"mosaic_gpu": "fragments", "triton": "rows", "tpu": "lanes"}
-# float16; float32 less the 12 bits that a code's offset takes; bfloat16
-MAX_ERROR = {"mosaic_gpu": 1.5e-3, "triton": 2.0**-12, "tpu": 4e-3}
-NO_MOSAIC = spqr_matmul.why_no_mosaic(spqr_matmul.target())
+LAYOUTS = {"triton": "rows", "tpu": "lanes"}
+# float32 less the 12 bits that a code's offset takes; bfloat16
+MAX_ERROR = {"triton": 2.0**-12, "tpu": 4e-3}
 
 SLOW = pytest.mark.slow
 MORE_FORMATS = ["2 bits", "groups of 64, 2 bits", "groups of 32, 4 bits"]
 
-kernels = pytest.mark.parametrize(
-    "kernel",
-    [pytest.param("mosaic_gpu", marks=pytest.mark.skipif(bool(NO_MOSAIC), reason=NO_MOSAIC)), "triton", "tpu"],
-)
-layouts = pytest.mark.parametrize("layout", spqr_matmul.LAYOUTS)
+kernels = pytest.mark.parametrize("kernel", LAYOUTS)
 
 
 def error(got, want) -> float:
@@ -49,26 +46,19 @@ def activations(shape, dtype=np.float32, seed=1) -> np.ndarray:
 
 
 def run(kernel, array, x, careful=False):
-    """A kernel in its interpreter; with care, it looks for races and reads what was never written as NaN."""
-    multiply, context = interpreted(kernel, careful)
-    with context():
-        return np.asarray(multiply(x, pack_for_pallas(array, LAYOUTS[kernel])), np.float32)
+    """A kernel in its interpreter; with care, that of a TPU looks for races and for reads of what was never written."""
+    return np.asarray(interpreted(kernel, careful)(x, prepared(LAYOUTS[kernel], array)), np.float32)
 
 
 @functools.cache
 def interpreted(kernel, careful):
-    """The product as one program, and what it must be called in."""
-    context, interpret = contextlib.nullcontext, True
-    if kernel == "mosaic_gpu":
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        parameters = plgpu.InterpretGPUParams(detect_races=careful)
-        context = functools.partial(plgpu.force_gpu_interpret_mode, parameters)
+    """The product as one program."""
+    interpret = True
     if kernel == "tpu" and careful:
         from jax.experimental.pallas import tpu as pltpu
 
         interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
-    return jax.jit(lambda x, w: spqr_matmul.matmul(x, w, kernel, interpret=interpret)), context
+    return jax.jit(lambda x, w: spqr_matmul.matmul(x, w, implementation=kernel, interpret=interpret))
 
 
 FORMATS = {
@@ -78,11 +68,6 @@ FORMATS = {
     "groups of 32": {"group_size": 32},
     "groups of 64, 2 bits": {"group_size": 64, "bits": 2},
     "groups of 32, 4 bits": {"group_size": 32, "bits": 4},
-    "tiles of 32": {"tile": 32},
-    "statistics of 4 bits": {"stats_bits": 4},
-    "no outliers": {"outliers": 0.0},
-    "many outliers": {"outliers": 0.2},
-    "identity order": {"permuted": False},
 }
 
 
@@ -158,77 +143,27 @@ def test_what_is_not_finite_shows(kernel):
     assert np.all(np.isfinite(got[1]))
 
 
-# ---- layouts --------------------------------------------------------------------------------------------------------
+# ---- packing and outliers -------------------------------------------------------------------------------------------
 
 
-@layouts
-@pytest.mark.parametrize("form", FORMATS)
-def test_layouts_hold_the_matrix_exactly(layout, form):
-    """Dequantized from the layout: the formula's float32, to the last bit but for the order of two products."""
-    array = random_array((600, 320), **FORMATS[form])
-    packed = pack_for_pallas(array, layout)
-    plain = dataclasses.replace(array, outlier_values=np.zeros_like(array.outlier_values), perm=None)
-    want = dense(plain, np.float32)
-    dequantize = jax.jit(lambda w, first: xla.dequantize(w, first, 88))
-    for first in range(0, 513, 64):  # the last rows are 512 to 599
-        got = dequantize(packed, np.int32(first))
-        np.testing.assert_allclose(got, want[first : first + 88], rtol=1e-6, atol=1e-8)
-
-
-@layouts
-@pytest.mark.parametrize("batch", [1, 100])
-def test_xla_from_every_layout(layout, batch):
-    array = random_array((1100, 320), outliers=0.05)
-    packed = pack_for_pallas(array, layout)
-    x = activations((batch, 320))
-
-    @jax.jit
-    def multiply(x, half, w):
-        with jax.default_matmul_precision("highest"):
-            exact = spqr_matmul.matmul(x, w, "xla")
-        return exact, spqr_matmul.matmul(half, w, "xla")
-
-    got, half = multiply(x, x.astype(jnp.bfloat16), packed)
-    assert error(got, reference(array, x)) < 1e-6
-    assert half.dtype == jnp.bfloat16
-    assert error(half, reference(array, x.astype(jnp.bfloat16))) < 4e-3
-
-
-@layouts
-def test_rows_of_every_layout(layout):
-    array = random_array((130, 96), outliers=0.1)
-    packed = pack_for_pallas(array, layout)
-    index = np.array([[0, 129], [64, 500], [-3, 127]], np.int32)
-    want = dense(array, np.float32)[np.clip(index, 0, 129)]
-    np.testing.assert_allclose(np.asarray(jax.jit(take_rows)(packed, index)), want, rtol=1e-5, atol=1e-7)
-
-
-@layouts
-def test_memory_of_a_layout(layout):
-    """At 1% outliers a large matrix takes at most 4.1 bits a weight; the permutation is another 16/out."""
-    array = random_array((1024, 4096), outliers=0.01)
-    packed = pack_for_pallas(array, layout)
-    order = 0 if packed.order is None else packed.order.nbytes
-    assert 8 * (packed.nbytes - order) / (1024 * 4096) <= 4.1
-
-
-@layouts
+@pytest.mark.parametrize("layout", spqr_matmul.LAYOUTS)
 def test_packing_makes_no_dense_copy(layout):
     """What packing keeps on the side is less than the matrix in 8 bits."""
     shape = (4096, 8192)
-    specs = {
-        "codes": jax.ShapeDtypeStruct((shape[0], shape[1] // 16 * 3), jnp.uint16),
-        "scales": jax.ShapeDtypeStruct((shape[0], shape[1] // 16), jnp.uint8),
-        "zeros": jax.ShapeDtypeStruct((shape[0], shape[1] // 16), jnp.uint8),
-        "tiles": jax.ShapeDtypeStruct((shape[0] // 16, shape[1] // 16, 4), jnp.float16),
-    }
-    module = {"fragments": prepared.fragments, "rows": prepared.rows, "lanes": prepared.lanes}[layout]
-    extra = {"block": 1024} if layout == "lanes" else {}
-    compiled = module.pack.lower(**specs, bits=3, group_size=16, **extra).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < shape[0] * shape[1]
-
-
-# ---- outliers -------------------------------------------------------------------------------------------------------
+    codes = jax.ShapeDtypeStruct((shape[0], shape[1] // 16 * 3), jnp.uint16)
+    statistics = (
+        jax.ShapeDtypeStruct((shape[0], shape[1] // 16), jnp.uint8),
+        jax.ShapeDtypeStruct((shape[0], shape[1] // 16), jnp.uint8),
+        jax.ShapeDtypeStruct((shape[0] // 16, shape[1] // 16, 4), jnp.float16),
+    )
+    if layout == "fragments":
+        form = Format(3, 16, "nibbles")
+        lowered = fragments.pack.lower(codes, statistics, shape=shape, bits=3, group_size=16, form=form)
+    elif layout == "rows":
+        lowered = rows.pack.lower(codes, *statistics, bits=3, group_size=16)
+    else:
+        lowered = lanes.pack.lower(codes, *statistics, bits=3, group_size=16, block=1024)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < shape[0] * shape[1]
 
 
 @pytest.mark.parametrize("fullest", [0, 1, 130, 4096])
@@ -242,7 +177,7 @@ def test_outliers_of_rows_that_differ(fullest):
     values = rng.standard_normal(counts.sum()).astype(np.float16)
     row_ptr = np.concatenate([[0], np.cumsum(counts)])
     sparse = outliers.pack(row_ptr, columns, values)
-    assert sparse.columns.size <= counts.sum() + 3 * np.count_nonzero(counts)
+    assert sparse.columns.size <= 17 / 16 * (counts.sum() + 3 * np.count_nonzero(counts)) + 256
     assert sparse.widest <= outliers.FAN
     want = np.zeros((200, inner), np.float32)
     want[np.repeat(np.arange(200), counts), columns] = values
@@ -250,10 +185,11 @@ def test_outliers_of_rows_that_differ(fullest):
 
     @jax.jit
     def uses(sparse, x, first, index):
-        tile = outliers.add_to_tile(sparse, jnp.zeros((outliers.TILE_ROWS, inner)), first)
+        tile = outliers.add_to(sparse, jnp.zeros((208, inner)), first)
         return outliers.multiply(sparse, x), tile, outliers.row(sparse, index, inner)
 
     product, tile, row = uses(sparse, x, np.int32(0), np.int32(7))
+    np.testing.assert_array_equal(uses(sparse, x, np.int32(16), np.int32(7))[1][:184], want[16:])
     np.testing.assert_allclose(product, x @ want.T, atol=1e-3, rtol=1e-4)
     np.testing.assert_array_equal(tile[:200], want)
     assert not np.any(np.asarray(tile[200:]))
@@ -263,43 +199,62 @@ def test_outliers_of_rows_that_differ(fullest):
 # ---- what is taken and what is refused ------------------------------------------------------------------------------
 
 
-def test_one_permutation_for_matrices_that_share_an_order():
-    arrays = [random_array((64, 256), seed=s) for s in (0, 1, 2)]
-    arrays[1] = dataclasses.replace(arrays[1], perm=arrays[0].perm)
-    packed = [pack_for_pallas(a, "rows") for a in arrays]
-    assert packed[0].order_key == packed[1].order_key != packed[2].order_key
-    x = activations((1, 256))
-
-    def permutations(matrices) -> int:
-        jaxpr = jax.make_jaxpr(lambda x, ws: linear_all(ws, x))(x, matrices).jaxpr
-        made = [e for e in jaxpr.eqns if e.primitive.name == "gather"]
-        return sum(e.invars[0].aval.shape == e.outvars[0].aval.shape == (1, 256) for e in made)
-
-    assert permutations(packed[:1]) == 1
-    assert permutations(packed[:2]) == 1
-    assert permutations(packed) == 2
-
-
-def test_implementations_pass_on_or_say_why():
+def test_a_named_implementation_runs_or_says_why():
     array = random_array((64, 256))
-    packed = pack_for_pallas(array, "lanes")
+    packed = prepared("lanes", array)
     x = jnp.asarray(activations((1, 256)))
     with pytest.raises(NotImplementedError, match="prepared as 'lanes', but 'rows' is needed"):
-        spqr_matmul.matmul(x, packed, "triton")
-    with pytest.raises(NotImplementedError, match=r"triton: .*; tpu: needs a TPU, but this device is a cpu"):
-        spqr_matmul.matmul(x, packed, ["triton", "tpu"])
-    with pytest.raises(NotImplementedError, match="65 rows of activations"):
-        spqr_matmul.matmul(jnp.ones((65, 256)), packed, "tpu", interpret=True)
+        spqr_matmul.matmul(x, packed, implementation="triton")
+    with pytest.raises(NotImplementedError, match="tpu: 65 rows of activations, but this kernel takes at most 64"):
+        spqr_matmul.matmul(jnp.ones((65, 256)), packed, implementation="tpu", interpret=True)
     with jax.default_matmul_precision("highest"):
-        assert error(spqr_matmul.matmul(x, packed), reference(array, x)) < 1e-6  # xla, the last of the list
-    with pytest.raises(
-        ValueError, match="implementation must be one or more of mosaic_gpu, triton, tpu, xla, got 'cuda'"
-    ):
-        spqr_matmul.matmul(x, packed, "cuda")
+        assert error(spqr_matmul.matmul(x, packed), reference(array, x)) < 1e-6  # xla, since this is a CPU
+    with pytest.raises(ValueError, match="implementation must be one of mosaic_gpu, triton, tpu, xla, got 'cuda'"):
+        spqr_matmul.matmul(x, packed, implementation="cuda")
     with pytest.raises(ValueError, match="activations must be float32"):
         spqr_matmul.matmul(x.astype(jnp.int32), packed)
     with pytest.raises(ValueError, match=r"activations \(1, 200\) do not fit"):
         spqr_matmul.matmul(x[:, :200], packed)
+
+
+H100 = spqr_matmul.Target("gpu", "H100", (9, 0), 132)
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "target", "wanted"),
+    [
+        ("fragments", 64, H100, "mosaic_gpu"),
+        ("fragments", 65, H100, "xla"),
+        ("fragments", 1, spqr_matmul.Target("gpu", "V100", (7, 0), 80), "xla"),
+        ("rows", 2, H100, "triton"),
+        ("rows", 3, H100, "xla"),
+        ("lanes", 64, spqr_matmul.Target("tpu", "TPU v5 lite", (0, 0), 1), "tpu"),
+        ("lanes", 1, H100, "xla"),
+    ],
+)
+def test_the_kernel_that_is_chosen(monkeypatch, layout, batch, target, wanted):
+    packed = prepared(layout, random_array((16, 32)))
+    monkeypatch.setattr(api, "why_no_mosaic", lambda _: "")
+    monkeypatch.setattr(api, "why_no_triton", lambda: "")
+    assert api._chosen(packed, batch, target, None) == wanted
+    if wanted == "mosaic_gpu":
+        monkeypatch.setattr(api, "why_no_mosaic", lambda _: "too old")
+        assert api._chosen(packed, batch, target, None) == "xla"
+        with pytest.raises(NotImplementedError, match="mosaic_gpu: too old"):
+            api._chosen(packed, batch, target, "mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "why"),
+    [
+        ("tpu", H100, "tpu needs a TPU, but this device is a gpu"),
+        ("triton", spqr_matmul.Target("gpu", "V100", (7, 0), 80), r"V100 has compute capability \(7, 0\)"),
+        ("mosaic_gpu", spqr_matmul.Target("cpu", "cpu", (0, 0), 1), "mosaic_gpu needs a GPU, but this device is a cpu"),
+        ("xla", H100, "^$"),
+    ],
+)
+def test_why_a_kernel_cannot_run(name, target, why):
+    assert re.search(why, spqr_matmul.why_no_kernel(name, target))
 
 
 @pytest.mark.parametrize(
@@ -319,36 +274,6 @@ def test_other_formats_become_dense_and_say_why(form, why):
     with pytest.warns(UserWarning, match=why):
         w = prepare({"w": array}, implementation="tpu")["w"]
     np.testing.assert_array_equal(np.asarray(w), np.asarray(array.to_dense()))
-
-
-def test_parts_that_do_not_fit():
-    array = random_array((64, 96))
-    parts = {
-        "shape": array.shape,
-        "bits": 3,
-        "group_size": 16,
-        "codes": array.codes,
-        "scale_codes": np.zeros((64, 6), np.uint8),
-        "zero_codes": np.zeros((64, 6), np.uint8),
-        "tile_stats": array.tile_stats,
-        "row_ptr": array.outlier_row_ptr,
-        "cols": array.outlier_cols,
-        "values": array.outlier_values,
-        "perm": array.perm,
-    }
-    spqr_matmul.prepare("rows", **parts)
-    damages = {
-        "codes of shape": {"codes": array.codes[:, :9]},
-        "scale_codes of shape": {"scale_codes": np.zeros((64, 5), np.uint8)},
-        "tile_stats of shape": {"tile_stats": array.tile_stats[:3]},
-        "does not rise": {"row_ptr": np.asarray(array.outlier_row_ptr)[::-1]},
-        "outside 0..95": {"cols": np.asarray(array.outlier_cols) + np.uint16(96)},
-        "not a permutation": {"perm": np.zeros(96, np.uint16)},
-        "layout must be one of": {},
-    }
-    for message, damage in damages.items():
-        with pytest.raises(ValueError, match=message):
-            spqr_matmul.prepare("columns" if not damage else "rows", **parts | damage)
 
 
 def test_choice_by_platform(monkeypatch):
@@ -402,7 +327,7 @@ def test_generation_from_packed_weights(kernel, tiny_model):
 
 
 def test_a_jax_without_triton_is_told(monkeypatch):
-    packed = pack_for_pallas(random_array((64, 256)), "rows")
+    packed = prepared("rows", random_array((64, 256)))
     monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match="no longer has Pallas's Triton backend: use the mosaic_gpu kernel"):
-        spqr_matmul.matmul(jnp.ones((1, 256)), packed, "triton", interpret=True)
+        spqr_matmul.matmul(jnp.ones((1, 256)), packed, implementation="triton", interpret=True)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from support.arrays import random_array
+from support.parts import prepared
 
 from pallas_kernels import spqr_matmul
-from spqr_jax.linear import pack_for_pallas
 
 NO_MOSAIC = spqr_matmul.why_no_mosaic(spqr_matmul.target())
 KERNELS = {
@@ -28,9 +28,9 @@ def abstract(kind: str, platform: str):
 
 def product(kernel):
     layout = KERNELS[kernel][0]
-    packed = pack_for_pallas(random_array((256, 512), outliers=0.01), layout)
+    packed = prepared(layout, random_array((256, 512), outliers=0.01))
     x = jax.ShapeDtypeStruct((1, 512), jnp.bfloat16)
-    return jax.jit(lambda x, w: spqr_matmul.matmul(x, w, kernel)), (x, packed)
+    return jax.jit(lambda x, w: spqr_matmul.matmul(x, w, implementation=kernel)), (x, packed)
 
 
 @pytest.mark.parametrize(

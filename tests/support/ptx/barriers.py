@@ -39,6 +39,7 @@ class Barriers:
         self._waits = np.zeros(machine.threads, np.int64)
         self._waiting = np.zeros(machine.threads, bool)
         self._published: dict[tuple[int, int], np.ndarray] = {}
+        self._reached: dict[tuple[int, int], np.ndarray] = {}
 
     def stuck(self) -> str:
         """What threads wait for that does not come."""
@@ -122,13 +123,16 @@ class Barriers:
         machine = self._machine
         if (self._arrivals[mask] != self._waits[mask]).any():
             raise PtxError(f"a thread arrives twice: {machine.program.code[position].text}")
-        if machine.races is not None and not relaxed:
+        if machine.races is not None:
             threads = np.flatnonzero(mask)
             for cluster in np.unique(threads // self._per_cluster):
                 some = threads[threads // self._per_cluster == cluster]
-                published = machine.races.arrive(int(cluster), self._places(some)[1])
+                arrive = machine.races.arrive_relaxed if relaxed else machine.races.arrive
+                published = arrive(int(cluster), self._places(some)[1])
                 key = (int(cluster), int(self._arrivals[some[0]]))
-                self._published[key] = np.maximum(self._published.get(key, 0), published)
+                self._reached[key] = np.maximum(self._reached.get(key, 0), published)
+                if not relaxed:
+                    self._published[key] = np.maximum(self._published.get(key, 0), published)
         self._arrivals[mask] += 1
         machine.put(position + 1, mask)
         self.released()
@@ -154,6 +158,8 @@ class Barriers:
             some = threads[threads // self._per_cluster == cluster]
             key = (int(cluster), int(self._waits[some[0]]))
             self._waits[some] += 1
+            if self._machine.races is not None and key in self._reached:
+                self._machine.races.pass_cluster(key[0], self._reached[key])
             self._leave(some, self._published.get(key))
 
 

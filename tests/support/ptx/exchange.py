@@ -121,21 +121,24 @@ _LANE = np.arange(32)
 _ROW, _COLUMN = _LANE // 4, _LANE % 4
 
 
-@operation(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.(f16|bf16)\.f32", 4, together=True)
+@operation(
+    r"mma\.sync\.aligned\.m16n8k(?P<depth>16|8)\.row\.col\.f32\.(?P<a>f16|bf16)\.(?P<b>f16|bf16)\.f32", 4, together=True
+)
 def _matrix_product(program: Program, match: Match, operands: tuple[str, ...]) -> Action:
     """d = a b + c of a warp, subnormal numbers kept, summed in float64 and rounded once."""
-    if match[1] != match[2]:
+    if match["a"] != match["b"]:
         raise PtxError("form")
+    depth = int(match["depth"])
     d, a, b, c = (listed(operand) for operand in operands)
-    if [len(names) for names in (d, a, b, c)] != [4, 4, 2, 4]:
+    if [len(names) for names in (d, a, b, c)] != [4, depth // 4, depth // 8, 4]:
         raise PtxError("number of registers")
-    left_reads, right_reads = ([source(program, name, f"{match[1]}x2") for name in names] for names in (a, b))
+    left_reads, right_reads = ([source(program, name, f"{match['a']}x2") for name in names] for names in (a, b))
     sums = [source(program, name, "f32") for name in c]
     writes = [target(program, name, "f32") for name in d]
 
     def act(machine: Any, lanes: Any) -> None:
         warps = machine.count(lanes) // 32
-        left, right = np.empty((warps, 16, 16)), np.empty((warps, 16, 8))
+        left, right = np.empty((warps, 16, depth)), np.empty((warps, depth, 8))
         for i, read in enumerate(left_reads):
             pair = np.broadcast_to(read(machine, lanes), (32 * warps, 2)).reshape(warps, 32, 2)
             for e in (0, 1):

@@ -189,7 +189,7 @@ class Machine:
         code, operations = self.program.code, self.operations
         while True:
             operation = operations[position]
-            if position != first and operation.together and not whole:
+            if position != first and operation.together and (operation.members or not whole):
                 self.put(position, mask)
                 break
             if operation.control:
@@ -241,19 +241,28 @@ class Machine:
         if active is not None:
             taken[active] = True
             rest &= ~taken
-            self.operations[position].action(self, position, taken)
+            try:
+                self.operations[position].action(self, position, taken)
+            except PtxError as error:
+                raise _with_line(error, self.program.code[position]) from None
         if rest.any():
             self.put(position + 1, rest)
 
     def end(self, mask: np.ndarray) -> None:
         """Threads end."""
+        before = self.ended.reshape(-1, self.per_block).all(axis=1)
         self.ended |= mask
+        after = self.ended.reshape(-1, self.per_block).all(axis=1)
+        if self.races is not None and self.per_cluster > 1:
+            for block in np.flatnonzero(after & ~before):
+                if self.races.used_by_others(int(block)):
+                    raise PtxError("a block ends whose shared memory another block may still use")
         self.barriers.released()
 
 
 def _with_line(error: PtxError, instruction: Instruction) -> PtxError:
     known = f"{instruction.opcode} {', '.join(instruction.operands)}" in str(error)
-    return error if known else PtxError(f"{error}: {instruction.text}")
+    return error if known and instruction.operands else PtxError(f"{error}: {instruction.text}")
 
 
 def _smallest(program: Program) -> int:

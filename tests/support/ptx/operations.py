@@ -79,5 +79,6 @@ def decode(program: Program, instruction: Instruction) -> Operation:
             except PtxError as error:
                 raise PtxError(f"unknown: {instruction.text} ({error})") from None
             members = None if known.members is None else instruction.operands[known.members]
-            return Operation(action, known.control, known.together, members)
+            whole = members in ("-1", "0xffffffff", "0xFFFFFFFF", "4294967295")
+            return Operation(action, known.control, known.together, None if whole else members)
     raise PtxError(f"unknown: {instruction.text}")

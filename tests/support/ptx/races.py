@@ -29,10 +29,13 @@ class Races:
         assert total + cluster + 1 <= _IDS
         # after the columns of warps: all warps of a block, by rank, and all of the cluster
         self._seen = np.ones((clusters, total, total + cluster + 1), np.int32)
+        self._done = np.zeros((clusters, total), np.int32)  # as `_seen`, but for order in time only, of a whole cluster
+        self._last = np.zeros((clusters, total), np.int32)  # time of each warp's last access
         self._time = np.ones(clusters, np.int32)
         self._many, self._all = total, total + cluster
         self._refresh(np.arange(clusters))
-        places = clusters * cluster * size // grain
+        self._size = size // grain
+        places = clusters * cluster * self._size
         self._writer, self._reader = np.zeros(places, np.int32), np.zeros(places, np.int32)
 
     def _refresh(self, clusters: np.ndarray) -> None:
@@ -56,8 +59,21 @@ class Races:
         published[warps] = self._time[cluster]
         return published
 
+    def arrive_relaxed(self, cluster: int, warps: np.ndarray) -> np.ndarray:
+        """As :meth:`arrive`, of warps whose writes others need not see yet."""
+        self._time[cluster] += 1
+        reached = np.zeros(self._many, np.int32)
+        reached[warps] = self._time[cluster]
+        return reached
+
+    def pass_cluster(self, cluster: int, reached: np.ndarray) -> None:
+        """All warps of a cluster have arrived: what they read before, they have read."""
+        self._done[cluster] = np.maximum(self._done[cluster], reached)
+
     def leave(self, cluster: int, warps: np.ndarray, published: np.ndarray) -> None:
         """Warps go on from a barrier: what was published there happened before."""
+        # who has used nothing since is not in the way of what all of several warps are asked for
+        published = np.where(self._last[cluster] < published, self._time[cluster], published)
         rows = self._seen[cluster, warps, : self._many]
         self._seen[cluster, warps, : self._many] = np.maximum(rows, published)
         self._refresh(np.asarray([cluster]))
@@ -83,7 +99,12 @@ class Races:
         self._reader[at] = new
         lost = self._reader[at] != new
         if lost.any():  # by other warps in the same instruction
-            self._reader[at[lost]] = np.broadcast_to(tag - number + self._all, at.shape)[lost]
+            winner = self._reader[at] % _IDS
+            inside = (winner == self._many + rank) | (winner // self._warps == rank)
+            inside &= warp // self._warps == owner
+            many = tag - number + np.where(inside, self._many + rank, self._all)
+            self._reader[at[lost]] = many[lost]
+            self._reader[at[lost & ~inside]] = many[lost & ~inside]  # whatever another put there
         return False
 
     def write(self, places: np.ndarray, size: int, warp: np.ndarray) -> bool:
@@ -96,9 +117,24 @@ class Races:
         self._writer[at] = tag
         return bool((self._writer[at] != tag).any())
 
+    def used_by_others(self, block: int) -> bool:
+        """Whether other blocks' accesses of a block's memory may happen after all of its warps have ended."""
+        cluster, rank = divmod(block, self._cluster)
+        at = slice(block * self._size, (block + 1) * self._size)
+        seen = self._seen[cluster, rank * self._warps : (rank + 1) * self._warps].max(axis=0)
+        done = np.full(len(seen), self._done[cluster].min())
+        done[: self._many] = self._done[cluster]
+        for tags, known in ((self._writer[at], seen), (self._reader[at], np.maximum(seen, done))):
+            who = tags % _IDS
+            other = np.where(who < self._many, who // self._warps != rank, who == self._all)
+            if (other & (tags > 0) & (known[who] <= tags // _IDS)).any():
+                return True
+        return False
+
     def _begin(self, places: np.ndarray, size: int, warp: np.ndarray) -> tuple[np.ndarray, ...]:
         number = warp % self._many
         cluster = warp // self._many
+        self._last[cluster, number] = self._time[cluster]
         at = places // self.grain + np.arange(max(size // self.grain, 1))[:, None]
         return at, cluster, number, self._time[cluster] * _IDS + number
 

@@ -96,12 +96,15 @@ def source(program: Program, operand: str, kind: str, narrow: bool = False) -> G
         plain = source(program, operand[1:], kind)
         return lambda machine, lanes: ~plain(machine, lanes)
     if is_register(program, operand):
+        bits = program.width(operand) or width(kind)
+        if bits != width(kind) and (not narrow or bits < width(kind)):
+            raise PtxError(f"{operand} has {bits} bits, not those of {kind}")
         return _register(operand, kind, narrow)
     if (value := constant(operand, kind)) is not None:
         return lambda machine, lanes: value
     if _SPECIAL.fullmatch(operand):
-        bits = UNSIGNED[width(kind)]
-        return lambda machine, lanes: from_bits(machine.special(operand)[lanes].astype(bits), kind)
+        dtype = UNSIGNED[width(kind)]
+        return lambda machine, lanes: from_bits(machine.special(operand)[lanes].astype(dtype), kind)
     if (match := re.fullmatch(r"([\w$]+)(?:\s*\+\s*(\d+))?", operand)) and match[1] in program.shared:
         start = RESERVED + program.shared[match[1]] + int(match[2] or 0)
         known = from_bits(np.array([start], UNSIGNED[width(kind)]), kind)
