@@ -45,6 +45,16 @@ def exp2(a: Float) -> Float:
     return Float(instruction(f32(), [a.mlir], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
+def product(a: Float, b: Float) -> Float:
+    """a * b, rounded: the compiler must not join it with an addition that follows."""
+    return Float(instruction(f32(), [a.mlir, b.mlir], "mul.rn.f32 $0, $1, $2;", "=f,f,f"))
+
+
+def reciprocal(a: Float) -> Float:
+    """1 / a, to 1 unit in the last place."""
+    return Float(instruction(f32(), [a.mlir], "rcp.approx.ftz.f32 $0, $1;", "=f,f"))
+
+
 def as_pair(low: Float, high: Float) -> Pair:
     """Two float32 rounded to float16."""
     rounded = instruction(i32(), [high.mlir, low.mlir], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f")

@@ -77,6 +77,14 @@ def load(
     return [Word(v) for v in several(words, i32(), operands, text, ",".join(constraints), True)]
 
 
+def load_half(address: Address, *, when: Bool | None = None, policy: str = STREAMED) -> Word:
+    """16 bits from device memory, zero-extended; zero where `when` does not hold. Stays where it is written."""
+    text, operands, constraints = f"ld.global{policy}.b16 $0, [$1];", [address.mlir], "=h,l"
+    if when is not None:
+        text, operands, constraints = f"mov.b16 $0, 0; @$2 {text}", [*operands, when.mlir], "=&h,l,b"
+    return Word(arith.extui(i32(), instruction(i16(), operands, text, constraints, pinned=True)))
+
+
 def store(address: Address, values: Sequence[Word], *, when: Bool | None = None) -> None:
     """1, 2 or 4 words to device memory, where `when` holds."""
     names = [f"${i}" for i in range(len(values))]
