@@ -13,6 +13,7 @@ from jax import lax
 import cpu_kernels
 from pallas_kernels import attention as gpu_attention
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.query_loop import attend_in_loop
 from spqr_jax.products import why_no_kernels
 
 _QUERY_CHUNK = 128  # queries whose scores are held at once; later keys are skipped, not masked
@@ -330,11 +331,13 @@ def _attend_self(
     batch, kv_heads = k.shape[:2]
     each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
     each = (*each, jnp.repeat(padding, kv_heads))
-    heads = jax.checkpoint(
-        partial(_attend_queries, softcap, window)
-    )  # a gradient works the scores out again: they are too many to keep
-    # A head's scores fit a CPU's cache, all of them do not; an accelerator wants them all at once.
-    one_by_one, at_once = partial(lax.map, lambda one: heads(*one)), jax.vmap(heads)
+    # A gradient works the scores out again: they are too many to keep.
+    heads = jax.checkpoint(partial(_attend_queries, softcap, window))
+    looped = partial(attend_in_loop, partial(_attend_head, softcap, window), _QUERY_CHUNK, window)
+    # A head's scores fit a CPU's cache, all of them do not. An accelerator takes all heads at once; there, a loop over
+    # long texts compiles in a fraction of the time.
+    at_once = jax.vmap(jax.checkpoint(looped) if q.shape[3] > _QUERY_CHUNK else heads)
+    one_by_one = partial(lax.map, lambda one: heads(*one))
     out = lax.platform_dependent(*each, cpu=lambda *each: one_by_one(each), default=at_once)
     return _merge_heads(out.reshape(q.shape))
 

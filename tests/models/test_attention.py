@@ -15,12 +15,14 @@ from spqr_jax.models.attention import (
     AttentionRules,
     KVCache,
     Positions,
+    _attend_head,
     _attend_queries,
     _attend_self,
     _split_heads,
     attend,
     rotate,
 )
+from spqr_jax.models.query_loop import attend_in_loop
 
 needs_library = pytest.mark.skipif(
     not cpu_kernels.kernel_names(), reason="the native CPU kernels are not built (python -m cpu_kernels)"
@@ -96,11 +98,27 @@ def test_gradients_pass(inputs):
 
 
 def test_an_accelerator_gets_no_loop_over_heads(inputs):
-    def loops(platform):
-        return jax.export.export(self_attention, platforms=[platform])(*inputs).mlir_module().count("while")
+    """A short text has no loop there, a longer one has a loop over chunks of queries."""
+    q, k, v, padding = inputs
 
-    assert loops("cpu") > 0
-    assert loops("tpu") == loops("cuda") == 0
+    def loops(platform, tokens):
+        short = q[:, :tokens], k[:, :tokens], v[:, :tokens], padding
+        return jax.export.export(self_attention, platforms=[platform])(*short).mlir_module().count("stablehlo.while")
+
+    assert loops("cpu", 100) > 0
+    assert loops("tpu", 100) == loops("cuda", 100) == 0
+    assert loops("tpu", 150) == loops("cuda", 150) == 1
+
+
+@pytest.mark.parametrize(("window", "tokens"), [(None, 150), (20, 150), (20, 70)])
+def test_a_loop_over_queries_gives_the_same(inputs, window, tokens):
+    """Chunks of 32 in a loop against chunks that are written out; 70 queries follow 80 earlier keys."""
+    q, k, v = (a[1] for a in _split_heads(*inputs[:3]))
+    given = q[0, :, -tokens:], k[0], v[0], inputs[3][1]
+    looped = jax.jit(partial(attend_in_loop, partial(_attend_head, None, window), 32, window))
+    want = jax.jit(partial(_attend_queries, None, window))(*given)
+    real = slice(max(0, 7 + tokens - 150), None)  # the first 7 queries of the text are padding: any mean of values
+    np.testing.assert_allclose(looped(*given)[:, real], want[:, real], atol=1e-5)
 
 
 CASES = [("xla", 8, 3), ("xla", 32, 3)] + [
