@@ -24,8 +24,8 @@ def attend_in_loop(
     """One sequence's last queries, a chunk in each step of a loop.
 
     Every step reads the same number of keys and masks those that its queries do not see. This is up to twice
-    the arithmetic of chunks that read only the keys they see. But a block of SmolLM2-135M on 2048 tokens compiles for an
-    H100 in 3 CPU seconds; with 16 chunks written out it took 146.
+    the arithmetic of chunks that read only the keys they see. But a block of SmolLM2-135M on 2048 tokens compiles for
+    an H100 in 3 CPU seconds; with 16 chunks written out it took 146.
 
     Args:
       attend: attention of one chunk.
