@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from spqr_jax.layout import ArrayLayout
 from spqr_jax.packing import pack_codes, packed_words
+from spqr_jax.product_jit import product_jit
 from spqr_jax.solver.columns import SolvedColumns
 from spqr_jax.solver.hessian import quadratic_form
 
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     dense: jax.Array  # f32 [out, in]
 
 
-@partial(jax.jit, static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
+@product_jit(static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
 def cut(
     solved: SolvedColumns,
     weights: tuple[jax.Array, ...],
