@@ -5,18 +5,20 @@
 
 A PREDICTION, unless a column says "measured". A product takes
 
-    launches + layer's number + the longest of (first words + bytes, instruction issue, shared memory) + end
+    launches + layer's number + the longest of (first words + bytes, instruction issue, a multiprocessor) + end
 
-Bytes are those of the prepared layout. Instructions, and accesses of shared memory where they were counted, come from
-tests/aot/budgets.json. The end is half of a warp's last step, and the sum over warps. The model knows nothing of
-clocks under load, of waits between phases, or of dependent instructions. For TPUs, and for `triton`, it gives an upper
-limit only: memory or instruction issue, whichever is slower.
+Bytes are those of the prepared layout. Instructions of the loop come from tests/aot/budgets.json. "A multiprocessor" is
+the package's own estimate (mosaic/estimate.py) of the way in which it cuts the product: all phases of a thread block,
+preparing x and outliers included. The end is the sum over warps. The model knows nothing of clocks under load, or of
+dependent instructions. For TPUs, and for `triton`, it gives an upper limit only: memory or instruction issue, whichever
+is slower.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -27,9 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "aot")]
 
 import targets  # noqa: E402
+from accelerator import Shape  # noqa: E402
 from timings import AcceleratorRow, read  # noqa: E402
+from tune_pallas import any_plan  # noqa: E402
 
+from pallas_kernels.spqr_matmul import Target, tuning  # noqa: E402
 from pallas_kernels.spqr_matmul.formats import BLOCK, STEP_COLUMNS, TILE, format_of  # noqa: E402
+from pallas_kernels.spqr_matmul.mosaic import estimate  # noqa: E402
 
 OUTLIERS = 0.01
 SIZE = 4096  # rows and columns of the matrix in the table of all devices
@@ -43,7 +49,6 @@ LAUNCH = 2.2e-6  # a kernel in a CUDA graph, from its begin to the begin of the 
 NUMBER = 0.3e-6  # to read the layer's number before a kernel knows where its words are
 FIRST = 0.7e-6  # until the first words are there
 END = 0.4e-6  # sum over warps, store
-CLUSTER = 0.4e-6  # sum over a cluster
 READING = 3.1 / 3.352  # bandwidth that an H100 reaches, of what its maker says
 ISSUING = 0.8  # instructions issued, of four a clock and multiprocessor
 
@@ -56,19 +61,15 @@ class Work:
       bytes: read from memory.
       launches: kernels.
       instructions: of all warps together.
-      wavefronts: of shared memory, of a multiprocessor's blocks together.
+      multiprocessor: seconds that one multiprocessor needs for its thread blocks.
       numbered: whether the kernel reads the layer's number.
-      clustered: whether thread blocks of a cluster add up.
-      last: share of the instructions that runs after the last words came.
     """
 
     bytes: float
     launches: int = 1
     instructions: float = 0.0
-    wavefronts: float = 0.0
+    multiprocessor: float = 0.0
     numbered: bool = False
-    clustered: bool = False
-    last: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +79,22 @@ class Terms:
     launch: float
     memory: float
     issue: float
-    shared: float
-    end: float
+    multiprocessor: float
 
     @property
     def total(self) -> float:
         """Of the three in the middle the longest counts."""
-        return self.launch + max(FIRST + self.memory, self.issue, self.shared) + self.end
+        return self.launch + max(FIRST + self.memory, self.issue, self.multiprocessor) + END
 
 
 def predict(name: str, work: Work) -> Terms:
     """Seconds on a GPU of `targets.GPUS`."""
     device = targets.GPUS[name]
-    clock = device.clock * 1e9
-    issue = work.instructions / (device.cores * 4 * clock * ISSUING)
     return Terms(
         launch=work.launches * LAUNCH + work.numbered * NUMBER,
         memory=work.bytes / (device.bandwidth * READING),
-        issue=issue,
-        shared=work.wavefronts / clock,
-        end=work.last * issue + END + work.clustered * CLUSTER,
+        issue=work.instructions / (device.cores * 4 * device.clock * 1e9 * ISSUING),
+        multiprocessor=work.multiprocessor,
     )
 
 
@@ -112,21 +109,25 @@ def bits_a_weight(columns: int = SIZE) -> float:
     return 32 * words / (TILE * STEP_COLUMNS) + 32 * OUTLIERS + 4 * 32 / columns
 
 
-def packed(out: int, inner: int, budget: dict[str, Any]) -> Work:
-    """A product by the kernel of which `budget` was counted."""
-    warps, blocks = budget.get("warps", 16), budget.get("blocks", 128)
-    steps = -(-inner // STEP_COLUMNS)
-    tiles = -(-out // TILE)
-    around = budget.get("prepare_instructions", 0) + budget.get("end_instructions", 0)
+def packed(name: str, out: int, inner: int, rows: int, budget: dict[str, Any]) -> Work:
+    """A product by `mosaic_gpu` in one launch; `budget` was counted for so many rows of x."""
     return Work(
         bytes=out * inner * bits_a_weight(inner) / 8,
         launches=budget.get("launches", 1),
-        instructions=budget["instructions_per_weight"] * out * inner / 32 + around * warps * blocks,
-        wavefronts=budget.get("shared_wavefronts", 0),
+        instructions=budget["instructions_per_weight"] * out * inner / 32,
+        multiprocessor=of_a_multiprocessor(name, out, inner, rows),
         numbered=True,
-        clustered=budget.get("cluster", 1) > 1,
-        last=0.5 * warps * blocks / (tiles * steps),
     )
+
+
+@functools.cache
+def of_a_multiprocessor(name: str, out: int, inner: int, rows: int) -> float:
+    """Seconds that a multiprocessor needs for its thread blocks, as the package cuts this product."""
+    device = targets.GPUS[name]
+    target = Target("gpu", "", device.capability, device.cores)  # no name: what was tuned on a device is left out
+    plan = any_plan(Shape(out, inner), rows, 3, BLOCK)
+    cut = dataclasses.replace(plan, config=tuning.mosaic_config(target, plan))
+    return 1e-6 * estimate.microseconds(cut, target)
 
 
 def budgets() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any]]]:
@@ -139,15 +140,8 @@ def budgets() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any]]]:
 
 
 HEADER = [
-    "device",
-    "kernel",
-    "rows of x",
-    "counted",
-    "memory µs",
-    "issue µs",
-    "predicted µs",
-    "dense: predicted",
-    "× dense",
+    *("device", "kernel", "rows of x", "counted", "memory µs", "issue µs", "a multiprocessor µs", "predicted µs"),
+    *("dense: predicted", "× dense"),
 ]
 
 
@@ -161,12 +155,13 @@ def rows_of_table() -> list[list[str]]:
             rows.append([TITLES[name], kernel, batch, counted, *_limit_of_tpu(name, budget["weights_per_bundle"])])
         elif kernel in ("mosaic_gpu", "triton"):
             counted = f"{budget['instructions_per_weight']:.2f} instructions per weight"
-            terms, base = predict(name, packed(SIZE, SIZE, budget)), predict(name, dense(SIZE, SIZE))
+            terms = predict(name, packed(name, SIZE, SIZE, int(batch), budget))
+            base = predict(name, dense(SIZE, SIZE))
             if kernel == "triton":  # XLA adds up its partial sums and the outliers: launches were not counted
                 figures = _limit(terms.memory, terms.issue, base.memory)
             else:
-                figures = [*_microseconds(terms.memory, terms.issue, terms.total, base.total)]
-                figures.append(f"{base.total / terms.total:.1f}×")
+                seconds = (terms.memory, terms.issue, terms.multiprocessor, terms.total, base.total)
+                figures = [*_microseconds(*seconds), f"{base.total / terms.total:.1f}×"]
             rows.append([TITLES[name], kernel, batch, counted, *figures])
     order = list(TITLES.values())
     return sorted(rows, key=lambda row: (order.index(row[0]), row[1], int(row[2])))
@@ -207,7 +202,7 @@ def products_of_h100() -> list[list[str]]:
     rows = []
     for out, inner in SHAPES:
         for batch, budget in sorted(counted.items()):
-            predicted = predict("h100", packed(out, inner, budget)).total
+            predicted = predict("h100", packed("h100", out, inner, batch, budget)).total
             base = predict("h100", dense(out, inner)).total
             of_shape = {rival: measured.get((f"{out}x{inner}", batch, rival)) for rival in ("mosaic_gpu", *RIVALS)}
             seen = {rival: "not measured" if us is None else f"{us:.1f}" for rival, us in of_shape.items()}

@@ -5,15 +5,17 @@
     scripts/gpu_program --layers 32 --mixed --batch 16
     scripts/gpu_program --device --layers 32           for this machine's GPU
 
-Two programs: prefill of 32 tokens, and decoding. For each: seconds to lower and to compile, bytes of arguments and
-temporary memory, and the launches of one decoding step: those of a layer, and all others. Weights are shapes only:
-nothing is allocated. The number of launches is counted in the optimized HLO; a trace on a device may show more.
+Two programs: prefill of 32 tokens, and decoding. For each: seconds to lower and to compile (by the clock, and of all
+processors together), bytes of arguments and temporary memory, and the launches of one step: those of a layer, and all
+others. Weights are shapes only: nothing is allocated. Launches are counted in the optimized HLO; a trace on a device
+may show more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -58,11 +60,11 @@ def figures(device: Any, function: Any, values: tuple[Any, ...], layers: int, te
     """Lowers and compiles one program, of which `values` are the arguments (shapes will do)."""
     import launches
 
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), sum(os.times()[:4])
     lowered = lowered_for(device, function, values)
     middle = time.perf_counter()
     compiled = lowered.compile()
-    end = time.perf_counter()
+    end, end_cpu = time.perf_counter(), sum(os.times()[:4])
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     if text is not None:
         text.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,7 @@ def figures(device: Any, function: Any, values: tuple[Any, ...], layers: int, te
     return {
         "lower_seconds": round(middle - begun, 2),
         "compile_seconds": round(end - middle, 2),
+        "cpu_seconds": round(end_cpu - begun_cpu, 2),
         "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
         "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
     } | step_launches(launches.program(hlo), layers)
@@ -134,15 +137,17 @@ def main() -> int:
                         flush=True,
                     )
     target = "this device" if given.device else f"{given.target}, without one"
-    header = "program,layers,form,batch,lower s,compile s,arguments MB,temporary MB,launches a layer,others,a step"
-    print(f"\ncompiled for {target}:\n\n{markdown(header.split(','), lines, 3)}")
+    header = ["program", "layers", "form", "batch", "lower s", "compile s", "CPU s of both", "arguments MB"]
+    header += ["temporary MB", "launches a layer", "others", "a step"]
+    print(f"\ncompiled for {target}:\n\n{markdown(header, lines, 3)}")
     return 0
 
 
 def _line(entry: dict[str, Any]) -> list[str]:
     others = entry.get("outside_launches", "")
     return [
-        *(str(entry[key]) for key in ("program", "layers", "form", "batch", "lower_seconds", "compile_seconds")),
+        *(str(entry[key]) for key in ("program", "layers", "form", "batch")),
+        *(str(entry[key]) for key in ("lower_seconds", "compile_seconds", "cpu_seconds")),
         *(f"{(entry[key] or 0) / 1e6:.2f}" for key in ("argument_bytes", "temporary_bytes")),
         str(entry.get("layer_launches", "unrolled")),
         str(others),

@@ -70,23 +70,23 @@ def mosaic_candidates(shape: Shape, rows: int, bits: int, group_size: int) -> li
 def mosaic_plans(shape: Shape, rows: int, bits: int, group_size: int) -> list[Plan]:
     """All ways to cut a product that are possible here, those first that are expected to be fastest."""
     target = spqr_matmul.target()
-    tiles = -(-shape.out // TILE)
-    plans = []
-    for a_block, warps, cluster, depth in itertools.product(range(1, 13), (4, 8, 12, 16), (1, 2, 4), (2, 3, 4)):
-        if cluster > 1 and target.capability < (9, 0):
-            continue
-        config = MosaicConfig(blocks=-(-tiles // a_block), warps=warps, cluster=cluster, depth=depth)
-        plans.append(plan_of(config, shape, rows, bits, group_size))
-    plans = [plan for plan in plans if not plan.why_impossible() and plan.shared_bytes <= target.shared_bytes]
-    return sorted(plans, key=lambda plan: estimate.microseconds(plan, target))
+    cuts = tuning.mosaic_cuts(target, any_plan(shape, rows, bits, group_size))
+    return sorted(cuts, key=lambda plan: estimate.microseconds(plan, target))
 
 
-def plan_of(config: MosaicConfig, shape: Shape, rows: int, bits: int, group_size: int) -> Plan:
-    """The plan of a product with bfloat16 activations."""
+def any_plan(shape: Shape, rows: int, bits: int, group_size: int) -> Plan:
+    """A product with bfloat16 activations, cut in no sensible way."""
     form = format_of(bits, group_size, second_level=True)
-    padded = -(-shape.out // TILE) * TILE
+    tiles = -(-shape.out // TILE)
     capacity = entries.capacity(int(accelerator.OUTLIERS * shape.out * shape.inner))
-    return Plan(rows, padded, shape.inner, (form,), False, capacity, 2, 2, config)
+    return Plan(rows, TILE * tiles, shape.inner, (form,), False, capacity, 2, 2, MosaicConfig(blocks=tiles))
+
+
+def table_key(kernel: str, rows: int, shape: Shape, bits: int, group_size: int) -> str:
+    """Under which name the package looks a configuration up."""
+    if kernel == "mosaic_gpu":
+        return tuning.mosaic_key(any_plan(shape, rows, bits, group_size))
+    return tuning.Problem(rows, shape.out, shape.inner, bits, group_size).key
 
 
 def tune(kernel: str, rows: int, shape: Shape, bits: int, group_size: int, rounds: int) -> tuple[Any, list[list[str]]]:
@@ -136,10 +136,9 @@ def main() -> None:
             table(f"{kernel}, {shape}, {batch} rows of x", ["configuration", "µs"], lines)
             if best is None:
                 continue
-            problem = tuning.Problem(batch, shape.out, shape.inner, given.bits, given.group_size)
             whole = json.loads(given.out.read_text()) if given.out.exists() else {}
             entry = whole.setdefault(target.kind, {}).setdefault(kernel, {})
-            entry[problem.key] = dataclasses.asdict(best)
+            entry[table_key(kernel, batch, shape, given.bits, given.group_size)] = dataclasses.asdict(best)
             given.out.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
 

@@ -84,15 +84,19 @@ def mosaic_config(device: Target, plan: Plan) -> MosaicConfig:
       device: what it is for.
       plan: of the product; its `config` is not read.
     """
-    widths = ",".join(f"{f.width}/{f.groups}/{f.statistics}" for f in plan.formats)
-    key = f"{plan.n}x{plan.rows}x{plan.columns}:{widths}"
-    if values := table().get(device.kind, {}).get("mosaic_gpu", {}).get(key):
+    if values := table().get(device.kind, {}).get("mosaic_gpu", {}).get(mosaic_key(plan)):
         return MosaicConfig(**values)
-    best = min(_mosaic_cuts(device, plan), key=lambda cut: estimate.microseconds(cut, device))
+    best = min(mosaic_cuts(device, plan), key=lambda cut: estimate.microseconds(cut, device))
     return best.config
 
 
-def _mosaic_cuts(device: Target, plan: Plan) -> Iterator[Plan]:
+def mosaic_key(plan: Plan) -> str:
+    """The name of a product in the table."""
+    widths = ",".join(f"{f.width}/{f.groups}/{f.statistics}" for f in plan.formats)
+    return f"{plan.n}x{plan.rows}x{plan.columns}:{widths}"
+
+
+def mosaic_cuts(device: Target, plan: Plan) -> Iterator[Plan]:
     """Plans that a device can run: tiles of a thread block, warps, clusters, steps ahead, chunks."""
     tiles = plan.rows // TILE
     clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)

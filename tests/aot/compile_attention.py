@@ -4,7 +4,7 @@
     python tests/aot/compile_attention.py - < lists_of_arguments.json
 
 With --layers 0 one call is compiled; else a loop over the layers, which share the cache. With - as its argument, a list
-of lists of arguments is read, and a list is printed.
+of lists of arguments is read, all for one target, and a list is printed.
 """
 
 from __future__ import annotations

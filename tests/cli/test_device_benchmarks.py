@@ -139,7 +139,7 @@ def test_a_prediction_takes_the_longest_term():
     gpu_model = importlib.import_module("gpu_model")
     work = gpu_model.Work(bytes=3.1e6, launches=2)  # a microsecond of an H100's memory
     assert gpu_model.predict("h100", work).total == pytest.approx(2 * 2.2e-6 + 0.7e-6 + 1e-6 + 0.4e-6)
-    busy = gpu_model.Work(bytes=3.1e6, launches=2, wavefronts=1.755e4)  # ten microseconds of shared memory
+    busy = gpu_model.Work(bytes=3.1e6, launches=2, multiprocessor=10e-6)
     assert gpu_model.predict("h100", busy).total == pytest.approx(2 * 2.2e-6 + 10e-6 + 0.4e-6)
     assert 4.0 < gpu_model.bits_a_weight() < 4.2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 from support.attention import Form, arrays_of, bits, error, expected
 
 from pallas_kernels import attention
+from pallas_kernels.attention.api import why_no_mosaic
+from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.xla import combine
 from pallas_kernels.spqr_matmul.device import Target
 
@@ -109,3 +112,20 @@ def test_the_splits_of_a_plan_keep_the_multiprocessors_busy():
 
     assert [blocks(1, 32, 32), blocks(1, 32, 8), blocks(16, 32, 8)] == [128, 128, 128]
     assert attention.choose_plan(1, 32, 8, 128, 128, 2, 132).splits == 2, "no split has fewer than 64 positions"
+
+
+@pytest.mark.skipif(bool(why_no_mosaic()), reason=why_no_mosaic())
+def test_the_kernel_lowers_with_the_cache_in_place():
+    from pallas_kernels.attention import mosaic_gpu
+
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    problem = Problem(2, 4, 2, 64, 128, 64, 0.125, None, bfloat16, bfloat16)
+    plan = attention.choose_plan(2, 4, 2, 64, 128, 2, 132)
+    qkv, table, cache = ((2, 8 * 64), bfloat16), ((2, 32), jnp.float32), ((3, 2, 2, 128, 64), bfloat16)
+    shapes = [qkv, table, table, cache, cache, ((), jnp.int32), ((2,), jnp.int32), ((), jnp.int32)]
+    traced = jax.jit(functools.partial(mosaic_gpu.attend, problem, plan)).trace(
+        *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    [call] = [line for line in text.splitlines() if "@mosaic_gpu" in line]
+    assert call.count("output_operand_alias<") == 2
