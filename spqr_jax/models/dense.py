@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.weights import Block, Outer, Weight
-from spqr_jax.quantized import is_quantized
+from spqr_jax.quantized import QuantizedMatrix, is_quantized
 
 
 def dense_block(block: Block, dtype: Any) -> Block:
@@ -47,4 +47,4 @@ def head_part(config: DecoderConfig, outer: Outer, dtype: Any) -> Outer:
 
 
 def _dense(weight: Weight | None, dtype: Any) -> Weight | None:
-    return weight.to_dense(dtype) if is_quantized(weight) else weight
+    return weight.to_dense(dtype) if isinstance(weight, QuantizedMatrix) else weight

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spqr_jax.product_jit import product_jit
 from spqr_jax.solver.hessian import damping_shift
 
 _DAMPING = 1.0  # share of the mean diagonal of H; as much as the inputs' own size
@@ -29,7 +30,7 @@ def cross_gram(aim: jax.Array, x: jax.Array) -> jax.Array:
     return lax.dot_general(aim - x, x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
-@jax.jit
+@product_jit()
 def correct_drift(
     weights: Sequence[jax.Array], h: jax.Array, drift: jax.Array, share: jax.Array | float
 ) -> list[jax.Array]:

@@ -32,11 +32,13 @@ def solve_columns(
     """`columns.solve_columns`, in the way that `spec` is for."""
     if not spec.grid.at_once:
         return columns.solve_columns(w, u, valid, choices, spec)
+    if w.shape[1] == spec.chunk:
+        return _solve_chunk(w, u, valid, choices, spec)
     chunks = []
     for first in range(0, w.shape[1], spec.chunk):
         w_chunk, choices_chunk = _chunk(w, choices, first, spec.chunk)
         chunks.append(_solve_chunk(w_chunk, u, valid, choices_chunk, spec))
-    return chunks[0] if len(chunks) == 1 else _side_by_side(chunks)
+    return _side_by_side(chunks)
 
 
 class _Progress(NamedTuple):

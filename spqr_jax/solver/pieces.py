@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spqr_jax.layout import ArrayLayout
 from spqr_jax.packing import pack_codes, packed_words
+from spqr_jax.product_jit import product_jit
 from spqr_jax.solver.columns import SolvedColumns
 from spqr_jax.solver.hessian import quadratic_form
 
@@ -35,7 +36,7 @@ class Piece(NamedTuple):
     dense: jax.Array  # f32 [out, in]
 
 
-@partial(jax.jit, static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
+@product_jit(static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
 def cut(
     solved: SolvedColumns,
     weights: tuple[jax.Array, ...],
@@ -55,8 +56,9 @@ def cut(
     stats = jnp.swapaxes(solved.stats[:groups], 0, 1)  # [rows or tiles, groups, ...]
     second_level = stats_bits < 16
     if second_level:
-        scale_codes = pack_codes(solved.scale_codes[:groups], stats_bits)
-        zero_codes = pack_codes(solved.zero_codes[:groups], stats_bits)
+        both = jnp.stack([solved.scale_codes[:groups], solved.zero_codes[:groups]])
+        # Without the barrier, an accelerator compiles a kernel that packs for each matrix.
+        scale_codes, zero_codes = lax.optimization_barrier(pack_codes(both, stats_bits))
     pieces, errors, first = [], [], 0
     for w, layout in zip(weights, layouts, strict=True):
         last, end = first + layout.shape[0], first + layout.padded_out

@@ -29,7 +29,7 @@ from spqr_jax.models.decoder import plain_linear, random_decoder
 from spqr_jax.quantize import quantize_blocks
 
 GPTQ8 = SpQRConfig.gptq(8, 16)
-PROGRAMS = 40
+PROGRAMS = 38
 """That quantizing a model with blocks of one kind may compile: by stage, by input width, by shape; and small ones."""
 
 
