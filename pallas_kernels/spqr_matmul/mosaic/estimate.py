@@ -38,6 +38,12 @@ def registers(plan: Plan) -> int:
     return 40 + plan.config.depth * words + sums + operands + (50 if plan.scattered else 0)
 
 
+def early(plan: Plan) -> int:
+    """Outliers of a thread that are worth loading ahead: most of those it will have, few where x has many rows."""
+    a_thread = _OUTLIERS * plan.part * STEP_COLUMNS * TILE * plan.tiles / plan.threads
+    return min(math.ceil(1.3 * a_thread), 12 if plan.n == 1 else 4)
+
+
 def spills(plan: Plan) -> bool:
     """Whether a thread needs more registers than it can have."""
     return registers(plan) > min(REGISTERS // plan.threads // 8 * 8, 255)
