@@ -6,6 +6,7 @@ rules fill a GPU. `mosaic_config` takes the cut that `mosaic.estimate` expects t
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -102,22 +103,31 @@ def mosaic_cuts(device: Target, plan: Plan) -> Iterator[Plan]:
     clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
     for cluster, warps, depth in itertools.product(clusters, (4, 8, 12, 16), (1, 2, 3, 4)):
         for per_block in range(1, min(warps, tiles) + 1):
-            config = MosaicConfig(-(-tiles // per_block), warps, cluster, depth, early=4 if plan.n > 4 else 8)
+            config = MosaicConfig(-(-tiles // per_block), warps, cluster, depth)
             cut = dataclasses.replace(plan, config=config)
-            cut = _in_chunks(cut, device)
-            if cut.why_impossible() or cluster > cut.steps or estimate.spills(cut):
+            cut = dataclasses.replace(cut, config=dataclasses.replace(config, early=estimate.early(cut)))
+            if cluster > cut.steps or estimate.spills(cut):
                 continue
-            if depth == 1 or depth <= -(-cut.chunk // cut.split):  # no more ahead than there are
-                yield cut
+            chunked = _in_chunks(cut, device)
+            if chunked is None or chunked.why_impossible():
+                continue
+            if depth == 1 or depth <= -(-chunked.chunk // chunked.split):  # no more ahead than there are
+                yield chunked
 
 
-def _in_chunks(plan: Plan, device: Target) -> Plan:
-    """The plan with as few and as equal chunks as shared memory allows."""
-    for chunks in range(1, plan.part + 1):
-        cut = dataclasses.replace(plan, config=dataclasses.replace(plan.config, chunk=-(-plan.part // chunks)))
-        if cut.shared_bytes + estimate.RESERVED_SHARED <= device.shared_bytes:
-            break
-    return cut
+def _in_chunks(plan: Plan, device: Target) -> Plan | None:
+    """The plan with as few and as equal chunks as shared memory allows; None if not one step fits."""
+
+    def of(chunk: int) -> Plan:
+        return dataclasses.replace(plan, config=dataclasses.replace(plan.config, chunk=chunk))
+
+    def fits(chunk: int) -> bool:
+        return of(chunk).shared_bytes + estimate.RESERVED_SHARED <= device.shared_bytes
+
+    if not fits(1):
+        return None
+    most = plan.part if fits(plan.part) else bisect.bisect_left(range(1, plan.part), True, key=lambda c: not fits(c))
+    return of(-(-plan.part // -(-plan.part // most)))
 
 
 VMEM_BYTES = 12 << 20

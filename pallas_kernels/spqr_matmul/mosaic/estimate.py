@@ -35,7 +35,13 @@ def registers(plan: Plan) -> int:
     words = max(4 * f.width + {6: 10, 16: 8}[f.statistics_words // f.groups] for f in plan.formats)
     sums = 4 * plan.tiles_b * (1 if plan.wide else 2)
     operands = 32 * plan.tiles_b if 1 < plan.n <= 16 else 16
-    return 40 + plan.config.depth * words + sums + operands + (50 if plan.scattered else 0)
+    return 40 + plan.config.depth * words + sums + operands + (90 if plan.scattered else 0)
+
+
+def early(plan: Plan) -> int:
+    """Outliers of a thread that are worth loading ahead: most of those it will have, few where x has many rows."""
+    a_thread = _OUTLIERS * plan.part * STEP_COLUMNS * TILE * plan.tiles / plan.threads
+    return min(math.ceil(1.3 * a_thread), 12 if plan.n == 1 else 4)
 
 
 def spills(plan: Plan) -> bool:
@@ -64,7 +70,7 @@ def _instructions(plan: Plan) -> float:
     outliers = (
         0 if plan.scattered else _OUTLIERS * plan.part * STEP_COLUMNS * TILE * plan.tiles / 32 * (16 + 6 * plan.n)
     )
-    steps = math.ceil(plan.part / plan.split) * warps * _step_instructions(plan)
+    steps = plan.chunks * math.ceil(plan.chunk / plan.split) * warps * _step_instructions(plan)
     end = math.ceil(TILE * plan.tiles * plan.n / plan.threads) * (40 + 4 * plan.split + 10 * config.cluster) * warps
     return largest + prepare + outliers + steps + end
 

@@ -8,6 +8,7 @@ through shared memory. Where x does not fit into shared memory, a thread block g
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from pallas_kernels.spqr_matmul.entries import quarter_steps
 from pallas_kernels.spqr_matmul.formats import STEP_COLUMNS, TILE, Format
@@ -92,7 +93,7 @@ class Plan:
     def all_tiles(self) -> int:
         return self.rows // TILE
 
-    @property
+    @functools.cached_property
     def tiles(self) -> int:
         """Tiles that a thread block has at most; the last few blocks may have one less."""
         return -(-self.all_tiles // self.config.blocks)
@@ -101,16 +102,16 @@ class Plan:
     def threads(self) -> int:
         return 32 * self.config.warps
 
-    @property
+    @functools.cached_property
     def split(self) -> int:
         """Warps that share a tile. What warps are left over have none."""
         return self.config.warps // self.tiles
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         return num_steps(self.columns)
 
-    @property
+    @functools.cached_property
     def part(self) -> int:
         """Steps that a thread block has at most: whole quarters, or where 8 blocks share them, less."""
         quarters = 4 // self.config.cluster
@@ -120,12 +121,12 @@ class Plan:
             else -(-self.steps // self.config.cluster)
         )
 
-    @property
+    @functools.cached_property
     def chunk(self) -> int:
         """Steps of a chunk."""
         return min(self.config.chunk or self.part, self.part)
 
-    @property
+    @functools.cached_property
     def chunks(self) -> int:
         return -(-self.part // self.chunk)
 
@@ -134,7 +135,7 @@ class Plan:
         """Whether all chunks of all thread blocks are full of columns."""
         return self.columns == self.config.cluster * self.chunks * self.chunk * STEP_COLUMNS
 
-    @property
+    @functools.cached_property
     def columns_b(self) -> int:
         """Rows of x with padding: columns of operand B."""
         if self.n == 1:
@@ -152,7 +153,7 @@ class Plan:
         """Products of one operand A: 8 rows of x each."""
         return -(-self.columns_b // 8)
 
-    @property
+    @functools.cached_property
     def sums_keys(self) -> tuple[tuple[int, int], ...]:
         """(groups, width) of the formats: each needs its sums of x."""
         return () if self.wide else tuple(sorted({(f.groups, f.width) for f in self.formats}))
@@ -166,7 +167,7 @@ class Plan:
         """Words of a step's sums: high and low parts, plain and weighted, float16."""
         return 2 * self.columns_b * groups
 
-    @property
+    @functools.cached_property
     def regions(self) -> dict[str, tuple[int, int]]:
         """{name: (first word, words)} of shared memory."""
         kept = _side_by_side({"largest": self.n * self.warps_a_row, "powers": self.n}, 0)

@@ -52,7 +52,7 @@ class Program:
 
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", re.S)
-_SILENT = re.compile(r'\.(loc|file|pragma\s+"nounroll")\b[^;\n]*')
+_SILENT = re.compile(r'\.((loc|file)\b|pragma\s+"nounroll")[^;\n]*')
 _VARIABLE = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.[bsuf](\d+)\s+([\w$]+)\s*(\[\s*(\d*)\s*\])?")
 
 
