@@ -177,13 +177,15 @@ def _events(data: Any) -> Any:
                 yield from line.events
 
 
-def compare(
-    problems: list[tuple[Rival, jax.Array]], *, products: int, rounds: int, calls: int = 4
-) -> list[Timing | str]:
+Problem = tuple[Rival, jax.Array]
+"""A rival, and its x [rows, in]."""
+
+
+def compare(problems: list[Problem], *, products: int, rounds: int, calls: int = 4) -> list[Timing | str]:
     """Times products that take turns: all are compiled first, several at a time, then each is timed in every round.
 
     Args:
-      problems: rivals, each with its x [rows, in].
+      problems: what is timed.
       products: of one call of a program, about.
       rounds: how often each is timed; the median counts.
       calls: of a program for one figure.

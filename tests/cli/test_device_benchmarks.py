@@ -156,7 +156,8 @@ def test_predictions_stand_beside_measurements():
 @pytest.mark.slow
 def test_every_part_of_the_check_runs_on_a_cpu(tmp_path, monkeypatch):
     check = importlib.import_module("accelerator_check")
-    parts = [part for part in check.PARTS if part not in ("demo", "steps_32_layers", "steps_in_one_graph")]
+    others = [part for part in check.PARTS if part.startswith("steps") and part != "steps_2_layers"]
+    parts = [part for part in check.PARTS if part not in ("demo", *others)]  # demo needs a model
     monkeypatch.setattr(
         sys, "argv", ["accelerator_check.py", "--dry-run", "--out", str(tmp_path / "report"), "--parts", *parts]
     )
