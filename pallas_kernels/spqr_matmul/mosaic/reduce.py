@@ -39,8 +39,10 @@ def finish(thread: Thread) -> None:
         stride = plan.tiles * TILE * plan.columns_b
         # a row's tile is shared by the warps tile, tile + tiles, ...: their parts are tiles * 16 rows apart
         parts = [thread.shared["parts"].load(place + k * stride)[0].float() for k in range(plan.split)]
-        sparse = thread.shared["totals"].load(place)[0].float()
-        total = (machine.tree_sum(parts) + sparse) * thread.power(x_row).float()
+        total = machine.tree_sum(parts)
+        if not plan.scattered:
+            total = total + thread.shared["totals"].load(place)[0].float()
+        total = total * thread.power(x_row).float()
         if plan.config.cluster > 1:
             thread.shared["totals"].store(place, [total.word()])
         else:
