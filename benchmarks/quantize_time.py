@@ -42,7 +42,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "Hessians": [(spqr_jax.calibrate, "_accumulate_stage")],
     "factorization": [(spqr_jax.solver.solve, "factor_hessian")],
     "columns": [(spqr_jax.solver.solve, "solve_columns")],
-    "stacking, packing, statistics": [(spqr_jax.solver.solve, name) for name in ("_stack", "_cut", "_result")],
+    "stacking, packing, statistics": [(spqr_jax.solver.solve, name) for name in ("_stack", "cut", "_result")],
 }
 
 

@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(jax|jaxlib|numpy|np|flax|collections|pathlib|typing)\..*"),
 ]
 
-nitpick_ignore = [("py:class", "pallas_kernels.spqr_matmul.outliers.Outliers")]  # inside of a prepared matrix
+nitpick_ignore = [("py:class", "pallas_kernels.spqr_matmul.pieces.Piece")]  # inside of a prepared matrix
 
 myst_heading_anchors = 3  # the anchors that GitHub gives to headings
 smartquotes = False  # --option stays two hyphens

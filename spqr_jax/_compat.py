@@ -8,7 +8,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import os
 from types import ModuleType
+from typing import Any
+
+import jax
 
 
 def orbax_v1() -> ModuleType:
@@ -17,6 +21,27 @@ def orbax_v1() -> ModuleType:
         return importlib.import_module("orbax.checkpoint.v1")
     except ModuleNotFoundError:
         return importlib.import_module("orbax.checkpoint.experimental.v1")
+
+
+_COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
+_GRAPH_KINDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
+
+
+def compile_as_graph(lowered: Any) -> Any:
+    """Compiles a lowered program; on a GPU its loops become parts of one CUDA graph.
+
+    XLA's default is a graph for each turn of a loop, which the host launches turn by turn. XLA_FLAGS win: a user who
+    sets ``--xla_gpu_enable_command_buffer`` there gets that. A version of XLA that does not know one of the kinds of
+    operations compiles with its defaults.
+    """
+    if jax.default_backend() != "gpu" or _COMMAND_BUFFERS in os.environ.get("XLA_FLAGS", ""):
+        return lowered.compile()
+    try:
+        return lowered.compile(compiler_options={_COMMAND_BUFFERS: _GRAPH_KINDS})
+    except jax.errors.JaxRuntimeError as error:
+        if _COMMAND_BUFFERS not in str(error):
+            raise
+        return lowered.compile()
 
 
 def give_back_memory() -> None:

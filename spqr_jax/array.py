@@ -272,7 +272,7 @@ jax.tree_util.register_dataclass(
 def _rows(row_ptr: Any, entries: int) -> jax.Array:
     """Row of each entry, int32 [entries]; 0 past the last outlier, where the value is 0."""
     entry = jnp.arange(entries, dtype=jnp.int32)
-    rows = jnp.searchsorted(row_ptr, entry, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    rows = jnp.searchsorted(row_ptr, entry, side="right", method="scan").astype(jnp.int32) - 1
     return jnp.where(entry < row_ptr[-1], rows, 0)
 
 
@@ -305,40 +305,39 @@ def pack_array(
     scale_codes: Any,
     zero_codes: Any,
     tile_stats: Any,
-    residual: np.ndarray,
-    outliers: np.ndarray,
+    row_ptr: np.ndarray,
+    cols: np.ndarray,
+    values: np.ndarray,
     perm: np.ndarray | None,
     bits: int,
     stats_group_size: int,
     stats_bits: int,
 ) -> SpQRArray:
-    """Puts a solver's output together; the outliers become sparse here, on the host.
+    """Puts a solver's output together.
 
     Args:
       layout: of the matrix, from :func:`array_layout`.
       codes, scale_codes, zero_codes, tile_stats: packed, as the leaves of
         :class:`SpQRArray` of the same names.
-      residual: float16 [out, in], what an outlier adds, permuted columns.
-      outliers: bool [out, in], where the outliers are, permuted columns.
+      row_ptr: int32 [out + 1], outliers before each row.
+      cols: integers [nnz], columns of the outliers, permuted; sorted by row, then by column.
+      values: float16 [nnz], what the outliers add.
       perm: integers [in], or None for the identity.
       bits: bits a code.
       stats_group_size: rows a tile.
       stats_bits: bits of a scale or zero code; 16 without a second level.
     """
-    rows, cols = np.nonzero(outliers)
-    nnz, inner = len(rows), layout.shape[1]
-    entries = entry_capacity(nnz)
-    columns, values = np.zeros(entries, column_dtype(inner)), np.zeros(entries, np.float16)
-    columns[:nnz], values[:nnz] = cols, residual[rows, cols]
+    nnz, inner = len(cols), layout.shape[1]
+    padding = (0, entry_capacity(nnz) - nnz)
     return SpQRArray(
         codes=codes,
         scale_codes=scale_codes,
         zero_codes=zero_codes,
         tile_stats=tile_stats,
         # Put there, not made by jnp.asarray, which compiles a program for each number of outliers.
-        outlier_cols=jax.device_put(columns),
-        outlier_values=jax.device_put(values),
-        outlier_row_ptr=jax.device_put(np.searchsorted(rows, np.arange(layout.shape[0] + 1)).astype(np.int32)),
+        outlier_cols=jax.device_put(np.pad(cols.astype(column_dtype(inner)), padding)),
+        outlier_values=jax.device_put(np.pad(values.astype(np.float16), padding)),
+        outlier_row_ptr=jax.device_put(row_ptr.astype(np.int32)),
         perm=None if perm is None else jax.device_put(np.asarray(perm).astype(column_dtype(inner))),
         shape=layout.shape,
         bits=bits,

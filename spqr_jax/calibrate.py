@@ -9,7 +9,7 @@ of the block plus the Hessians.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from spqr_jax.models.decoder import (
     plain_linear,
 )
 from spqr_jax.models.weights import abstract_block
+from spqr_jax.product_jit import product_jit
 from spqr_jax.solver import Hessian, accumulate_hessian, cross_gram, empty_hessian
 
 
@@ -72,7 +73,7 @@ def stage_groups(config: DecoderConfig, kind: BlockKind, stage: int) -> tuple[tu
     return tuple((tuple(names), x.shape[-1]) for names, x in zip(recorder.groups, recorder.inputs, strict=True))
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+@product_jit(static_argnums=(0, 1), donate_argnums=5)
 def _accumulate_stage(
     config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, hessians: tuple[Hessian, ...]
 ) -> tuple[Hessian, ...]:
@@ -111,7 +112,7 @@ def _rounded_product_back(given: tuple[jax.Array, jax.Array], g: jax.Array) -> t
 _rounded_product.defvjp(lambda w, x: (_rounded_product(w, x), (w, x)), _rounded_product_back)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+@product_jit(static_argnums=(0, 1), donate_argnums=7)
 def _accumulate_drift(
     config: DecoderConfig,
     stage: int,
@@ -128,7 +129,7 @@ def _accumulate_drift(
     return tuple(total + cross_gram(aim, x) for total, x, aim in zip(sums, drifted.inputs, dense.inputs, strict=True))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 5))
+@product_jit(static_argnums=(0, 1, 5))
 def run_stage(
     config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear = plain_linear
 ) -> State:
@@ -136,7 +137,7 @@ def run_stage(
     return STAGES[stage](config, block, state, where, linear)
 
 
-@partial(jax.jit, static_argnums=0)
+@product_jit(static_argnums=0)
 def _accumulate_head(config: DecoderConfig, outer: Outer, residual: jax.Array, hessian: Hessian) -> Hessian:
     recorder = InputRecorder()
     logits(config, outer, residual, recorder)

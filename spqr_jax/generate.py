@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spqr_jax._compat import compile_as_graph
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.files.entries import shown
 from spqr_jax.layout import round_up
@@ -251,7 +252,7 @@ class Generator:
         leaves, tree = jax.tree.flatten((cache[0], progress, rest))
         key = (function, tree, *(leaf.shape for leaf in leaves))
         if key not in self._programs:
-            self._programs[key] = function.lower(self._params, cache, progress, *rest).compile()
+            self._programs[key] = compile_as_graph(function.lower(self._params, cache, progress, *rest))
         return self._programs[key]
 
 

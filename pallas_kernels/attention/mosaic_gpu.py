@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import machine as m
@@ -24,6 +25,9 @@ from pallas_kernels.attention.place import Place, shared_sizes
 from pallas_kernels.attention.plan import LOAD_BYTES, Plan
 from pallas_kernels.attention.problem import MASKED, Problem
 from pallas_kernels.machine import Address, Bool, Float, Word
+
+_THREADS = "warpgroup"
+_CACHE = ".L1::no_allocate"  # read once; not `.nc`: the kernel writes into the same buffer
 
 plgpu: Any = mosaic_gpu  # what older JAX has not, and what has no types of its own
 
@@ -54,27 +58,31 @@ def attend(
     else:
         shapes = ((*by_split, problem.head_dim), by_split, by_split)
         outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    kernel = plgpu.kernel(
-        functools.partial(_kernel, problem, plan),
-        out_type=outputs,
-        scratch_types=[plgpu.SMEM((size,), jnp.float32) for size in shared_sizes(problem, plan)],
+    # Not `plgpu.kernel`: JAX 0.10's does not take references.
+    mesh = plgpu.Mesh(
         grid=(problem.batch * problem.kv_heads * plan.parts * plan.splits,),
         grid_names=("block",),
         num_threads=plan.warps // 4,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        thread_name=_THREADS,
+        kernel_name="attention",
     )
+    params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    kernel = pl.kernel(functools.partial(_kernel, problem, plan), outputs, mesh=mesh, compiler_params=params)
     rotary = (cos, sin) if problem.rotated else ()
     results = kernel(layer.reshape(1), start.reshape(1), first, qkv, *rotary, keys_ref, values_ref)
     return tuple(results), jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 def _kernel(problem: Problem, plan: Plan, *refs: Any) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-    def per_thread(_: Any, *refs: Any) -> None:
-        _Thread(problem, plan, refs[:-3], refs[-3:]).run()
+    def with_shared(*shared: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + len(shared)))
+        def per_thread(_: Any, *all_refs: Any) -> None:
+            _Thread(problem, plan, all_refs[: len(refs)], all_refs[len(refs) :]).run()
 
-    per_thread(*refs)
+        per_thread(*refs, *shared)
+
+    scratch = [plgpu.SMEM((size,), jnp.float32) for size in shared_sizes(problem, plan)]
+    pl.run_scoped(with_shared, *scratch, collective_axes=_THREADS)
 
 
 class _Thread:
@@ -161,7 +169,7 @@ class _Thread:
                 if (chunk + 1) * lanes * LOAD_BYTES > row_bytes:  # idle lanes
                     when = there & (lane + chunk * lanes < row_bytes // LOAD_BYTES)
                 offset = u * self.stride * row_bytes + chunk * lanes * LOAD_BYTES
-                words += m.load(address, 4, when=when, offset=offset)
+                words += m.load(address, 4, when=when, offset=offset, policy=_CACHE)
             fetched.append(words)
         return fetched
 

@@ -8,7 +8,7 @@ LOAD_BYTES = 16
 """Bytes that a lane loads at a time."""
 _SUMS = 64  # float32 sums that a lane may hold: beside them stand the keys and values under way
 _FEW_SUMS = 40  # with which a thread needs no more than 128 registers, so that a block may have 16 warps
-_FEW_LOADS, _LOADS = 4, 6  # of keys, and as many of values, that a lane has under way, with few sums and with more
+_LOADS = 4  # of keys, and as many of values, that a lane has under way: 32 KB a block of 8 warps
 _MAX_SPLITS = 32  # the splits are combined by an unrolled expression
 _SPLIT_KEYS = 64  # a split of fewer keys is not worth a thread block
 _SHARED_BYTES = 96 * 1024  # fits every GPU from compute capability 8.0 on
@@ -81,8 +81,7 @@ def choose_plan(batch: int, heads: int, kv_heads: int, head_dim: int, length: in
         warps = 4
     while warps > 4 and 4 * warps * block_heads * chunks * lanes * elements > _SHARED_BYTES:
         warps //= 2
-    loads = _FEW_LOADS if sums <= _FEW_SUMS else _LOADS
-    return Plan(splits, parts, block_heads, warps, lanes, chunks, max(1, -(-loads // chunks)))
+    return Plan(splits, parts, block_heads, warps, lanes, chunks, max(1, -(-_LOADS // chunks)))
 
 
 def _fewest_chunks(pieces: int) -> int:

@@ -30,18 +30,21 @@ def attend_by_xla(
     batch = qkv.shape[0]
     split = jnp.split(qkv.reshape(batch, heads + 2 * kv_heads, head_dim), (heads, heads + kv_heads), axis=1)
     q, k = (_rotate(x.astype(jnp.float32), cos, sin, rotated) for x in split[:2])
-    q = (scale * q).reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    # The products are in the cache's dtype, as far as their operands go: XLA would convert the whole cache otherwise.
+    q = (scale * q).reshape(batch, kv_heads, heads // kv_heads, head_dim).astype(keys.dtype)
     k, v = k.astype(keys.dtype), split[2].astype(values.dtype)
     old_keys, old_values = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (keys, values))
     scores = _capped(jnp.einsum("bhsd,bhld->bhsl", q, old_keys, preferred_element_type=jnp.float32), softcap)
     position = jnp.arange(keys.shape[3])
     seen = (position < start) & (position >= first[:, None])  # [batch, length]
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    score = _capped(jnp.sum(q * k.astype(jnp.float32)[:, :, None], axis=-1, keepdims=True), softcap)  # the token's
+    score = _capped(
+        jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[:, :, None], axis=-1, keepdims=True), softcap
+    )  # the token's
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), score)
     weights, weight = jnp.exp(scores - top), jnp.exp(score - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + weight
-    out = jnp.einsum("bhsl,bhld->bhsd", weights, old_values, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bhsl,bhld->bhsd", weights.astype(values.dtype), old_values, preferred_element_type=jnp.float32)
     out = ((out + weight * v.astype(jnp.float32)[:, :, None]) / total).astype(qkv.dtype)
     # Zero, but it depends on `out`: only after the old cache was read can the new one be written in its place.
     # Without it XLA copies the cache.

@@ -97,7 +97,7 @@ def rows_and_columns(entries: jax.Array, starts: jax.Array) -> tuple[jax.Array, 
     """
     number = jnp.arange(entries.shape[0], dtype=jnp.int32)
     edges = starts[::QUARTERS]
-    row = jnp.searchsorted(edges, number, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    row = jnp.searchsorted(edges, number, side="right", method="scan").astype(jnp.int32) - 1
     row = jnp.where(number < edges[-1], row, edges.shape[0] + number)
     return row, column_at(entries & 0xFFFF), _values(entries)
 

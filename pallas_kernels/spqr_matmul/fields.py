@@ -1,11 +1,11 @@
-"""Where a code of 2, 3 or 4 bits stands in a 16-bit half-word, and how it becomes a float without a conversion.
+"""Codes of a run, and for the TPU where a code of 2, 3 or 4 bits is in a half-word and how it becomes a float.
 
 A half-word plane holds the codes of up to eight k-steps, one field each; three-bit codes
 leave one bit over, and the spare bits of three planes are the code of a sixteenth step.
 
-A field that stands at bit p of a float16's mantissa becomes a number by one AND and one
-OR: with the exponent of 2^(10-p) above it, the half-word reads as 2^(10-p) + code. That
-offset is a power of two, so taking it off again is exact.
+A field at bit p of a float's mantissa of m bits becomes a number by one AND and one OR: with
+the exponent of 2^(m-p) above it, the half-word reads as 2^(m-p) + code. That offset is a
+power of two, so taking it off again is exact.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ import numpy as np
 STEPS = 16
 """k-steps whose codes share a block of planes."""
 
-_MANTISSA = 10  # bits of a float16's mantissa
-_BIAS = 15  # of its exponent
-
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -34,8 +31,8 @@ class Field:
     plane: int
     shift: int
     position: int
-    mantissa: int = _MANTISSA
-    bias: int = _BIAS
+    mantissa: int
+    bias: int
 
     @property
     def offset(self) -> int:
@@ -46,25 +43,6 @@ class Field:
     def exponent(self) -> int:
         """The bits of the float that make that so."""
         return (self.bias + self.mantissa - self.position) << self.mantissa
-
-
-def fields(bits: int) -> list[Field | None]:
-    """The field of each of the 16 steps; None for the one that is spread over the planes' highest bits.
-
-    Args:
-      bits: of a code, 2 to 4.
-    """
-    per_plane = STEPS // bits
-    first_shifted = next(f for f in range(per_plane) if (f + 1) * bits > _MANTISSA)
-    found: list[Field | None] = []
-    for step in range(STEPS):
-        plane, f = divmod(step, per_plane)
-        if plane == bits:
-            found.append(None)
-            continue
-        shift = first_shifted * bits if f >= first_shifted else 0
-        found.append(Field(plane, shift, f * bits - shift))
-    return found
 
 
 def run_codes(words: jax.Array, bits: int) -> jax.Array:

@@ -157,7 +157,7 @@ def add_to(outliers: Outliers, dense: jax.Array, first: jax.Array) -> jax.Array:
       first: int32, which row of the matrix is row 0 of `dense`.
     """
     chunk = jnp.arange(outliers.columns.shape[1], dtype=jnp.int32)
-    row = jnp.searchsorted(outliers.first_chunks, chunk, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    row = jnp.searchsorted(outliers.first_chunks, chunk, side="right", method="scan").astype(jnp.int32) - 1
     row = jnp.where(row < first, dense.shape[0], row - first)  # negative ones would count from the end
     # Filling has value 0 and column 0, which another entry may have too: the scatter must add.
     at = (jnp.broadcast_to(row, outliers.columns.shape), outliers.columns.astype(jnp.int32))

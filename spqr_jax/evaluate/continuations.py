@@ -3,6 +3,9 @@
 Continuations of one context share what is read of it: a context goes through each
 block once, and then all its continuations go on from its keys and values. Only one
 block's keys and values are held.
+
+All batches advance together, block by block: a quantized block is made dense once for
+all of them, or once for each group of batches whose residual streams take up to 1 GiB.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import numpy as np
 from jax import lax
 
 from spqr_jax.errors import DataError
+from spqr_jax.evaluate.passes import Steps, embed_batch, groups, pass_blocks
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import KVCache, Positions, Prefix, positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Decoder, Outer, State, embed, logits, pass_block, run_block
+from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
+from spqr_jax.models.dense import embedding_part, head_part
 from spqr_jax.models.finite import not_finite
-from spqr_jax.products import prepare
 
 _HEAD_CHUNK = 128  # positions whose logits are held at once
 
@@ -69,7 +73,8 @@ def continuation_scores(
       requests: (context, continuation) as token ids, neither empty. A context that is too
         long for the model beside its continuation loses its first tokens.
       batch_tokens: about how many tokens to read at a time.
-      progress: called with how many more are done.
+      progress: called with how many more requests are done. Between blocks this is the share of blocks that all
+        requests have passed.
 
     Returns:
       A score for each request, in their order.
@@ -80,18 +85,36 @@ def continuation_scores(
       NotFiniteError: a score is no number; says where in the model that begins.
     """
     config = params.config
-    params = prepare(params, implementation="xla")  # many rows at a time: dense weights, and programs that blocks share
+    batches = [
+        _arranged(batch)
+        for batch in _batches([_checked(i, *pair, config) for i, pair in enumerate(requests)], batch_tokens)
+    ]
+    steps = Steps(len(requests) * (config.num_layers + 1), _as_requests(progress, config.num_layers + 1))
     scores: list[ContinuationScore | None] = [None] * len(requests)
-    for batch in _batches([_checked(i, *pair, config) for i, pair in enumerate(requests)], batch_tokens):
-        totals, greedy = _score(params, batch)
-        for request, total, is_greedy in zip(batch, totals, greedy, strict=False):  # rows behind are padding
-            if not np.isfinite(total):
-                text = np.array([[*request.prefix, *request.suffix]], np.int32)
-                raise not_finite(f"the log-probability of request {request.index}", params, text)
-            scores[request.index] = ContinuationScore(float(total), bool(is_greedy))
-        if progress is not None:
-            progress(len(batch))
+    for group in groups(batches, lambda batch: batch.positions * config.hidden_size):
+        for batch, (totals, greedy) in zip(group, _score(params, group, steps), strict=True):
+            for request, total, is_greedy in zip(batch.requests, totals, greedy, strict=False):  # the rest is padding
+                if not np.isfinite(total):
+                    text = np.array([[*request.prefix, *request.suffix]], np.int32)
+                    raise not_finite(f"the log-probability of request {request.index}", params, text)
+                scores[request.index] = ContinuationScore(float(total), bool(is_greedy))
     return [score for score in scores if score is not None]
+
+
+def _as_requests(progress: Callable[[int], None] | None, steps_a_request: int) -> Callable[[int, int], None] | None:
+    """A callback for `Steps` that tells `progress` how many more requests the steps amount to."""
+    if progress is None:
+        return None
+    told = 0
+
+    def advanced(done: int, total: int) -> None:
+        nonlocal told
+        requests = done // steps_a_request
+        if requests > told:
+            progress(requests - told)
+        told = requests
+
+    return advanced
 
 
 def _checked(index: int, context: Tokens, continuation: Tokens, config: DecoderConfig) -> _Request:
@@ -133,34 +156,108 @@ def _batches(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Requ
         yield batch
 
 
-def _score(params: Decoder, batch: list[_Request]) -> tuple[np.ndarray, np.ndarray]:
-    """Summed log-probabilities and whether all tokens are greedy, for the batch's rows and padding behind them."""
-    config, outer = params.config, params.outer
-    prefixes = list(dict.fromkeys(request.prefix for request in batch))
-    width, suffix_width = _bucket(len(prefixes[0])), _bucket(max(len(request.suffix) for request in batch))
-    rows, contexts = _power_of_two(len(batch)), _power_of_two(len(prefixes))
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Requests that are read together, as padded arrays.
+
+    Attributes:
+      requests: the continuations to score; rows behind them are padding.
+      contexts: int32 [prefixes, width], left-padded.
+      padding: int32 [prefixes], left-padding of each prefix.
+      suffixes: int32 [rows, length].
+      targets: int32 [rows, length]; -1 for none.
+      which: int32 [rows], the prefix of each row.
+    """
+
+    requests: list[_Request]
+    contexts: np.ndarray
+    padding: np.ndarray
+    suffixes: np.ndarray
+    targets: np.ndarray
+    which: np.ndarray
+
+    @property
+    def positions(self) -> int:
+        """Positions that the model reads, padding included."""
+        return self.contexts.size + self.suffixes.size
+
+
+def _arranged(requests: list[_Request]) -> _Batch:
+    prefixes = list(dict.fromkeys(request.prefix for request in requests))
+    width, length = _bucket(len(prefixes[0])), _bucket(max(len(request.suffix) for request in requests))
+    rows, contexts = _power_of_two(len(requests)), _power_of_two(len(prefixes))
     before, padding = np.zeros((contexts, width), np.int32), np.full(contexts, width, np.int32)
     for row, prefix in enumerate(prefixes):
         padding[row] = width - len(prefix)
         before[row, padding[row] :] = prefix
-    suffix, targets = np.zeros((rows, suffix_width), np.int32), np.full((rows, suffix_width), -1, np.int32)
+    suffixes, targets = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
     which, place = np.zeros(rows, np.int32), {prefix: row for row, prefix in enumerate(prefixes)}
-    for row, request in enumerate(batch):
+    for row, request in enumerate(requests):
         which[row] = place[request.prefix]
-        suffix[row, : len(request.suffix)] = request.suffix
+        suffixes[row, : len(request.suffix)] = request.suffix
         targets[row, : len(request.targets)] = request.targets
-    where = positions(config, suffix_width, jnp.asarray(padding[which]), jnp.int32(width))
-    residual = embed(config, outer, jnp.asarray(suffix), where)
-    if width:
-        earlier = positions(config, width, jnp.asarray(padding), jnp.int32(0))
-        context = embed(config, outer, jnp.asarray(before), earlier)
-        for block in params.layers:
-            context, residual = _pass_both(config, block, context, residual, earlier, where, jnp.asarray(which))
-    else:
-        for block in params.layers:
-            residual = pass_block(config, block, residual, where)
-    totals, greedy = _target_log_probabilities(config, outer, residual, jnp.asarray(targets))
-    return np.asarray(totals, np.float64), np.asarray(greedy)
+    return _Batch(requests, before, padding, suffixes, targets, which)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Streams:
+    """What of a batch goes from block to block.
+
+    Attributes:
+      context: residual stream of the prefixes [prefixes, width, hidden]; None if all are empty.
+      residual: residual stream of the suffixes [rows, length, hidden].
+      earlier, where: positions of both.
+      which: int32 [rows], the prefix of each row.
+      requests: number of requests; static.
+    """
+
+    context: jax.Array | None
+    residual: jax.Array
+    earlier: Positions | None
+    where: Positions
+    which: jax.Array
+    requests: int = dataclasses.field(metadata={"static": True})
+
+
+def _embedded(config: DecoderConfig, outer: Outer, batch: _Batch) -> _Streams:
+    """The streams before the first block; `outer` is dense."""
+    width, which = batch.contexts.shape[1], jnp.asarray(batch.which)
+    where = positions(config, batch.suffixes.shape[1], batch.padding[batch.which], np.int32(width))
+    residual = embed_batch(config, outer, jnp.asarray(batch.suffixes), where)
+    if not width:
+        return _Streams(None, residual, None, where, which, len(batch.requests))
+    earlier = positions(config, width, batch.padding, np.int32(0))
+    context = embed_batch(config, outer, jnp.asarray(batch.contexts), earlier)
+    return _Streams(context, residual, earlier, where, which, len(batch.requests))
+
+
+def _score(params: Decoder, group: list[_Batch], steps: Steps) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each batch: log-probabilities summed over a row, and whether all of the row's tokens are greedy."""
+    config = params.config
+    outer = embedding_part(params.outer)
+    streams = [_embedded(config, outer, batch) for batch in group]
+    del outer  # a dense copy where the embedding is quantized
+
+    def step(block: Block, before: _Streams) -> _Streams:
+        if before.context is None:
+            residual = pass_block(config, block, before.residual, before.where)
+            return dataclasses.replace(before, residual=residual)
+        assert before.earlier is not None
+        context, residual = _pass_both(
+            config, block, before.context, before.residual, before.earlier, before.where, before.which
+        )
+        return dataclasses.replace(before, context=context, residual=residual)
+
+    dtype = streams[0].residual.dtype
+    pass_blocks(params.layers, streams, step, dtype, lambda passed: steps.advance(passed.requests))
+    head = head_part(config, params.outer, dtype)
+    scores = []
+    for batch, passed in zip(group, streams, strict=True):
+        totals, greedy = _target_log_probabilities(config, head, passed.residual, jnp.asarray(batch.targets))
+        scores.append((np.asarray(totals, np.float64), np.asarray(greedy)))
+        steps.advance(passed.requests)
+    return scores
 
 
 @partial(jax.jit, static_argnums=0)

@@ -24,11 +24,12 @@ import numpy as np
 from jax import lax
 
 from spqr_jax.errors import DataError, ModelError
-from spqr_jax.evaluate.perplexity import checked_windows, final_residual
+from spqr_jax.evaluate.passes import Steps, final_residuals, window_groups
+from spqr_jax.evaluate.perplexity import checked_windows
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, logits
+from spqr_jax.models.dense import head_part
 from spqr_jax.models.finite import not_finite
-from spqr_jax.products import prepare
 
 _HEAD_CHUNK = 128  # positions whose logits, of both models, are held at once
 
@@ -196,12 +197,15 @@ def compare(
 ) -> Fidelity:
     """Runs both models over the same windows, which do not see each other, in one pass.
 
+    A quantized model stays packed, as in `perplexity`. The residual streams of both models take up to 1 GiB.
+
     Args:
       dense: what is compared with, usually the model before it was quantized.
       quantized: any model of the same vocabulary.
       windows: int32 [windows, length], length >= 2.
       batch_size: windows at a time.
-      progress: called with (windows done, windows in all).
+      progress: called with (steps done, steps in all). A step is one window through one block of one model, or through
+        both output heads.
 
     Raises:
       ModelError: the vocabularies differ in size.
@@ -216,25 +220,38 @@ def compare(
         )
     windows = checked_windows(checked_windows(windows, dense.config), quantized.config)
     begun = time.perf_counter()
-    models = [prepare(model, implementation="xla") for model in (dense, quantized)]
+    models = (dense, quantized)
+    steps = Steps(len(windows) * (sum(model.config.num_layers for model in models) + 1), progress)
     parts: list[TokenStatistics] = []
-    for first in range(0, len(windows), batch_size):
-        tokens = jnp.asarray(windows[first : first + batch_size])
-        residuals = final_residual(models[0], tokens), final_residual(models[1], tokens)
-        outers = models[0].outer, models[1].outer
-        found = _token_statistics(dense.config, quantized.config, outers, residuals, tokens)
-        parts.append(TokenStatistics(*(np.asarray(a) for a in found)))
-        _refuse_infinite(parts[-1], models, windows[first : first + batch_size], first)
-        if progress is not None:
-            progress(min(first + batch_size, len(windows)), len(windows))
+    for batches in window_groups(windows, batch_size, sum(model.config.hidden_size for model in models)):
+        parts += _group_statistics(models, batches, steps)
+        _refuse_infinite(parts, models, windows)
     together = TokenStatistics(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     return summarize(together, time.perf_counter() - begun)
 
 
-def _refuse_infinite(part: TokenStatistics, models: Sequence[Decoder], windows: np.ndarray, first: int) -> None:
-    for name, model, losses in zip(("dense", "quantized"), models, (part.dense_loss, part.loss), strict=True):
+def _group_statistics(
+    models: tuple[Decoder, Decoder], batches: Sequence[np.ndarray], steps: Steps
+) -> list[TokenStatistics]:
+    """The statistics of each batch of a group, in NumPy arrays."""
+    residuals = [final_residuals(model, batches, steps) for model in models]
+    heads = [
+        head_part(model.config, model.outer, streams[0].dtype) for model, streams in zip(models, residuals, strict=True)
+    ]
+    parts = []
+    for batch, *streams in zip(batches, *residuals, strict=True):
+        configs = models[0].config, models[1].config
+        part = _token_statistics(*configs, tuple(heads), tuple(streams), jnp.asarray(batch))
+        parts.append(TokenStatistics(*(np.asarray(array) for array in part)))
+        steps.advance(len(batch))
+    return parts
+
+
+def _refuse_infinite(parts: Sequence[TokenStatistics], models: tuple[Decoder, Decoder], windows: np.ndarray) -> None:
+    for name, model, field in zip(("dense", "quantized"), models, ("dense_loss", "loss"), strict=True):
+        losses = np.concatenate([getattr(part, field) for part in parts])
         if bad := np.flatnonzero(~np.isfinite(losses).all(axis=1)).tolist():
-            raise not_finite(f"the {name} model's loss of window {first + bad[0]}", model, windows[bad[0] : bad[0] + 1])
+            raise not_finite(f"the {name} model's loss of window {bad[0]}", model, windows[bad[0] : bad[0] + 1])
 
 
 def summarize(statistics: TokenStatistics, seconds: float = math.nan) -> Fidelity:

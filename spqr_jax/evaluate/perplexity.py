@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -13,11 +13,11 @@ import numpy as np
 from jax import lax
 
 from spqr_jax.errors import DataError
-from spqr_jax.models.attention import positions
+from spqr_jax.evaluate.passes import Steps, final_residuals, window_groups
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Decoder, Outer, embed, logits, pass_block
+from spqr_jax.models.decoder import Decoder, Outer, logits
+from spqr_jax.models.dense import head_part
 from spqr_jax.models.finite import not_finite
-from spqr_jax.products import prepare
 
 _HEAD_CHUNK = 512  # positions whose logits are held at once
 
@@ -79,11 +79,15 @@ def perplexity(
     The loss of a window is the mean negative log-likelihood of its tokens 2..n, in nats. The perplexity is exp of the
     mean over windows. Losses are computed in float32 and averaged in float64.
 
+    A quantized model stays packed: one block at a time becomes dense, reads all windows, and is dropped. The residual
+    stream of the windows takes up to 1 GiB; more text than that is read in several groups.
+
     Args:
       params: the model, dense or quantized.
       windows: token ids, int32 [windows, length], length >= 2.
       batch_size: windows that are read at a time.
-      progress: called with (windows done, number of windows).
+      progress: called with (steps done, steps in all). A step is one window through one block, or through the output
+        head.
 
     Returns:
       The perplexity, its standard error, and the loss of each window.
@@ -103,16 +107,11 @@ def perplexity(
     windows = checked_windows(windows, params.config)
     begun = time.perf_counter()
     config = params.config
-    params = prepare(params, implementation="xla")  # blocks differ in layout: packed, each would be compiled
+    steps = Steps(len(windows) * (config.num_layers + 1), progress)
     losses: list[np.ndarray] = []
-    for first in range(0, len(windows), batch_size):
-        tokens = jnp.asarray(windows[first : first + batch_size])
-        residual = final_residual(params, tokens)
-        losses.append(np.asarray(sequence_losses(config, params.outer, residual, tokens), np.float64))
-        if bad := np.flatnonzero(~np.isfinite(losses[-1])).tolist():
-            raise not_finite(f"the loss of window {first + bad[0]}", params, tokens[bad[0] : bad[0] + 1])
-        if progress is not None:
-            progress(min(first + batch_size, len(windows)), len(windows))
+    for batches in window_groups(windows, batch_size, config.hidden_size):
+        losses += _group_losses(params, batches, steps)
+        _refuse_infinite(losses, params, windows)
     each = np.concatenate(losses)
     value = float(np.exp(each.mean()))
     spread = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("nan")
@@ -120,13 +119,21 @@ def perplexity(
     return Perplexity(value, value * spread, each, count, len(each), time.perf_counter() - begun)
 
 
-def final_residual(params: Decoder, tokens: jax.Array) -> jax.Array:
-    """The residual stream after all blocks, which share programs: int32 [batch, tokens] -> [batch, tokens, hidden]."""
-    where = positions(params.config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
-    residual = embed(params.config, params.outer, tokens, where)
-    for block in params.layers:
-        residual = pass_block(params.config, block, residual, where)
-    return residual
+def _group_losses(params: Decoder, batches: Sequence[np.ndarray], steps: Steps) -> list[np.ndarray]:
+    """The losses of each batch of a group, float64 [batch]."""
+    config = params.config
+    residuals = final_residuals(params, batches, steps)
+    head = head_part(config, params.outer, residuals[0].dtype)
+    losses: list[np.ndarray] = []
+    for batch, residual in zip(batches, residuals, strict=True):
+        losses.append(np.asarray(sequence_losses(config, head, residual, jnp.asarray(batch)), np.float64))
+        steps.advance(len(batch))
+    return losses
+
+
+def _refuse_infinite(losses: Sequence[np.ndarray], params: Decoder, windows: np.ndarray) -> None:
+    if bad := np.flatnonzero(~np.isfinite(np.concatenate(losses))).tolist():
+        raise not_finite(f"the loss of window {bad[0]}", params, windows[bad[0] : bad[0] + 1])
 
 
 def checked_windows(windows: np.ndarray, config: DecoderConfig) -> np.ndarray:

@@ -23,7 +23,6 @@ from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.generate import Generator
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.tokenizer import render_chat, token_ids
-from spqr_jax.products import prepare
 from spqr_jax.sampling import Sampling
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[str], None]]]
@@ -54,7 +53,6 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.tokenizer = tokenizer
         self._params, self._batch_tokens, self._progress = params, batch_tokens, progress
-        self._scoring: Decoder | None = None
         self._generator: Generator | None = None
 
     # ---- what the harness asks of a model ---------------------------------------------
@@ -158,15 +156,13 @@ class HarnessModel(TemplateLM):
     # ---- how ----------------------------------------------------------------------------
 
     def _scores(self, label: str, pairs: Sequence[tuple[list[int], list[int]]]) -> Any:
-        if self._scoring is None:
-            self._scoring = prepare(self._params, implementation="xla")
         with self._progress(label, len(pairs)) as advance:
 
             def done(count: int) -> None:
                 for _ in range(count):
                     advance("")
 
-            return continuation_scores(self._scoring, pairs, batch_tokens=self._batch_tokens, progress=done)
+            return continuation_scores(self._params, pairs, batch_tokens=self._batch_tokens, progress=done)
 
     def _generate(self, members: list[int], encoded: list[list[int]], settings: dict[str, Any]) -> Any:
         """(index, text) of requests that share their settings, the longest first."""

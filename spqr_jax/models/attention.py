@@ -15,6 +15,7 @@ from pallas_kernels import attention as gpu_attention
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.products import why_no_kernels
 
+_LOOPED_CHUNK = 512  # the same on an accelerator, where no key is skipped
 _QUERY_CHUNK = 128  # queries whose scores are held at once; later keys are skipped, not masked
 _NO_WINDOW = 1 << 30  # more keys than any context has
 _MASKED = -1e30  # a finite minimum: a row with no key at all gives a mean, not NaN
@@ -330,11 +331,11 @@ def _attend_self(
     batch, kv_heads = k.shape[:2]
     each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
     each = (*each, jnp.repeat(padding, kv_heads))
-    heads = jax.checkpoint(
-        partial(_attend_queries, softcap, window)
-    )  # a gradient works the scores out again: they are too many to keep
-    # A head's scores fit a CPU's cache, all of them do not; an accelerator wants them all at once.
-    one_by_one, at_once = partial(lax.map, lambda one: heads(*one)), jax.vmap(heads)
+    # A gradient works the scores out again: they are too many to keep.
+    head, looped = (jax.checkpoint(partial(f, softcap, window)) for f in (_attend_queries, _attend_queries_in_loop))
+    # A head's scores fit a CPU's cache, all of them do not. An accelerator is faster with all heads at once, and
+    # compiles for a long time if each chunk of queries has products of its own.
+    one_by_one, at_once = partial(lax.map, lambda one: head(*one)), jax.vmap(looped)
     out = lax.platform_dependent(*each, cpu=lambda *each: one_by_one(each), default=at_once)
     return _merge_heads(out.reshape(q.shape))
 
@@ -373,6 +374,32 @@ def _attend_queries(
         chunk = (q[:, begin:end], k[first:last], v[first:last])
         chunks.append(_attend_head(softcap, window, *chunk, queries, keys, padding))
     return jnp.concatenate(chunks, axis=1)
+
+
+def _attend_queries_in_loop(
+    softcap: float | None,
+    window: int | jax.Array | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    padding: jax.Array,
+) -> jax.Array:
+    """`_attend_queries` with one pair of products for all chunks, each against all keys."""
+    tokens, length = q.shape[1], k.shape[0]
+    count = -(-tokens // _LOOPED_CHUNK)
+    size = -(-tokens // count)
+    padded = jnp.pad(q, ((0, 0), (0, count * size - tokens), (0, 0)))
+
+    @jax.checkpoint
+    def attend_chunk(begin: jax.Array) -> jax.Array:
+        queries = length - tokens + begin + jnp.arange(size)
+        chunk = lax.dynamic_slice_in_dim(padded, begin, size, axis=1)
+        return _attend_head(softcap, window, chunk, k, v, queries, jnp.arange(length), padding)
+
+    if count == 1:
+        return attend_chunk(jnp.int32(0))
+    out = jnp.moveaxis(lax.map(attend_chunk, size * jnp.arange(count)), 0, 1)  # [share, count, size, head_dim]
+    return out.reshape(q.shape[0], count * size, -1)[:, :tokens]
 
 
 def _attend_head(

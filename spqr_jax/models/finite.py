@@ -12,6 +12,7 @@ import numpy as np
 from spqr_jax.errors import NotFiniteError
 from spqr_jax.models.attention import positions
 from spqr_jax.models.decoder import embed, logits, pass_block
+from spqr_jax.models.dense import dense_block, embedding_part, head_part
 
 
 def not_finite(result: str, params: Any, tokens: Any) -> NotFiniteError:
@@ -19,7 +20,7 @@ def not_finite(result: str, params: Any, tokens: Any) -> NotFiniteError:
 
     Args:
       result: what is none, such as "the perplexity of window 3".
-      params: the model as it was run, a `Decoder` or `ReadyDecoder`; blocks run dense or quantized.
+      params: the model as it was run, a `Decoder` or `ReadyDecoder`. A quantized block becomes dense, one at a time.
       tokens: int32 [batch, seq], the text that led to it.
     """
     dtype = np.dtype(params.outer.final_norm.dtype)
@@ -62,13 +63,14 @@ def _where(params: Any, tokens: jax.Array) -> str:
     """The first part of the model whose output is not finite, in words."""
     config = params.config
     where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
-    residual = embed(config, params.outer, tokens, where)
+    residual = embed(config, embedding_part(params.outer), tokens, where)
     if not bool(_all_finite(residual)):
         return "the embedding of the text is not finite"
     for index, block in enumerate(params.layers):
-        residual = pass_block(config, block, residual, where)
+        residual = pass_block(config, dense_block(block, residual.dtype), residual, where)
         if not bool(_all_finite(residual)):
             return f"activations are not finite from block {index} of {config.num_layers} on"
-    if not bool(_all_finite(logits(config, params.outer, residual[:, -1]))):
+    head = head_part(config, params.outer, residual.dtype)
+    if not bool(_all_finite(logits(config, head, residual[:, -1]))):
         return "the outputs of all blocks are finite, but the logits of the output head are not"
     return "the model's activations and logits are finite, but the value computed from them is not"

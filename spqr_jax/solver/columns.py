@@ -16,6 +16,7 @@ its turn has come, so codes and residuals are worked out at the end, all at once
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -31,6 +32,7 @@ from spqr_jax.solver.grid import GridSpec, GroupFit, Objective, dequantize, fit_
 from spqr_jax.solver.outliers import leave_one_out_gain
 
 _PANEL = 128  # columns brought up to date by one matrix product, at least one group
+_CHUNK = 4096  # rows that an accelerator solves together; each is a thread
 _FEW_ROWS = 256  # up to which rows come in multiples of about half as many
 
 
@@ -59,18 +61,26 @@ class ColumnSpec:
     def panel(self, columns: int) -> int:
         """Columns a panel: whole groups, about `_PANEL`, with little padding at the end of several."""
         group = self.group_size
-        if columns <= _PANEL or group > _PANEL:
+        if columns <= _PANEL or group > _PANEL or self.grid.at_once:
             return max(group, _PANEL // group * group)
         sizes = range(round_up(_PANEL // 2, group), _PANEL * 3 // 2 + 1, group)
         return min(sizes, key=lambda size: (round_up(columns, size), abs(size - _PANEL)))
 
+    @property
+    def chunk(self) -> int:
+        """Rows that an accelerator solves together, whole tiles."""
+        return round_up(_CHUNK, self.grid.stats_group_size if self.grid.quantized_stats else 1)
+
     def padded(self, columns: int, rows: int) -> tuple[int, int]:
         """Columns and rows with their padding, whole panels and tiles.
 
-        Few rows take next to no time to solve and seconds to compile for: they are padded to few different numbers.
+        Few rows take next to no time to solve and seconds to compile for: they are padded to few different numbers,
+        on an accelerator to whole chunks.
         """
         tile = self.grid.stats_group_size if self.grid.quantized_stats else 1
         step = round_up(_FEW_ROWS // 2, tile) if rows <= _FEW_ROWS else tile
+        if self.grid.at_once:
+            step = self.chunk
         return round_up(columns, self.panel(columns)), round_up(rows, step)
 
 
@@ -94,17 +104,21 @@ class SolvedColumns(NamedTuple):
     loss: jax.Array  # f32 [rows], Σ_j e_j² = (w-ŵ) H (w-ŵ)ᵀ with the damped H; 0 for round to nearest
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """aᵀ b in full float32."""
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _sum_of_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    return over_columns(jnp.multiply, a[:, :, None], b[:, None, :], at_once=True)
 
 
 _Solve = Callable[[jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
 """Solves some columns: (w [c, rows], u [c, c], valid [c]) -> (what it found, errors [c, rows])."""
 
 
-def _sweep(
-    w: jax.Array, u: jax.Array, valid: jax.Array, width: int, solve: _Solve, compensate: bool
+def sweep(
+    w: jax.Array, u: jax.Array, valid: jax.Array, width: int, solve: _Solve, spec: ColumnSpec
 ) -> tuple[Any, jax.Array]:
     """Solves columns `width` at a time, pushing each part's errors onto all columns after it.
 
@@ -114,7 +128,7 @@ def _sweep(
       valid: [columns].
       width: columns a part; divides their number.
       solve: solves one part.
-      compensate: False leaves the columns after a part alone.
+      spec: where it does not compensate, the columns after a part are left alone.
 
     Returns:
       What `solve` found, stacked, and the errors [columns, rows].
@@ -128,9 +142,12 @@ def _sweep(
             lax.dynamic_slice_in_dim(u_rows, first, width, axis=1),
             lax.dynamic_slice_in_dim(valid, first, width),
         )
-        if compensate and width < columns:
+        if spec.compensate and width < columns:
             after = jnp.arange(columns) >= first + width
-            w = w - _product(jnp.where(after, u_rows, 0.0), errors)
+            u_rows = jnp.where(after, u_rows, 0.0)
+            # A few rows' product is a part of the launch that takes it off, if it is written as a sum.
+            pushed = _sum_of_products if spec.grid.at_once else product
+            w = w - pushed(u_rows, errors)
         return w, (found, errors)
 
     _, (found, errors) = lax.scan(body, w, jnp.arange(0, columns, width))
@@ -143,7 +160,7 @@ def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, rows: RowChoices, sp
     importance = jnp.where(valid, 1.0 / jnp.square(u_diag), 0.0)
     keep = jnp.broadcast_to(valid[:, None], w.shape)
     if spec.outliers and spec.leave_one_out:
-        keep &= leave_one_out_gain(w, importance[:, None], rows.maxq) <= rows.threshold
+        keep &= leave_one_out_gain(w, importance[:, None], rows.maxq, spec.grid.at_once) <= rows.threshold
     return fit_group(w, keep, Objective(importance[:, None], *rows), spec.grid)
 
 
@@ -171,24 +188,44 @@ def _step(
     """
     if not spec.compensate:
         return w, jnp.zeros_like(w)
+    if spec.grid.at_once:
+        return _step_at_once(w, u, fit, rows, spec)
     before = jnp.triu(u, 1)  # [k, j]: what an error at k < j takes from column j
 
     def column(j: jax.Array, errors: jax.Array) -> jax.Array:
-        w_j = w[j] - over_columns(jnp.add, jnp.multiply, errors, before[:, j, None])
+        w_j = w[j] - over_columns(jnp.multiply, errors, before[:, j, None])
         _, value, _, _ = _round(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
         return errors.at[j].set((w_j - value) / u[j, j])
 
     errors = lax.fori_loop(0, w.shape[0], column, jnp.zeros_like(w))
-    return w - _product(before, errors), errors
+    return w - product(before, errors), errors
 
 
-def _solve_group(
+def _step_at_once(
+    w: jax.Array, u: jax.Array, fit: GroupFit, rows: RowChoices, spec: ColumnSpec
+) -> tuple[jax.Array, jax.Array]:
+    """`_step` with its loop written out, so that XLA makes one launch of it, a thread for each row."""
+    visited: list[jax.Array] = []
+    errors: list[jax.Array] = []
+    for j in range(w.shape[0]):
+        w_j = w[j]
+        if errors:
+            w_j = w_j - functools.reduce(jnp.add, (error * u[k, j] for k, error in enumerate(errors)))
+        value = _round(w_j, fit.scale, fit.zero, u[j, j], rows, spec)[1]
+        visited.append(w_j)
+        errors.append((w_j - value) / u[j, j])
+    # Without the barrier, each row of the stacks is worked out from the first column on.
+    visited, errors = lax.optimization_barrier((visited, errors))
+    return jnp.stack(visited), jnp.stack(errors)
+
+
+def solve_group(
     w: jax.Array, u: jax.Array, valid: jax.Array, rows: RowChoices, spec: ColumnSpec
 ) -> tuple[tuple[GroupFit, jax.Array], jax.Array]:
     """Fits one up-to-date group [g, rows] and goes through it; u [g, g] is its diagonal block."""
     fit = _fit(w, jnp.diagonal(u), valid, rows, spec)
     solve = partial(_step, fit=fit, rows=rows, spec=spec)
-    visited, errors = _sweep(w, u, valid, spec.step(), solve, spec.compensate)
+    visited, errors = sweep(w, u, valid, spec.step(), solve, spec)
     return (fit, visited.reshape(w.shape)), errors
 
 
@@ -226,22 +263,45 @@ def _solve_columns(
     u_diag = jnp.ones(columns, w.dtype) if u is None else jnp.diagonal(u)
     if u is None:
         u = jnp.eye(panel, dtype=w.dtype)
-    solve_group = partial(_solve_group, rows=choices, spec=spec)
+    solve = partial(solve_group, rows=choices, spec=spec)
 
     def body(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[GroupFit, jax.Array]]:
         w_panel = lax.dynamic_slice_in_dim(w, first, panel)
         valid_panel = lax.dynamic_slice_in_dim(valid, first, panel)
         if not spec.compensate:
-            return errors, _sweep(w_panel, u, valid_panel, spec.group_size, solve_group, False)[0]
+            return errors, sweep(w_panel, u, valid_panel, spec.group_size, solve, spec)[0]
         u_columns = lax.dynamic_slice_in_dim(u, first, panel, axis=1)  # [in, panel]
         w_panel = _brought_up_to_date(w_panel, u_columns, errors, first)
         u_panel = lax.dynamic_slice_in_dim(u_columns, first, panel)
-        found, made = _sweep(w_panel, u_panel, valid_panel, spec.group_size, solve_group, True)
+        found, made = sweep(w_panel, u_panel, valid_panel, spec.group_size, solve, spec)
         return lax.dynamic_update_slice_in_dim(errors, made, first, axis=0), found
 
     errors = jnp.zeros((columns if spec.compensate else 1, rows), w.dtype)
     errors, (fit, visited) = lax.scan(body, errors, jnp.arange(0, columns, panel))
     fit = GroupFit(*(part.reshape(-1, *part.shape[2:]) for part in fit))  # [panels, groups, ...] -> [all groups, ...]
+    return rounded_columns(visited.reshape(w.shape), errors, fit, u_diag, valid, choices, spec)
+
+
+def rounded_columns(
+    visited: jax.Array,
+    errors: jax.Array,
+    fit: GroupFit,
+    u_diag: jax.Array,
+    valid: jax.Array,
+    choices: RowChoices,
+    spec: ColumnSpec,
+) -> SolvedColumns:
+    """What weights become, once all were visited.
+
+    Args:
+      visited: f32 [in, rows], weights as they were when their turn came.
+      errors: f32 [in, rows], theirs; [1, rows] of zeros for round to nearest.
+      fit: of all groups, [groups, ...] each.
+      u_diag: f32 [in], diagonal of U.
+      valid: bool [in], False for padding.
+      choices, spec: as `solve_columns` has them.
+    """
+    columns, rows = visited.shape
     by_group = (-1, spec.group_size, rows)
     codes, values, residual, outliers = (
         part.reshape(columns, rows)
@@ -276,6 +336,6 @@ def _brought_up_to_date(w: jax.Array, u: jax.Array, errors: jax.Array, first: ja
 
     def look(index: jax.Array, w: jax.Array) -> jax.Array:
         u_part = lax.dynamic_slice_in_dim(u, index * panel, panel)
-        return w - _product(u_part, lax.dynamic_slice_in_dim(errors, index * panel, panel))
+        return w - product(u_part, lax.dynamic_slice_in_dim(errors, index * panel, panel))
 
     return lax.fori_loop(0, first // panel, look, w)

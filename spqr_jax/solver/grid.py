@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,11 +37,14 @@ class GridSpec:
       stats_bits: bits of scale and zero codes; 16 for 16-bit floats, no second level.
       stats_group_size: rows G of a second-level tile.
       fit: ``search``, ``minmax`` or ``reference`` (see `SpQRConfig.fit`).
+      at_once: whether all candidates are tried at once, and a few columns in a row without a loop. An accelerator needs
+        few launches then, where each turn of a loop is several; a CPU is faster with the loops.
     """
 
     stats_bits: int
     stats_group_size: int
     fit: str
+    at_once: bool = False
 
     @property
     def quantized_stats(self) -> bool:
@@ -63,31 +67,31 @@ class GroupFit(NamedTuple):
     stats: jax.Array  # f16 [rows/G, 4], or [rows, 2] without a second level
 
 
-def over_columns(
-    combine: Callable[[jax.Array, jax.Array], jax.Array], term: Callable[..., jax.Array], *arrays: jax.Array
-) -> jax.Array:
-    """combine(term(row 0 of each array), term(row 1 of each array), ...).
+def over_columns(term: Callable[..., jax.Array], *arrays: jax.Array, at_once: bool = False) -> jax.Array:
+    """term(row 0 of each array) + term(row 1 of each array) + ...
 
     The terms of up to 16 columns are written out: XLA makes one vector loop over
-    the rows of them, where it would reduce a leading axis one number at a time.
+    the rows of them on a CPU, where it would reduce a leading axis one number at a time.
 
     Args:
-      combine: associative, such as ``jnp.add``.
       term: elementwise in its arguments, each one column's [...].
       arrays: [g, ...] each, g a multiple of 8.
+      at_once: as `GridSpec` has it; then up to 128 columns are a sum like any other.
     """
     columns = arrays[0].shape[0]
+    if at_once and columns <= 128:  # more might fill the memory with terms
+        return jnp.sum(jax.vmap(term)(*arrays), axis=0)
     run = 16 if columns % 16 == 0 else 8
 
     def written_out(parts: Sequence[jax.Array]) -> jax.Array:
-        return functools.reduce(combine, (term(*(part[j] for part in parts)) for j in range(run)))
+        return functools.reduce(jnp.add, (term(*(part[j] for part in parts)) for j in range(run)))
 
     if columns == run:
         return written_out(arrays)
     runs = [array.reshape(columns // run, run, *array.shape[1:]) for array in arrays]
     first = written_out([array[0] for array in runs])
     rest = [array[1:] for array in runs]
-    return jax.lax.scan(lambda total, parts: (combine(total, written_out(parts)), None), first, rest)[0]
+    return jax.lax.scan(lambda total, parts: (total + written_out(parts), None), first, rest)[0]
 
 
 def _smaller(a: jax.Array, b: jax.Array | float) -> jax.Array:
@@ -124,7 +128,7 @@ class Objective(NamedTuple):
     threshold: jax.Array  # f32 [rows], T; infinite without outliers
     maxq: jax.Array  # f32 [rows], largest code
 
-    def errors(self, w: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+    def errors(self, w: jax.Array, scale: jax.Array, zero: jax.Array, at_once: bool = False) -> jax.Array:
         """The sum over a group w [g, rows] for several candidate grids: [candidates, rows] each.
 
         Counted in units of the scale, s² Σ_j min(importance_j (y_j - q_j)², T/s²)
@@ -141,8 +145,8 @@ class Objective(NamedTuple):
         def dropped(w: jax.Array, importance: jax.Array) -> jax.Array:
             return _smaller(importance * (w * w), self.threshold)
 
-        total = square * over_columns(jnp.add, term, w, self.importance)
-        at_zero = over_columns(jnp.add, dropped, w, self.importance)
+        total = square * over_columns(term, w, self.importance, at_once=at_once)
+        at_zero = over_columns(dropped, w, self.importance, at_once=at_once)
         return jnp.where(scale == 0, at_zero, total)
 
 
@@ -182,7 +186,7 @@ _Best = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _best_of(
-    errors: Callable[[jax.Array, jax.Array], jax.Array], values: Sequence[float], like: jax.Array
+    errors: Callable[[jax.Array, jax.Array], jax.Array], values: Sequence[float], like: jax.Array, at_once: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The pair of `values` with the least error in each row; the first of equals.
 
@@ -191,10 +195,13 @@ def _best_of(
       values: what first and second are drawn from; all pairs are tried, those with
         one first at a time: written out together they would take long to compile.
       like: [rows], for its shape and type.
+      at_once: whether all pairs are tried in one launch.
 
     Returns:
       The least error and the pair that gives it, [rows] each.
     """
+    if at_once:
+        return _best_at_once(errors, values, like)
     numbers = jnp.array(values, like.dtype)
     second = numbers[:, None]
     # A loop of its own makes XLA keep the errors; left to itself it would work
@@ -214,13 +221,32 @@ def _best_of(
     return jax.lax.scan(step, start, (numbers, tried))[0]
 
 
-def search_range(w: jax.Array, low: jax.Array, high: jax.Array, objective: Objective) -> tuple[jax.Array, jax.Array]:
+def _best_at_once(
+    errors: Callable[[jax.Array, jax.Array], jax.Array], values: Sequence[float], like: jax.Array
+) -> _Best:
+    """`_best_of` without a loop: errors of all pairs, then the least of them."""
+    pairs = list(itertools.product(values, values))
+    numbers = jnp.array(pairs, like.dtype)
+    # The barrier keeps the errors in memory: the comparisons would work them out anew otherwise.
+    tried = jax.lax.optimization_barrier(errors(numbers[:, :1], numbers[:, 1:]))
+    least, at_first, at_second = jnp.full_like(like, jnp.inf), jnp.zeros_like(like), jnp.zeros_like(like)
+    for error, (first, second) in zip(tried, pairs, strict=True):
+        better = error < least
+        least = jnp.where(better, error, least)
+        at_first, at_second = jnp.where(better, first, at_first), jnp.where(better, second, at_second)
+    return least, at_first, at_second
+
+
+def search_range(
+    w: jax.Array, low: jax.Array, high: jax.Array, objective: Objective, at_once: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """The shrunk range with the least error, over all pairs of factors in `_SHRINK`.
 
     Args:
       w: [g, rows].
       low, high: [rows], the full range.
       objective: what is minimized.
+      at_once: as `GridSpec` has it.
 
     Returns:
       low, high of the best range, [rows] each.
@@ -231,9 +257,9 @@ def search_range(w: jax.Array, low: jax.Array, high: jax.Array, objective: Objec
         return middle + at_low * (low - middle), middle + at_high * (high - middle)
 
     def errors(at_low: jax.Array, at_high: jax.Array) -> jax.Array:
-        return objective.errors(w, *range_to_grid(*shrunk(at_low, at_high), objective.maxq))
+        return objective.errors(w, *range_to_grid(*shrunk(at_low, at_high), objective.maxq), at_once)
 
-    return shrunk(*_best_of(errors, _SHRINK, low)[1:])
+    return shrunk(*_best_of(errors, _SHRINK, low, at_once)[1:])
 
 
 class SecondLevel(NamedTuple):
@@ -313,11 +339,10 @@ def search_codes(
 
     def errors(scale_codes: jax.Array, zero_codes: jax.Array) -> jax.Array:
         scale, zero = repeated.step * (scale_codes - repeated.origin), step * (zero_codes - origin)
-        return objective.errors(w, scale, zero)
+        return objective.errors(w, scale, zero, spec.at_once)
 
-    scale_codes, zero_codes = moved(
-        *_best_of(lambda *offsets: errors(*moved(*offsets)), _CODE_OFFSETS, scales.codes)[1:]
-    )
+    best = _best_of(lambda *offsets: errors(*moved(*offsets)), _CODE_OFFSETS, scales.codes, spec.at_once)
+    scale_codes, zero_codes = moved(*best[1:])
     return scales._replace(codes=scale_codes), zeros._replace(codes=zero_codes)
 
 
@@ -337,7 +362,7 @@ def fit_group(w: jax.Array, keep: jax.Array, objective: Objective, spec: GridSpe
     else:
         low, high = value_range(w, keep)
         if spec.fit == "search":
-            low, high = search_range(w, low, high, objective)
+            low, high = search_range(w, low, high, objective, spec.at_once)
         scale, zero = range_to_grid(low, high, objective.maxq)
 
     def zero_for(rounded: jax.Array) -> jax.Array:

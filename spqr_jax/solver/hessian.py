@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from spqr_jax.errors import DataError, SpQRError
@@ -22,6 +23,7 @@ _DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfo
 _LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
 _GRAM_PANEL = 256  # about how many columns of a Gram matrix are summed together
 _FORM_PANEL = 1024  # the same for a quadratic form, whose product is small beside its compilation
+_LARGE_PANEL = 2048  # the same for both on an accelerator: it compiles for each panel
 
 
 @jax.tree_util.register_dataclass
@@ -79,13 +81,17 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
       (256.0, (32, 32))
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    gram = hessian.gram
-    for first, end in gram_panels(x.shape[1]):  # each from the diagonal on
-        found = lax.dot_general(
-            x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
-        )
-        gram = lax.dynamic_update_slice(gram, gram[first:end, first:] + found, (first, first))
+    large = partial(_added, about=_LARGE_PANEL)
+    gram = lax.platform_dependent(hessian.gram, x, cpu=partial(_added, about=_GRAM_PANEL), default=large)
     return Hessian(gram, hessian.tokens + jnp.sum(jnp.any(x != 0, axis=1), dtype=jnp.float32))
+
+
+def _added(gram: jax.Array, x: jax.Array, about: int) -> jax.Array:
+    """gram + xᵀ x in panels of about so many columns, each from the diagonal on."""
+    for first, end in _panels(x.shape[1], about):
+        part = lax.dot_general(x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        gram = lax.dynamic_update_slice(gram, gram[first:end, first:] + part, (first, first))
+    return gram
 
 
 @jax.jit
@@ -95,7 +101,7 @@ def _mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def gram_panels(width: int) -> list[tuple[int, int]]:
-    """Columns [first, end) of a Gram matrix [width, width] that are summed together."""
+    """Columns [first, end) of a Gram matrix [width, width] that are summed together on a CPU."""
     return _panels(width, _GRAM_PANEL)
 
 
@@ -107,12 +113,19 @@ def _panels(width: int, about: int) -> list[tuple[int, int]]:
 
 def quadratic_form(w: jax.Array, h: jax.Array) -> jax.Array:
     """Σ_r w_r H w_rᵀ of f32 [out, in] and a symmetric f32 [in, in]; what is below the diagonal is not read."""
+    large = partial(_form, about=_LARGE_PANEL)
+    total: jax.Array = lax.platform_dependent(w, h, cpu=partial(_form, about=_FORM_PANEL), default=large)
+    return total
+
+
+def _form(w: jax.Array, h: jax.Array, about: int) -> jax.Array:
+    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     total = jnp.zeros((), w.dtype)
-    for first, end in _panels(w.shape[1], _FORM_PANEL):
+    for first, end in _panels(w.shape[1], about):
         panel, rest = w[:, first:end], w[:, end:]
-        total += jnp.vdot(panel @ h[first:end, first:end], panel)
+        total += jnp.vdot(product(panel, h[first:end, first:end]), panel, precision=lax.Precision.HIGHEST)
         if rest.shape[1]:
-            total += 2 * jnp.vdot(panel @ h[first:end, end:], rest)
+            total += 2 * jnp.vdot(product(panel, h[first:end, end:]), rest, precision=lax.Precision.HIGHEST)
     return total
 
 
@@ -127,15 +140,19 @@ def damping_shift(diagonal: jax.Array, damping: jax.Array | float) -> jax.Array:
 class Factor(NamedTuple):
     """What matrices that read one input share: H in the order of visit, factored."""
 
-    perm: jax.Array | None  # int [in]; None for the identity
+    perm: np.ndarray | None  # int [in]; None for the identity
     u: jax.Array  # f32 [in, in], upper, UᵀU = H⁻¹ (permuted, damped)
     damping: float  # really used, as a share of the mean diagonal
     shift: jax.Array  # f32 [in], what damping added to the diagonal of H, own order
 
 
 @partial(jax.jit, static_argnums=2)
-def _damped_factor(h: jax.Array, damping: jax.Array, by_size: bool) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """(perm, U, shift) of `Factor`. A reversed H needs one factorization instead of two and an inverse.
+def _damped_factor(
+    h: jax.Array, damping: jax.Array, by_size: bool
+) -> tuple[jax.Array | None, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """(perm, U, shift) of `Factor`, and whether H and U are finite.
+
+    A reversed H needs one factorization instead of two and an inverse.
 
     With J the reversal, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J), and J L⁻¹ J
     is upper triangular.
@@ -148,12 +165,8 @@ def _damped_factor(h: jax.Array, damping: jax.Array, by_size: bool) -> tuple[jax
     rows = jnp.take(damped, reverse, axis=0, mode="clip")
     lower = jnp.linalg.cholesky(jnp.take(rows, reverse, axis=1, mode="clip"))
     inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
-    return perm, inverse[::-1, ::-1], shift
-
-
-@jax.jit
-def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(array))
+    finite = (jnp.all(jnp.isfinite(h)), jnp.all(jnp.isfinite(inverse)))
+    return perm, inverse[::-1, ::-1], shift, finite
 
 
 def factorize(h: jax.Array, damping: float, by_size: bool = False) -> Factor:
@@ -168,14 +181,15 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False) -> Factor:
       DataError: `h` has values that are not finite.
       SpQRError: no damping made `h` positive definite, so it is no Hessian.
     """
-    if not bool(_all_finite(h)):
-        raise DataError(
-            "the Hessian has values that are not finite: activations on the calibration text overflow or are NaN"
-        )
     used = damping
     for _ in range(_DAMPING_STEPS):
-        perm, u, shift = _damped_factor(h, jnp.float32(used), by_size)
-        if bool(_all_finite(u)):
+        perm, u, shift, finite = _damped_factor(h, jnp.float32(used), by_size)
+        perm, (h_is_finite, u_is_finite) = jax.device_get((perm, finite))  # the only wait
+        if not h_is_finite:
+            raise DataError(
+                "the Hessian has values that are not finite: activations on the calibration text overflow or are NaN"
+            )
+        if u_is_finite:
             return Factor(perm, u, used, shift)
         used = max(10 * used, _LEAST_DAMPING)
     raise SpQRError(f"the Hessian is not positive definite even with damping {used:g}; is it symmetric?")

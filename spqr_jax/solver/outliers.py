@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from spqr_jax.solver.grid import dequantize, over_columns, range_to_grid, round_to_grid
 
 
-def leave_one_out_gain(w: jax.Array, importance: jax.Array, maxq: jax.Array | float) -> jax.Array:
+def leave_one_out_gain(
+    w: jax.Array, importance: jax.Array, maxq: jax.Array | float, at_once: bool = False
+) -> jax.Array:
     """How much E falls when one weight is left out of the min-max fit and of the sum.
 
     Leaving a weight out changes a min-max fit only if that weight is the group's
@@ -22,6 +24,7 @@ def leave_one_out_gain(w: jax.Array, importance: jax.Array, maxq: jax.Array | fl
       w: f32 [g, rows].
       importance: f32 [g, rows] or [g, 1]; 0 for padding.
       maxq: largest code, a number or f32 [rows].
+      at_once: as `GridSpec` has it.
 
     Returns:
       f32 [g, rows], the fall of E for each weight.
@@ -40,12 +43,15 @@ def leave_one_out_gain(w: jax.Array, importance: jax.Array, maxq: jax.Array | fl
     def total(fit: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         low, high, left_out = fit  # weights equal to `left_out` do not count
         return over_columns(
-            jnp.add, lambda w, importance: jnp.where(w == left_out, 0.0, error(w, importance, low, high)), w, importance
+            lambda w, importance: jnp.where(w == left_out, 0.0, error(w, importance, low, high)),
+            w,
+            importance,
+            at_once=at_once,
         )
 
     nothing = jnp.full_like(low, jnp.nan)
     fits = (jnp.stack([low, next_low, low]), jnp.stack([high, high, next_high]), jnp.stack([nothing, low, high]))
-    everything, without_low, without_high = jax.lax.map(total, fits)
+    everything, without_low, without_high = total(fits) if at_once else jax.lax.map(total, fits)
     gain = error(w, importance, low, high)
     gain = jnp.where(is_high & alone_high, everything - without_high, gain)
     return jnp.where(is_low & alone_low, everything - without_low, gain)

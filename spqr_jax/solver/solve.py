@@ -22,11 +22,14 @@ from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import ArrayLayout, array_layout
-from spqr_jax.packing import pack_codes, packed_words
-from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns, solve_columns
+from spqr_jax.packing import pack_codes
+from spqr_jax.solver.columns import ColumnSpec, RowChoices
 from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
+from spqr_jax.solver.panels import by_panels, solve_columns
+from spqr_jax.solver.pieces import Piece, cut
+from spqr_jax.solver.sparse import OutlierList, outlier_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,7 @@ def _program(config: SpQRConfig) -> SpQRConfig:
 
 def column_spec(config: SpQRConfig, group_size: int, outliers: bool) -> ColumnSpec:
     """The static choices of the loop over columns."""
-    grid = GridSpec(config.stats_bits, config.stats_group_size, config.fit)
+    grid = GridSpec(config.stats_bits, config.stats_group_size, config.fit, at_once=by_panels())
     return ColumnSpec(grid, group_size, outliers, config.leave_one_out, config.compensate)
 
 
@@ -188,26 +191,32 @@ def _solve_stack(
     spec = column_spec(config, layouts[0].group_size, config.outliers)
     padded = spec.padded(layouts[0].padded_in, sum(layout.padded_out for layout in layouts))
     u = None if factor is None else factor.u
-    perm = None if factor is None or factor.perm is None else np.asarray(factor.perm)
+    perm = None if factor is None else factor.perm
     place = None if perm is None else np.argsort(perm)
     taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
     w_stack, choices, finite = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, padded)
-    for w, fine in zip(weights, np.asarray(finite), strict=True):
-        if not fine:
-            raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
     valid = np.arange(padded[0]) < weights[0].shape[1]
-    solved = solve_columns(w_stack, None if u is None else pad_factor(u, padded[0]), valid, choices, spec)
+    if u is not None and u.shape[0] < padded[0]:
+        u = pad_factor(u, padded[0])
+    solved = solve_columns(w_stack, u, valid, choices, spec)
     shift = None if factor is None else factor.shift
-    pieces = _cut(
+    pieces, figures = cut(
         solved, tuple(weights), h, place, shift, layouts, config.outliers, config.stats_bits, config.stats_group_size
     )
-    if not all(np.all(np.isfinite(np.asarray(piece.tile_stats))) for piece in pieces):
+    codes = [_pack_codes(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
+    finite, figures = jax.device_get((finite, figures))  # the only wait
+    for w, fine in zip(weights, finite, strict=True):
+        if not fine:
+            raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
+    if not figures.finite:
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
             f"(largest {float(jnp.max(jnp.abs(w_stack))):g}) or too far from zero; rescale the layer or leave it dense"
         )
     damping = 0.0 if factor is None else factor.damping
-    return [_result(*each, perm, damping) for each in zip(pieces, layouts, configs, strict=True)]
+    counts = np.split(figures.outliers, np.cumsum([layout.padded_out for layout in layouts]))[: len(layouts)]
+    finish = partial(_result, perm=perm, damping=damping)
+    return list(map(finish, pieces, codes, figures.output_errors, counts, layouts, configs))
 
 
 def _checked_hessian(
@@ -283,100 +292,39 @@ def _stack(
     return jnp.pad(w_t, ((0, padded[0] - w_t.shape[0]), extra)), choices, finite
 
 
-class _Piece(NamedTuple):
-    """One matrix cut out of the stacked result, its statistics packed."""
-
-    codes: jax.Array  # u8 [out, padded in], one a weight
-    scale_codes: jax.Array | None
-    zero_codes: jax.Array | None
-    tile_stats: jax.Array
-    residual: jax.Array | None  # f16 [out, in], permuted columns
-    outliers: jax.Array | None  # bool [out, in], permuted columns
-    dense: jax.Array  # f32 [out, in]
-    output_error: jax.Array  # f32 scalar
-
-
-@partial(jax.jit, static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
-def _cut(
-    solved: SolvedColumns,
-    weights: tuple[jax.Array, ...],
-    h: jax.Array | None,
-    place: np.ndarray | None,
-    shift: jax.Array | None,
-    layouts: tuple[ArrayLayout, ...],
-    has_outliers: bool,
-    stats_bits: int,
-    tile: int,
-) -> list[_Piece]:
-    """Cuts the stacked result into the matrices it is made of."""
-    inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
-    codes = solved.codes[:padded_in].T
-    values = solved.values[:inner]
-    dense = (values if place is None else values[place]).T
-    stats = jnp.swapaxes(solved.stats[:groups], 0, 1)  # [rows or tiles, groups, ...]
-    second_level = stats_bits < 16
-    if second_level:
-        scale_codes = pack_codes(solved.scale_codes[:groups], stats_bits)
-        zero_codes = pack_codes(solved.zero_codes[:groups], stats_bits)
-    pieces, first = [], 0
-    for w, layout in zip(weights, layouts, strict=True):
-        last, end = first + layout.shape[0], first + layout.padded_out
-
-        def words(packed: jax.Array, first: int = first, end: int = end) -> jax.Array:
-            return packed[:, packed_words(first, stats_bits) : packed_words(end, stats_bits)]
-
-        rows = slice(first, last)
-        piece = _Piece(
-            codes=codes[rows],
-            scale_codes=words(scale_codes) if second_level else None,
-            zero_codes=words(zero_codes) if second_level else None,
-            tile_stats=stats[first // tile : end // tile] if second_level else stats[rows],
-            residual=solved.residual[:inner, rows].T if has_outliers else None,
-            outliers=solved.outliers[:inner, rows].T if has_outliers else None,
-            dense=dense[rows],
-            output_error=_relative_error(w.astype(jnp.float32), dense[rows], h, solved.loss[rows], shift),
-        )
-        pieces.append(piece)
-        first = end
-    return pieces
-
-
 _pack_codes = jax.jit(pack_codes, static_argnums=1)  # apart from the rest: bits differ from matrix to matrix
 
 
-def _relative_error(
-    w: jax.Array, dense: jax.Array, h: jax.Array | None, loss: jax.Array, shift: jax.Array | None
-) -> jax.Array:
-    """‖(W-Ŵ)X‖/‖WX‖, or ‖W-Ŵ‖/‖W‖ without compensation.
-
-    The loop's own loss is that of the damped H; taking out what damping added to
-    it costs no product with H.
-    """
-    miss = jnp.square(w - dense)
-    if h is None or shift is None:
-        error, total = jnp.sum(miss), jnp.sum(w * w)
+def _result(
+    matrix: Piece,
+    codes: jax.Array,
+    output_error: np.ndarray,
+    counts: np.ndarray,
+    layout: ArrayLayout,
+    config: SpQRConfig,
+    perm: np.ndarray | None,
+    damping: float,
+) -> Solved:
+    """A solved matrix, with its packed codes, its output error and the number of outliers of each row."""
+    if matrix.residual is None or matrix.outliers is None:
+        row_ptr = np.zeros(layout.shape[0] + 1, np.int32)
+        outliers = OutlierList(row_ptr, np.zeros(0, np.int32), np.zeros(0, np.float16))
     else:
-        error, total = jnp.sum(loss) - jnp.sum(miss * shift), quadratic_form(w, h)
-    return jnp.sqrt(jnp.maximum(error, 0.0) / jnp.where(total > 0, total, 1.0))
-
-
-def _result(matrix: _Piece, layout: ArrayLayout, config: SpQRConfig, perm: np.ndarray | None, damping: float) -> Solved:
-    no_outliers = np.zeros(layout.shape, bool)
+        outliers = outlier_list(matrix.residual, matrix.outliers, counts[: layout.shape[0]])
     array = pack_array(
         layout,
-        codes=_pack_codes(matrix.codes, config.bits),
+        codes=codes,
         scale_codes=matrix.scale_codes,
         zero_codes=matrix.zero_codes,
         tile_stats=matrix.tile_stats,
-        residual=no_outliers if matrix.residual is None else np.asarray(matrix.residual),
-        outliers=no_outliers if matrix.outliers is None else np.asarray(matrix.outliers),
+        **outliers._asdict(),
         perm=perm,
         bits=config.bits,
         stats_group_size=config.stats_group_size,
         stats_bits=config.stats_bits,
     )
     stats = LayerStats(
-        output_error=float(matrix.output_error),
+        output_error=float(output_error),
         outlier_share=array.nnz / array.size,
         ideal_bits=array.ideal_bits,
         stored_bits=array.stored_bits,

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.config import SpQRConfig
-from spqr_jax.solver.columns import RowChoices, SolvedColumns, solve_columns
+from spqr_jax.solver.columns import RowChoices, SolvedColumns
 from spqr_jax.solver.hessian import Hessian
 from spqr_jax.solver.outliers import outlier_threshold
+from spqr_jax.solver.panels import solve_columns
 from spqr_jax.solver.solve import column_spec, factor_hessian, pad_factor, weight_layout
 
 
@@ -92,7 +93,7 @@ def _some_rows(out: int, tile: int, times: int) -> np.ndarray:
 def _stack(
     weights: tuple[jax.Array, ...],
     rows: tuple[np.ndarray, ...],
-    perm: jax.Array | None,
+    perm: np.ndarray | None,
     u: jax.Array,
     times: int,
     padded: tuple[int, int],
@@ -112,7 +113,7 @@ def _stack(
 
 @jax.jit
 def _by_row(
-    solved: SolvedColumns, w: jax.Array, shift: jax.Array, perm: jax.Array | None, valid: np.ndarray
+    solved: SolvedColumns, w: jax.Array, shift: jax.Array, perm: np.ndarray | None, valid: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     """Loss with the undamped H, and number of outliers, of each row."""
     shift = shift if perm is None else shift[perm]

@@ -28,16 +28,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--out", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=8192)
-    parser.add_argument("--form", help="mosaic_gpu: a name in product.py, instead of what follows")
+    parser.add_argument(
+        "--forms", type=Path, help="mosaic_gpu: a folder for the PTX of all of this target in product.py"
+    )
     parser.add_argument(
         "--halves", action="store_true", help="mosaic_gpu: scales and zero points without a second level"
     )
-    parser.add_argument("--blocks", type=int, help="mosaic_gpu: thread blocks; triton: blocks of 128 rows a warp")
-    parser.add_argument("--warps", type=int, default=16, help="mosaic_gpu: of a thread block")
-    parser.add_argument("--cluster", type=int, default=1, help="mosaic_gpu: thread blocks that share rows")
-    parser.add_argument("--chunk", type=int, default=0, help="mosaic_gpu: steps whose x is in shared memory at a time")
-    parser.add_argument("--depth", type=int, help="mosaic_gpu: steps under way; tpu: column blocks of a grid step")
-    parser.add_argument("--subnormal", action="store_true", help="mosaic_gpu: codes as subnormal numbers")
+    parser.add_argument("--blocks", type=int, default=1, help="triton: blocks of 128 rows a warp")
+    parser.add_argument("--depth", type=int, default=4, help="tpu: column blocks of a grid step")
     parser.add_argument("--splits", type=int, default=4, help="triton: warps that share rows")
     parser.add_argument("--keep", type=Path, help="where the PTX goes")
     return parser.parse_args()
@@ -72,13 +70,9 @@ def start_jax(dump: Path | None) -> None:
 
 
 def form_of(options: argparse.Namespace) -> Any:
-    """What `product` makes matrices of: the tiny form that is named, or a stack of two."""
-    from product import FORMS, Form
+    """A stack of two matrices, whose product is cut as on the device."""
+    from product import Form
 
-    if options.form is not None:
-        return FORMS[options.form]
-    config = {"blocks": options.blocks or 128, "warps": options.warps, "cluster": options.cluster}
-    config |= {"depth": options.depth or 2, "chunk": options.chunk, "subnormal": options.subnormal}
     return Form(
         options.target,
         options.batch,
@@ -88,16 +82,28 @@ def form_of(options: argparse.Namespace) -> Any:
         options.group_size,
         not options.halves,
         exact=False,
-        config=tuple(config.items()),
     )
 
 
 def tensor_core_kernel(options: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
-    """As `product.kernel`; only a tiny form has data."""
+    """As `product.kernel`, of shapes."""
     import product
 
     form = form_of(options)
-    return product.kernel(form, product.problem(form)[0] if options.form else product.described(form))
+    return product.kernel(form, product.described(form, options.out * options.inner // 100))
+
+
+def keep_forms(device: Any, dump: Path, target: str, folder: Path) -> None:
+    """Compiles the tiny products, all in this process; their PTX goes to `folder`, named by number."""
+    import product
+
+    for i, form in enumerate(product.FORMS.values()):
+        if form.target == target:
+            multiply, specs, _ = product.kernel(form, product.described(form, product.most_outliers(form)))
+            lower_for(device, multiply, [specs]).compile()
+            (folder / f"{i}.ptx").write_text(_ptx_of(dump, "mosaic").read_text())
+            for path in dump.rglob("*.ptx"):
+                path.unlink()
 
 
 def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
@@ -118,7 +124,7 @@ def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     if options.kernel == "triton":
         from pallas_kernels.spqr_matmul import triton
 
-        config = tuning.TritonConfig(options.blocks or 1, options.splits)
+        config = tuning.TritonConfig(options.blocks, options.splits)
         return (
             lambda *a: triton.multiply(*a, **form, config=config),
             [
@@ -135,7 +141,7 @@ def kernel(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     block = lanes.choose_block(out)
     columns = inner // (lanes.GROUPS * group)
     return (
-        lambda *a: tpu.multiply(*a, **form, block=block, depth=options.depth or 4),
+        lambda *a: tpu.multiply(*a, **form, block=block, depth=options.depth),
         [
             spec(columns * lanes.code_sublanes(options.bits, group), out),
             spec(columns * 8, out),
@@ -157,7 +163,7 @@ def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
     out, inner, group = options.out, options.inner, options.group_size
     x = spec(options.batch, inner, dtype=jnp.bfloat16)
     if options.target not in ("v5e", "v6e"):
-        return lambda x, w: spqr_matmul.matmul(x, w, 0), [x, product.described(form_of(options))]
+        return lambda x, w: spqr_matmul.matmul(x, w, 0), [x, product.described(form_of(options), out * inner // 100)]
     chunks = out * (inner // 100 // outliers.CHUNK + 1)
     sparse = outliers.Outliers(
         columns=spec(outliers.CHUNK, chunks, dtype=jnp.uint16),
@@ -196,34 +202,48 @@ def lower_for(device: Any, function: Any, specs: Any, **options: Any) -> Any:
 def weights_a_step(options: argparse.Namespace) -> int:
     """Weights that a thread, or on a TPU the core, goes through in one turn of the loop."""
     if options.kernel == "mosaic_gpu":
-        return 128 * dict(form_of(options).config).get("depth", 2)
+        return 128 * tensor_core_kernel(options)[2].config.depth
     if options.kernel == "triton":
-        return 16 * options.group_size * (options.blocks or 1)
+        return 16 * options.group_size * options.blocks
     from pallas_kernels.spqr_matmul import lanes
 
-    return lanes.choose_block(options.out) * lanes.GROUPS * options.group_size * (options.depth or 4)
+    return lanes.choose_block(options.out) * lanes.GROUPS * options.group_size * options.depth
 
 
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder)
-        start_jax(dump)
-        import targets
+        start_jax(Path(folder))
+        print(json.dumps(result(options, Path(folder))), flush=True)
+    os._exit(0)  # at an ordinary exit the compiler's threads now and then use what is no longer there
 
-        device = targets.device(options.target)
-        gpu = targets.GPUS.get(options.target)
-        function, specs = kernel(options)
-        compiled = lower_for(device, function, specs).compile()
-        result = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
-        weights = 0 if options.kernel == "xla" else weights_a_step(options)
-        if options.kernel == "xla":
-            result["dense_bytes"] = 2 * options.out * options.inner
-        elif gpu is None:
-            result |= _bundles(dump, weights)
-        else:
-            result |= _machine(dump, options, weights)
-        print(json.dumps(result))
+
+def result(options: argparse.Namespace, dump: Path) -> dict[str, Any]:
+    """What came out."""
+    import jax
+    import targets
+
+    device = targets.device(options.target)
+    jax.config.update("jax_default_device", device)  # for which `tuning` chooses
+    gpu = targets.GPUS.get(options.target)
+    if options.forms:
+        keep_forms(device, dump, options.target, options.forms)
+        return {}
+    function, specs = kernel(options)
+    compiled = lower_for(device, function, specs).compile()
+    numbers = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    if options.kernel == "xla":
+        return numbers | {"dense_bytes": 2 * options.out * options.inner}
+    if gpu is None:
+        return numbers | _bundles(dump, weights_a_step(options))
+    return numbers | _machine(dump, options, weights_a_step(options))
+
+
+def _ptx_of(dump: Path, name: str) -> Path:
+    """The only PTX with such a kernel."""
+    paths = [path for path in dump.rglob("*.ptx") if re.search(rf"\.entry\s+\w*{name}", path.read_text())]
+    [ptx] = {path.read_text(): path for path in paths}.values()
+    return ptx
 
 
 def _bundles(dump: Path, weights: int) -> dict[str, Any]:
@@ -235,17 +255,17 @@ def _bundles(dump: Path, weights: int) -> dict[str, Any]:
 def _machine(dump: Path, options: argparse.Namespace, weights: int) -> dict[str, Any]:
     import sass
 
-    wanted = "mosaic" if options.kernel == "mosaic_gpu" else "spqr_matvec"
-    found = [f for f in dump.rglob("*.ptx") if re.search(rf"\.entry\s+\w*{wanted}", f.read_text())]
-    [ptx] = {f.read_text(): f for f in found}.values()
+    ptx = _ptx_of(dump, "mosaic" if options.kernel == "mosaic_gpu" else "spqr_matvec")
     kept = options.keep or dump / "kernel.ptx"
     kept.write_text(ptx.read_text())
     machine = sass.assemble(kept)
-    wide = [op for op in machine.loop if op.startswith(("LDG.E.128", "LDS.128", "UBLKCP", "UTMALDG"))]
-    shared = machine.shared
+    wide = [op for op in machine.loop if re.match(r"(LDG|LDS)\.(\w+\.)*128|UBLKCP|UTMALDG", op)]
+    shared, cut = machine.shared, f"{options.blocks} blocks, {options.splits} splits"
     if options.kernel == "mosaic_gpu":
-        shared = tensor_core_kernel(options)[2].shared_bytes
+        plan = tensor_core_kernel(options)[2]
+        shared, cut = plan.shared_bytes, str(plan.config)
     return {
+        "cut": cut,
         "shared_bytes": shared,
         "registers": machine.registers,
         "spills": machine.spills,

@@ -24,7 +24,7 @@ class Form:
       second_level: whether scales and zero points are codes.
       exact: a float32 result, else bfloat16.
       wide_x: x in float32, else in bfloat16.
-      config: fields of `MosaicConfig`.
+      config: fields of `MosaicConfig`; empty for what `tuning` chooses for the default device.
     """
 
     target: str
@@ -63,6 +63,10 @@ FORMS = {
     "4 rows, float32 x": _form("h100", 4, form={"wide_x": True}),
     "8 rows, clusters": _form("h100", 8, blocks=2, cluster=4, form={"inner": 2048}, pdl=True),
     "16 rows": _form("h100", 16, form={"group_size": 64}),
+    "2 rows, 8 bits": _form("h100", 2, form={"bits": (8, 8), "group_size": 32}),
+    "64 rows, clusters, 4 bits, no second level": _form(
+        "h100", 64, blocks=2, cluster=4, form={"parts": (64,), "bits": (4, 4), "second_level": False, "group_size": 128}
+    ),
     "20 rows, chunks": _form("h100", 20, blocks=2, chunk=2, form={"bits": (4, 4)}),
     "a100, one row": _form("a100", 1),
     "a100, 16 rows": _form("a100", 16),
@@ -105,27 +109,35 @@ def matrix(rng: np.random.Generator, form: Form, rows: int, bits: int) -> tuple[
     return part, wide[0] * (codes - wide[1]) + sparse.astype(np.float64)
 
 
+def matrices(form: Form) -> list[list[tuple[dict[str, Any], np.ndarray]]]:
+    """The parts of each matrix of the stack."""
+    rng = np.random.default_rng(0)
+    return [[matrix(rng, form, rows, bits) for rows in form.parts] for bits in form.bits]
+
+
+def most_outliers(form: Form) -> int:
+    """Of one matrix of the stack."""
+    return max(sum(len(part["values"]) for part, _ in parts) for parts in matrices(form))
+
+
 def problem(form: Form) -> tuple[Any, np.ndarray, np.ndarray]:
     """(the stack as `Prepared`, x in float32, the product in float64); rows of x have very different sizes."""
     from pallas_kernels.spqr_matmul.part import Part
     from pallas_kernels.spqr_matmul.prepared import prepare, stack
 
-    rng = np.random.default_rng(0)
-    matrices = []
-    for bits in form.bits:
-        made = [matrix(rng, form, rows, bits) for rows in form.parts]
-        matrices.append(prepare("fragments", [Part(**part) for part, _ in made]))
-        dense = [weights for _, weights in made]
+    stacked = matrices(form)
+    prepared = stack([prepare("fragments", [Part(**part) for part, _ in parts]) for parts in stacked])
+    rng = np.random.default_rng(1)
     x = rng.standard_normal((form.batch, form.inner)) * np.exp2(rng.integers(-20, 20, (form.batch, 1)))
     x = np.asarray(x, np.float32)
     if not form.wide_x:
         x = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-    want = [x.astype(np.float64) @ weights.T for weights in dense]
-    return stack(matrices), x, np.concatenate(want, axis=1)
+    want = [x.astype(np.float64) @ weights.T for _, weights in stacked[-1]]
+    return prepared, x, np.concatenate(want, axis=1)
 
 
-def described(form: Form) -> Any:
-    """The stack's arrays as shapes, all of one format, with outliers of 1% of the weights."""
+def described(form: Form, outliers: int) -> Any:
+    """The stack that `problem` makes, or a larger one, as shapes; `outliers` of the matrix that has most."""
     import jax
     import jax.numpy as jnp
 
@@ -134,14 +146,17 @@ def described(form: Form) -> Any:
     from pallas_kernels.spqr_matmul.prepared import Prepared
 
     def spec(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct((len(form.bits), *shape), jnp.int32)
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    layout = format_of(form.bits[0], form.group_size, second_level=form.second_level)
+    formats = [format_of(bits, form.group_size, second_level=form.second_level) for bits in form.bits]
+    count, steps = len(formats), fragments.num_steps(form.inner)
     tiles = sum(fragments.num_tiles(rows) for rows in form.parts)
-    capacity = entries.capacity(int(OUTLIERS * sum(form.parts) * form.inner))
-    words = spec(tiles, fragments.num_steps(form.inner), layout.step_words)
-    starts, order = spec(4 * 16 * tiles + 1), spec(form.inner)
-    return Prepared(words, None, spec(capacity), starts, order, (), form.parts, form.inner, (layout,), "fragments")
+    words, spans = spec(count, tiles, steps, formats[0].step_words), None
+    if len(set(formats)) > 1:
+        words, spans = spec(sum(tiles * steps * f.step_words for f in formats)), spec(count, tiles, 2)
+    held, starts, order = spec(count, entries.capacity(outliers)), spec(count, 64 * tiles + 1), spec(count, form.inner)
+    kinds = tuple(sorted(set(formats)))
+    return Prepared(words, spans, held, starts, order, (), form.parts, form.inner, kinds, "fragments")
 
 
 # ---- the kernel -----------------------------------------------------------------------------------------------------
@@ -156,7 +171,7 @@ def kernel(form: Form, prepared: Any) -> tuple[Any, dict[str, Any], Any]:
     from pallas_kernels.spqr_matmul.mosaic.plan import MosaicConfig
 
     of, to = (jnp.float32 if wide else jnp.bfloat16 for wide in (form.wide_x, form.exact))
-    config = MosaicConfig(**dict(form.config))
+    config = MosaicConfig(**dict(form.config)) if form.config else None
     columns = -(-form.inner // 16) * 16
     shapes = {name: getattr(prepared, name) for name in ("words", "spans", "entries", "starts")}
     shapes["index"] = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -169,7 +184,7 @@ def kernel(form: Form, prepared: Any) -> tuple[Any, dict[str, Any], Any]:
     )
 
     def multiply(arrays: dict[str, Any]) -> Any:
-        options = {"rows": prepared.rows, "formats": prepared.formats, "config": config, "out_dtype": to}
+        options = {"rows": prepared.rows, "formats": prepared.formats, "config": plan.config, "out_dtype": to}
         return mosaic_gpu.multiply(**arrays, **options)
 
     specs = {name: s if s is None else jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in shapes.items()}

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from aot.cases import BUDGETS, CASES, budget, compiled_all
+from aot.targets import GPUS
 
 GOLDEN = json.loads(BUDGETS.read_text())["cases"]
+ONE_LAUNCH = "mosaic_gpu --out 11008 --inner 4096"
 ASKED = {  # what the kernels were built for, whatever the golden numbers are: a case's start, the measure, the bound
-    ("h100 mosaic_gpu --batch 1", "instructions_per_weight"): 4.0,
-    ("a100 mosaic_gpu --batch 1", "instructions_per_weight"): 4.9,
+    (f"h100 {ONE_LAUNCH} --batch 1", "instructions_per_weight"): 1.9,
+    (f"a100 {ONE_LAUNCH} --batch 1", "instructions_per_weight"): 1.9,
+    (f"h100 {ONE_LAUNCH} --batch 8", "instructions_per_weight"): 2.5,
+    (f"h100 {ONE_LAUNCH} --batch 16", "instructions_per_weight"): 3.3,
     ("h100 triton", "instructions_per_weight"): 4.0,
     ("a100 triton", "instructions_per_weight"): 4.9,
-    ("h100 mosaic_gpu --batch 8", "instructions_per_weight"): 4.5,
     ("v5e tpu --batch 8", "weights_per_bundle"): 550,
     ("v5e tpu --batch 16", "weights_per_bundle"): 550,
 }
@@ -46,9 +49,12 @@ def test_within_budget(results, case):
     assert not worsened(case.name, budget(result), GOLDEN[case.name])
     assert result.get("spills", 0) == 0
     if case.kernel == "xla":
-        assert result["temporary_bytes"] < result["dense_bytes"] / 2, "a dense copy of the matrix is made"
+        assert result["temporary_bytes"] < 2 * result["dense_bytes"], "more than one dense copy of the matrix is made"
     elif case.kernel != "tpu":
         assert result["wide_loads"], "codes are not loaded 128 bits at a time"
+        assert result["shared_bytes"] <= GPUS[case.target].shared_block
+    if case.kernel == "mosaic_gpu":
+        assert result["temporary_bytes"] == 0, "something of W or x is copied"
 
 
 @pytest.mark.parametrize(("name", "measure"), ASKED, ids=str)

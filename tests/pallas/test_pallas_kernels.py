@@ -161,7 +161,7 @@ def test_packing_makes_no_dense_copy(layout):
     assert lowered.compile().memory_analysis().temp_size_in_bytes < shape[0] * shape[1]
 
 
-@pytest.mark.parametrize("fullest", [0, 1, 130, 4096])
+@pytest.mark.parametrize("fullest", [0, 1, 20, 130, 4096])
 def test_outliers_of_rows_that_differ(fullest):
     """A row may have none, a few or all of its weights as outliers, and costs accordingly."""
     rng = np.random.default_rng(0)
@@ -174,6 +174,7 @@ def test_outliers_of_rows_that_differ(fullest):
     sparse = outliers.pack(row_ptr, columns, values)
     assert sparse.columns.size <= 17 / 16 * (counts.sum() + 3 * np.count_nonzero(counts)) + 256
     assert sparse.widest <= outliers.FAN
+    assert {sparse.widest, sparse.row_chunks} <= {1 << i for i in range(11)}  # few values, so few programs
     want = np.zeros((200, inner), np.float32)
     want[np.repeat(np.arange(200), counts), columns] = values
     x = activations((3, inner))

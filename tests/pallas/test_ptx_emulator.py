@@ -212,6 +212,13 @@ EXCHANGE = "st.shared.b32 [%rd8], %r2; bar.sync 0;" + NEIGHBOUR + "ld.shared.b32
             "ld.shared.b32 %r3, [%rd7]; @%p1 st.shared.b32 [%rd7], %r2;",
             "st.shared.b32",
         ),
+        # the first warp is at the barrier when the others read one word; then another writes it
+        (
+            "mov.u32 %r3, 0; st.shared.b32 [%rd8], %r2; bar.sync 0; setp.ge.u32 %p1, %r1, 32; @%p1 bra $L_read;"
+            "bar.sync 0; bra.uni $L_end; $L_read: ld.shared.b32 %r3, [%rd7]; bar.sync 0; $L_end:"
+            "setp.eq.u32 %p2, %r1, 64; @%p2 st.shared.b32 [%rd7], %r2;",
+            None,
+        ),
         # halves of a word belong to different warps
         (
             "shl.b32 %r4, %r1, 2; sub.u32 %r4, %r4, 126; shl.b32 %r5, %r1, 2; cvt.u16.u32 %rs1, %r2;"

@@ -25,10 +25,12 @@ from spqr_jax import (
 from spqr_jax.blocks import TreeSource
 from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
 from spqr_jax.models.config import BlockKind
-from spqr_jax.models.decoder import plain_linear
+from spqr_jax.models.decoder import plain_linear, random_decoder
 from spqr_jax.quantize import quantize_blocks
 
 GPTQ8 = SpQRConfig.gptq(8, 16)
+PROGRAMS = 40
+"""That quantizing a model with blocks of one kind may compile: by stage, by input width, by shape; and small ones."""
 
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -292,3 +294,22 @@ def test_inference_ignores_names(tiny_model):
 def test_thresholds_of_infinity_keep_nothing_apart(tiny_model, tiny_batches):
     quantized = quantize(tiny_model, tiny_batches, SpQRConfig(outlier_threshold=math.inf))
     assert all(getattr(block, name).nnz == 0 for block in quantized.layers for name in MATRICES)
+
+
+def test_few_programs_are_compiled(tiny_config):
+    """A program takes longer to compile than to run: their number is what a small model's time depends on."""
+    config = dataclasses.replace(tiny_config, num_layers=3, hidden_size=80, intermediate_size=112, head_dim=20)
+    model = random_decoder(config, seed=0)
+    batches = [random_tokens((2, 32), seed, config.vocab_size) for seed in range(2)]
+    programs = 0
+
+    def count(event: str, seconds: float, **_: object) -> None:
+        nonlocal programs
+        programs += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        quantize(model, batches, SpQRConfig())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert 20 < programs <= PROGRAMS

@@ -30,6 +30,7 @@ class Races:
         # after the columns of warps: all warps of a block, by rank, and all of the cluster
         self._seen = np.ones((clusters, total, total + cluster + 1), np.int32)
         self._done = np.zeros((clusters, total), np.int32)  # as `_seen`, but for order in time only, of a whole cluster
+        self._last = np.zeros((clusters, total), np.int32)  # time of each warp's last access
         self._time = np.ones(clusters, np.int32)
         self._many, self._all = total, total + cluster
         self._refresh(np.arange(clusters))
@@ -71,6 +72,8 @@ class Races:
 
     def leave(self, cluster: int, warps: np.ndarray, published: np.ndarray) -> None:
         """Warps go on from a barrier: what was published there happened before."""
+        # who has used nothing since is not in the way of what all of several warps are asked for
+        published = np.where(self._last[cluster] < published, self._time[cluster], published)
         rows = self._seen[cluster, warps, : self._many]
         self._seen[cluster, warps, : self._many] = np.maximum(rows, published)
         self._refresh(np.asarray([cluster]))
@@ -101,6 +104,7 @@ class Races:
             inside &= warp // self._warps == owner
             many = tag - number + np.where(inside, self._many + rank, self._all)
             self._reader[at[lost]] = many[lost]
+            self._reader[at[lost & ~inside]] = many[lost & ~inside]  # whatever another put there
         return False
 
     def write(self, places: np.ndarray, size: int, warp: np.ndarray) -> bool:
@@ -130,6 +134,7 @@ class Races:
     def _begin(self, places: np.ndarray, size: int, warp: np.ndarray) -> tuple[np.ndarray, ...]:
         number = warp % self._many
         cluster = warp // self._many
+        self._last[cluster, number] = self._time[cluster]
         at = places // self.grain + np.arange(max(size // self.grain, 1))[:, None]
         return at, cluster, number, self._time[cluster] * _IDS + number
 
