@@ -143,6 +143,11 @@ class Plan:
         return -(-self.n // unit) * unit
 
     @property
+    def part_columns(self) -> int:
+        """Words from one row of a warp's sums to the next: not all rows may begin in the same banks."""
+        return self.columns_b + (8 if self.columns_b % 16 == 0 else 0)
+
+    @property
     def tiles_b(self) -> int:
         """Products of one operand A: 8 rows of x each."""
         return -(-self.columns_b // 8)
@@ -170,7 +175,7 @@ class Plan:
             sizes[f"sums {key}"] = self.chunk * self.sums_words(key[0])
         if self.scattered:
             sizes["scattered"] = self.config.warps * TILE * STEP_COLUMNS // 2
-        at_end = {"parts": self.config.warps * TILE * self.columns_b}
+        at_end = {"parts": self.config.warps * TILE * self.part_columns}
         totals = {"totals": TILE * self.tiles * self.columns_b}
         (at_end if self.scattered else sizes).update(totals)
         regions = kept | _side_by_side(sizes, _end(kept))
