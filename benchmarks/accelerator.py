@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from device_loop import Rival, matrices_for
+from device_loop import MOST, Rival, matrices_for
 from jax import lax
 
 from pallas_kernels import spqr_matmul
@@ -105,7 +105,7 @@ def packed_rival(
     *,
     bits: int = 3,
     group_size: int = 16,
-    most: int = 64,
+    most: int = MOST,
 ) -> Rival:
     """A kernel with a stack of equal random matrices. x is in their order already, by the operation before."""
     matrix = spqr_matmul.prepare(LAYOUTS[name], [random_part(shape, bits, group_size)], None)
@@ -114,13 +114,15 @@ def packed_rival(
     if matrix.layout == "fragments":
         return Rival(name, multiply, spqr_matmul.stack([matrix] * count), count, matrix.nbytes)
     copies = [jax.tree.map(jnp.copy, matrix) for _ in range(count)]
-    return Rival(name, _of_a_list(multiply), copies, count, matrix.nbytes, stacked=False)
+    return Rival(name, _of_a_list(multiply), copies, count, matrix.nbytes)
 
 
 def configured(rival: Rival, name: str, config: Any, label: str) -> Rival:
     """A `packed_rival` of kernel `name` with another configuration, and the same matrices."""
     multiply = functools.partial(_multiply, name=name, config=config)
-    return dataclasses.replace(rival, name=label, multiply=multiply if rival.stacked else _of_a_list(multiply))
+    return dataclasses.replace(
+        rival, name=label, multiply=_of_a_list(multiply) if isinstance(rival.matrices, list) else multiply
+    )
 
 
 def _multiply(x: jax.Array, matrices: Any, index: Any, *, name: str, config: Any) -> jax.Array:
@@ -132,13 +134,13 @@ def _of_a_list(multiply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda x, matrices, index: multiply(x, matrices[index], None)
 
 
-def dense_rival(shape: Shape, most: int = 64) -> Rival:
+def dense_rival(shape: Shape, most: int = MOST) -> Rival:
     """Dense bfloat16 products by XLA. Each matrix is an argument: XLA would copy those of a stack."""
     size = 2 * shape.out * shape.inner
     count = matrices_for(size, most)
     draw = jax.jit(lambda key: jax.random.normal(key, (shape.out, shape.inner), jnp.bfloat16) * shape.inner**-0.5)
     matrices = [draw(key) for key in jax.random.split(jax.random.key(0), count)]
-    return Rival("dense bfloat16", lambda x, w, i: x @ w[i].T, matrices, count, size, stacked=False)
+    return Rival("dense bfloat16", lambda x, w, i: x @ w[i].T, matrices, count, size)
 
 
 def activations(rows: int, inner: int, dtype: Any = jnp.bfloat16) -> jax.Array:

@@ -28,8 +28,8 @@ from jax import lax
 
 CACHE_BYTES = 256 << 20
 """All matrices of a stack together exceed any cache, as in a model."""
-UNROLL = 8
-"""Products in one turn of the loop: more hide what a turn costs the host, fewer compile faster."""
+LEAST, MOST = 8, 64
+"""Matrices of a rival. Each turn of the loop multiplies by all: many hide what a turn costs the host."""
 _GLUE = "glue"
 _NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 
@@ -40,11 +40,11 @@ class Rival:
 
     Attributes:
       name: as the tables show it.
-      multiply: (x [rows, in], matrices, index) -> [rows, out]. `index` is an int, or a traced int32 for a stack.
+      multiply: (x [rows, in], matrices, index) -> [rows, out]. `index` is an int, so a constant: computing it would be
+        a launch of its own.
       matrices: what it reads, a tree of arrays.
-      count: number of matrices, a multiple of `UNROLL`; 0 multiplies by none.
+      count: number of matrices.
       weight_bytes: bytes of one matrix.
-      stacked: whether `index` may be traced.
     """
 
     name: str
@@ -52,7 +52,6 @@ class Rival:
     matrices: Any
     count: int
     weight_bytes: int
-    stacked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,22 +71,21 @@ class Timing:
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def matrices_for(weight_bytes: int, most: int = 64) -> int:
-    """How many matrices exceed the cache: a multiple of `UNROLL`."""
-    count = -(-CACHE_BYTES // weight_bytes)
-    return min(most, -(-count // UNROLL) * UNROLL)
+def matrices_for(weight_bytes: int, most: int = MOST) -> int:
+    """How many matrices exceed the cache."""
+    return min(most, max(LEAST, -(-CACHE_BYTES // weight_bytes)))
 
 
-def without_products() -> Rival:
-    """The loop with its glue alone."""
-    return Rival("no product", lambda x, matrices, index: x, (), 0, 0)
+def without_products(count: int) -> Rival:
+    """The loop with its glue alone, for as many products."""
+    return Rival("no product", lambda x, matrices, index: x, (), count, 0)
 
 
 class Looped:
-    """A loop of `turns` x `UNROLL` products with x [rows, in], lowered; call `compile` before anything else."""
+    """`turns` times the products of a rival with x [rows, in], lowered; call `compile` before anything else."""
 
     def __init__(self, rival: Rival, x: jax.Array, turns: int) -> None:
-        self.rival, self.products, self.turns = rival, turns * UNROLL, turns
+        self.rival, self.products, self.turns = rival, turns * rival.count, turns
         self._x, self._program = x, None
         self._lowered = jax.jit(functools.partial(_loop, rival=rival, turns=turns)).lower(x, rival.matrices)
 
@@ -136,12 +134,8 @@ def _plain(name: str) -> str:
 
 
 def _loop(x: jax.Array, matrices: Any, *, rival: Rival, turns: int) -> jax.Array:
-    blocks = max(rival.count // UNROLL, 1)
-
-    def turn(i: jax.Array, x: jax.Array) -> jax.Array:
-        for place in range(UNROLL):
-            with jax.named_scope(_GLUE):
-                index = i % blocks * UNROLL + place if rival.stacked else place
+    def turn(_: jax.Array, x: jax.Array) -> jax.Array:
+        for index in range(rival.count):
             # without the barrier XLA would compute only what the glue reads
             y = lax.optimization_barrier(rival.multiply(x, matrices, index))
             with jax.named_scope(_GLUE):
@@ -183,21 +177,25 @@ def _events(data: Any) -> Any:
                 yield from line.events
 
 
-def compare(problems: list[tuple[Rival, jax.Array]], *, turns: int, rounds: int, calls: int = 4) -> list[Timing | str]:
+Problem = tuple[Rival, jax.Array]
+"""A rival, and its x [rows, in]."""
+
+
+def compare(problems: list[Problem], *, products: int, rounds: int, calls: int = 4) -> list[Timing | str]:
     """Times products that take turns: all are compiled first, several at a time, then each is timed in every round.
 
     Args:
-      problems: rivals, each with its x [rows, in].
-      turns: of a loop, `UNROLL` products each.
+      problems: what is timed.
+      products: of one call of a program, about.
       rounds: how often each is timed; the median counts.
       calls: of a program for one figure.
 
     Returns:
       For each problem its timing, or why it failed.
     """
-    shapes = {x.shape: x for _, x in problems}
-    empty = {shape: Looped(without_products(), x, turns) for shape, x in shapes.items()}
-    loops = compiled([*empty.values(), *(_lowered(rival, x, turns) for rival, x in problems)])
+    sizes = {(x.shape, rival.count): x for rival, x in problems}
+    empty = {size: _looped(without_products(size[1]), x, products) for size, x in sizes.items()}
+    loops = compiled([*empty.values(), *(_lowered(rival, x, products) for rival, x in problems)])
     rivals = loops[len(empty) :]
     times: dict[int, list[float]] = {}
     for _ in range(rounds):
@@ -205,18 +203,22 @@ def compare(problems: list[tuple[Rival, jax.Array]], *, turns: int, rounds: int,
             if isinstance(loop, Looped):
                 times.setdefault(id(loop), []).append(loop.elapsed(calls))
     results: list[Timing | str] = []
-    for loop, (_, x) in zip(rivals, problems, strict=True):
+    for loop, (rival, x) in zip(rivals, problems, strict=True):
         if isinstance(loop, str):
             results.append(loop)
             continue
-        glue = float(np.median(times[id(empty[x.shape])]))
+        glue = float(np.median(times[id(empty[x.shape, rival.count])]))
         results.append(_timing(float(np.median(times[id(loop)])) - glue, loop))
     return results
 
 
-def _lowered(rival: Rival, x: jax.Array, turns: int) -> Looped | str:
+def _looped(rival: Rival, x: jax.Array, products: int) -> Looped:
+    return Looped(rival, x, max(1, products // rival.count))
+
+
+def _lowered(rival: Rival, x: jax.Array, products: int) -> Looped | str:
     try:
-        return Looped(rival, x, turns)
+        return _looped(rival, x, products)
     except Exception as error:  # a kernel that does not support a product must not hide the others
         return _reason(error)
 

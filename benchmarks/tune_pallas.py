@@ -106,7 +106,7 @@ def tune(kernel: str, rows: int, shape: Shape, bits: int, group_size: int, round
             continue
         rivals.append(configured(packed, kernel, config, name))
     x = accelerator.activations(rows, shape.inner)
-    timings = compare([(rival, x) for rival in rivals], turns=32, rounds=rounds)
+    timings = compare([(rival, x) for rival in rivals], products=256, rounds=rounds)
     times = {r.name: t.elapsed for r, t in zip(rivals, timings, strict=True) if isinstance(t, Timing)}
     ranked = sorted(times, key=lambda name: times[name])
     table = [[name, f"{1e6 * times[name]:.1f}"] for name in ranked]

@@ -11,7 +11,7 @@ from typing import Any
 import accelerator
 import jax
 from accelerator import Shape
-from device_loop import UNROLL, Timing, compare
+from device_loop import LEAST, MOST, Timing, compare
 from report import Report
 
 from pallas_kernels import spqr_matmul
@@ -42,12 +42,12 @@ def measure(report: Report, small: bool) -> None:
 def _measure_shape(
     report: Report, shape: Shape, rows: tuple[int, ...], torch: TorchRivals, bandwidth: float, small: bool
 ) -> None:
-    most = UNROLL if small else 64
+    most = LEAST if small else MOST
     kernel = accelerator.packed_rival(kernel_name(), shape, most=most)
     dense = accelerator.dense_rival(shape, most)
     x = {count: accelerator.activations(count, shape.inner) for count in rows}
     problems = [(rival, x[count]) for count in rows for rival in (kernel, dense)]
-    timings = compare(problems, turns=2 if small else 32, rounds=1 if small else 7)
+    timings = compare(problems, products=8 if small else 256, rounds=1 if small else 7)
     bases = dict(zip(rows, timings[1::2], strict=True))  # dense products
     for (rival, xs), timing in zip(problems, timings, strict=True):
         values = figures(timing, bases[xs.shape[0]], rival.weight_bytes, bandwidth)

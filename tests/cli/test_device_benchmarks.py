@@ -103,13 +103,13 @@ def test_a_loop_multiplies_by_each_matrix_in_turn():
         jax.debug.callback(lambda i: order.append(int(i)), index, ordered=True)
         return x + matrices[index].astype(x.dtype)
 
-    rival = device_loop.Rival("sum", multiply, jax.numpy.zeros(2 * device_loop.UNROLL), 2 * device_loop.UNROLL, 4)
+    rival = device_loop.Rival("sum", multiply, jax.numpy.zeros(4), 4, 4)
     loop = device_loop.Looped(rival, accelerator.activations(1, 8), 3)
     loop.compile()
     loop.run()
     jax.effects_barrier()
-    assert order == [*range(16), *range(8)]
-    assert loop.products == 24
+    assert order == [0, 1, 2, 3] * 3
+    assert loop.products == 12
 
 
 def test_the_check_runs_on_a_cpu_and_reports_what_fails(tmp_path, monkeypatch, capsys):
@@ -156,7 +156,8 @@ def test_predictions_stand_beside_measurements():
 @pytest.mark.slow
 def test_every_part_of_the_check_runs_on_a_cpu(tmp_path, monkeypatch):
     check = importlib.import_module("accelerator_check")
-    parts = [part for part in check.PARTS if part not in ("demo", "steps_32_layers", "steps_in_one_graph")]
+    others = [part for part in check.PARTS if part.startswith("steps") and part != "steps_2_layers"]
+    parts = [part for part in check.PARTS if part not in ("demo", *others)]  # demo needs a model
     monkeypatch.setattr(
         sys, "argv", ["accelerator_check.py", "--dry-run", "--out", str(tmp_path / "report"), "--parts", *parts]
     )
