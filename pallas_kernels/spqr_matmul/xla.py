@@ -20,7 +20,10 @@ from pallas_kernels.spqr_matmul.formats import TILE, UNIT, Format
 from pallas_kernels.spqr_matmul.prepared import Prepared
 
 DENSE_BYTES = 512 << 20
-"""Of a dense copy at most."""
+"""Of a dense copy at most, from the "fragments" layout."""
+
+PIECE_BYTES = 32 << 20
+"""The same from the other layouts, which decode to float32 first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +33,13 @@ class _Section:
     Attributes:
       rows: of the section, padded to whole tiles.
       parts: rows of each part in it.
+      most_bytes: of a dense copy; more rows are cut into blocks.
       dense: (first row, count, dtype) -> [count, in], in the packed order; both are multiples of 16.
     """
 
     rows: int
     parts: tuple[int, ...]
+    most_bytes: int
     dense: Callable[[Any, int, Any], jax.Array]
 
 
@@ -53,7 +58,7 @@ def _sections(prepared: Prepared, index: jax.Array) -> list[_Section]:
             weights = _dense_tiles(prepared, index, first // TILE, count // TILE)[:, : prepared.inner].astype(dtype)
             return entries.add_to(weights, prepared.entries[index], prepared.starts[index], first)
 
-        return [_Section(prepared.rows, prepared.parts, dense)]
+        return [_Section(prepared.rows, prepared.parts, DENSE_BYTES, dense)]
     return [_piece_section(piece) for piece in prepared.pieces]
 
 
@@ -62,6 +67,7 @@ def _piece_section(piece: pieces.Piece) -> _Section:
     return _Section(
         -(-out // TILE) * TILE,
         (out,),
+        PIECE_BYTES,
         lambda first, count, dtype: pieces.dense_with_outliers(piece, first, count, dtype),
     )
 
@@ -76,7 +82,7 @@ def multiply(x: jax.Array, prepared: Prepared, index: jax.Array) -> list[jax.Arr
 
 def _multiply(x: jax.Array, section: _Section) -> jax.Array:
     tiles = section.rows // TILE
-    blocks = min(-(-section.rows * x.shape[1] * x.dtype.itemsize // DENSE_BYTES), tiles)
+    blocks = min(-(-section.rows * x.shape[1] * x.dtype.itemsize // section.most_bytes), tiles)
     count = -(-tiles // blocks) * TILE
     blocks = -(-section.rows // count)
 
