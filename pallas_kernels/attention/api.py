@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.plan import Plan, choose_plan
+from pallas_kernels.attention.plan import LOAD_BYTES, Plan, choose_plan
 from pallas_kernels.attention.xla import attend_by_xla, combine
 from pallas_kernels.spqr_matmul import device as devices
 
@@ -82,24 +82,33 @@ def attend(
         return attend_by_xla(*given, **static, scale=scale, softcap=softcap)
     if why := _why_unsupported(qkv, keys, static, target):
         raise NotImplementedError(why)
-    return _attend_by_kernel(given, static, scale, softcap, plan, target.cores)
+    return _attend_by_kernel(given, static, scale, softcap, plan, target)
 
 
 def _attend_by_kernel(
-    given: tuple[Any, ...], static: dict[str, Any], scale: float, softcap: float | None, plan: Plan | None, cores: int
+    given: tuple[Any, ...],
+    static: dict[str, Any],
+    scale: float,
+    softcap: float | None,
+    plan: Plan | None,
+    target: devices.Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.attention import mosaic_gpu
     from pallas_kernels.attention.problem import Problem
 
     qkv, keys = given[0], given[3]
     _, batch, kv_heads, length, head_dim = keys.shape
-    plan = plan or choose_plan(batch, static["heads"], kv_heads, head_dim, length, keys.dtype.itemsize, cores)
+    sizes = (batch, static["heads"], kv_heads, head_dim, length, keys.dtype.itemsize)
+    plan = plan or choose_plan(*sizes, target.cores, target.capability >= (9, 0))
+    heads_read, bytes_read = plan.parts * plan.block_heads, plan.lanes * plan.chunks * LOAD_BYTES
+    if heads_read * kv_heads < static["heads"] or bytes_read < head_dim * keys.dtype.itemsize:
+        raise ValueError(f"attend: {plan} does not cover {static['heads']} heads of {head_dim} dimensions")
     problem = Problem(
         **static, batch=batch, length=length, scale=scale, softcap=softcap, dtype=qkv.dtype,
         cache_dtype=keys.dtype,
     )  # fmt: skip
     results, keys, values = mosaic_gpu.attend(problem, plan, *given)
-    if plan.splits == 1:
+    if plan.sums == 1:
         return results[0], keys, values
     return combine(*results).astype(qkv.dtype).reshape(batch, -1), keys, values
 

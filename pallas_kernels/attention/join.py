@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -77,34 +77,76 @@ def _store(place: Place, base: Word, out: list[Float], begin: Word) -> None:
 
 
 def finish(place: Place, outputs: Sequence[Address]) -> None:
-    """The warps' sums added up, and out."""
+    """The warps' sums added up, of a cluster those of its blocks too, and out."""
+    plan = place.plan
+    if plan.cluster == 1:
+        _each_item(
+            place, place.thread, plan.threads, lambda index: _put(place, outputs, index, *_of_block(place, index))
+        )
+        return
+    _each_item(place, place.thread, plan.threads, lambda index: _keep(place, index, *_of_block(place, index)))
+    m.cluster_barrier()
+    mine = place.rank * plan.threads + place.thread
+    threads = plan.cluster * plan.threads
+    _each_item(place, mine, threads, lambda index: _put(place, outputs, index, *_of_cluster(place, index)))
+    m.cluster_barrier(stores=False)  # a block must not end while others read its shared memory
+
+
+def _each_item(place: Place, mine: Word, threads: int, body: Callable[[Word], None]) -> None:
+    """Calls it with the index in [heads, dimensions] of each of this thread's sums."""
     items = place.plan.block_heads * place.head
-    for first in range(0, items, place.plan.threads):
-        index = place.thread + first
-        if first + place.plan.threads <= items:
-            _finish_dimension(place, outputs, index)
+    for first in range(0, items, threads):
+        index = mine + first
+        if first + threads <= items:
+            body(index)
         else:
-            m.if_(index < items, functools.partial(_finish_dimension, place, outputs, index))
+            m.if_(index < items, functools.partial(body, index))
 
 
-def _finish_dimension(place: Place, outputs: Sequence[Address], index: Word) -> None:
-    plan, problem = place.plan, place.problem
+def _joined(parts: Sequence[tuple[Float, Float, Float]]) -> tuple[Float, Float, Float]:
+    """The sum, the maximum and the weight of several."""
+    top = functools.reduce(m.larger, [of_part for _, of_part, _ in parts])
+    total = weight = m.number(0.0)
+    for out, of_part, of_weight in parts:
+        factor = m.exp2(of_part - top)
+        total, weight = m.fma(out, factor, total), m.fma(of_weight, factor, weight)
+    return total, top, weight
+
+
+def _of_block(place: Place, index: Word) -> tuple[Float, Float, Float]:
+    h, parts = index // place.head, []
+    for w in range(place.plan.warps):
+        top, weight = place.statistics.load((h + w * place.plan.block_heads) * 2, 2)
+        [out] = place.sums.load(index + w * place.plan.block_heads * place.head)
+        parts.append((out.float(), top.float(), weight.float()))
+    return _joined(parts)
+
+
+def _keep(place: Place, index: Word, out: Float, top: Float, weight: Float) -> None:
+    """The block's sums to shared memory for the cluster, where the token was."""
+    place.token.store(index, [out.word()])
     h, position = index // place.head, index % place.head
-    statistics = [place.statistics.load((h + w * plan.block_heads) * 2, 2) for w in range(plan.warps)]
-    tops = [pair[0].float() for pair in statistics]
-    top = functools.reduce(m.larger, tops)
-    out = weight = m.number(0.0)
-    for w in range(plan.warps):
-        factor = m.exp2(tops[w] - top)
-        [total] = place.sums.load(index + w * plan.block_heads * place.head)
-        out = m.fma(total.float(), factor, out)
-        weight = m.fma(statistics[w][1].float(), factor, weight)
-    dimension, real = place.dimension(position), place.first_head + h < problem.share
+    statistics = h * 2 + place.plan.block_heads * place.head
+    m.if_(position.equals(0), lambda: place.token.store(statistics, [top.word(), weight.word()]))
+
+
+def _of_cluster(place: Place, index: Word) -> tuple[Float, Float, Float]:
+    statistics = index // place.head * 2 + place.plan.block_heads * place.head
+    places = (index, statistics, statistics + 1)
+    ranks = range(place.plan.cluster)
+    out, top, weight = ([place.token.load_from_cluster(rank, i).float() for rank in ranks] for i in places)
+    return _joined(list(zip(out, top, weight, strict=True)))
+
+
+def _put(place: Place, outputs: Sequence[Address], index: Word, out: Float, top: Float, weight: Float) -> None:
+    """One dimension of the output, or of sums that are yet to be combined, to device memory."""
+    problem, h = place.problem, index // place.head
+    dimension, real = place.dimension(index % place.head), place.first_head + h < problem.share
     if place.head != problem.head_dim:
         real = real & (dimension < problem.head_dim)
     row = _row(place, h)
     element = row * problem.head_dim + dimension
-    if plan.splits == 1:
+    if place.plan.sums == 1:
         bits, _ = round_to(out * m.reciprocal(weight), problem.dtype)
         store_element(outputs[0], element, bits, problem.dtype, real)
         return
@@ -115,12 +157,12 @@ def _finish_dimension(place: Place, outputs: Sequence[Address], index: Word) -> 
 
 
 def store_nothing(place: Place, outputs: Sequence[Address]) -> None:
-    """The maxima of a split without keys."""
+    """The maxima of splits without keys."""
     real = (place.thread < place.plan.block_heads) & (place.first_head + place.thread < place.problem.share)
-    m.store(outputs[1].at(_row(place, place.thread)), [m.number(MASKED).word()], when=real)
+    m.store(outputs[1].at(_row(place, place.thread)), [m.number(MASKED).word()], when=real & place.rank.equals(0))
 
 
 def _row(place: Place, head: Word) -> Word:
-    """Of [batch, heads, splits], of a query head of the block."""
+    """Of [batch, heads, sums], of a query head of the block."""
     heads = place.text * place.problem.heads + place.kv_head * place.problem.share + place.first_head
-    return (heads + head) * place.plan.splits + place.split
+    return (heads + head) * place.plan.sums + place.split // place.plan.cluster

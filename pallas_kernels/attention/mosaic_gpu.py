@@ -47,21 +47,23 @@ def attend(
     """The kernel alone.
 
     Returns:
-      With one split (out [batch, heads * head_dim] of qkv's dtype,). Else float32, to be combined: output sums
-      [batch, heads, splits, head_dim], maxima in units of log2 and sums of weights [batch, heads, splits]; of a split
+      With one sum (out [batch, heads * head_dim] of qkv's dtype,). Else float32, to be combined: output sums
+      [batch, heads, sums, head_dim], maxima in units of log2 and sums of weights [batch, heads, sums]; of one
       without keys only the maximum is written. Then keys and values, written in place.
     """
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
-    by_split = (problem.batch, problem.heads, plan.splits)
-    if plan.splits == 1:
+    by_sum = (problem.batch, problem.heads, plan.sums)
+    if plan.sums == 1:
         outputs = [jax.ShapeDtypeStruct((problem.batch, problem.heads * problem.head_dim), problem.dtype)]
     else:
-        shapes = ((*by_split, problem.head_dim), by_split, by_split)
+        shapes = ((*by_sum, problem.head_dim), by_sum, by_sum)
         outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     # Not `plgpu.kernel`: JAX 0.10's does not take references.
     mesh = plgpu.Mesh(
-        grid=(problem.batch * problem.kv_heads * plan.parts * plan.splits,),
-        grid_names=("block",),
+        grid=(problem.batch * problem.kv_heads * plan.parts * plan.sums,),
+        grid_names=("sum",),
+        cluster=(plan.cluster,) if plan.cluster > 1 else (),
+        cluster_names=("split",) if plan.cluster > 1 else (),
         num_threads=plan.warps // 4,
         thread_name=_THREADS,
         kernel_name="attention",
@@ -104,23 +106,21 @@ class _Thread:
 
     def run(self) -> None:
         """The whole kernel."""
-        begin, end = self.span()
-        if self.plan.splits == 1:
+        first, count, part = self.span()
+        begin, stop = first + self.place.split * part, first + count
+        end = m.minimum(begin + part, stop)
+        if self.plan.sums == 1:
             self.attend(begin, end)
             return
-        # The first split has the token itself, the others may have nothing.
-        busy = self.place.split.equals(0) | begin.signed_below(end)
+        # The first cluster (or block) has the token itself, the others may have nothing.
+        busy = (self.place.split < self.plan.cluster) | (begin - self.place.rank * part).signed_below(stop)
         m.if_(busy, lambda: self.attend(begin, end), lambda: store_nothing(self.place, self.outputs))
 
-    def span(self) -> tuple[Word, Word]:
-        """The keys of this split: those before the token that are seen, in equal parts."""
-        first, splits = m.select(self.first.signed_below(0), 0, self.first), self.plan.splits
-        if splits == 1:
-            return first, self.start
+    def span(self) -> tuple[Word, Word, Word]:
+        """The first key that is seen, how many are before the token, and how many of them a split has."""
+        first = m.select(self.first.signed_below(0), 0, self.first)
         count = m.select(first.signed_below(self.start), self.start - first, 0)
-        part = (count + (splits - 1)) // splits
-        begin = first + self.place.split * part
-        return begin, m.minimum(begin + part, first + count)
+        return first, count, (count + (self.plan.splits - 1)) // self.plan.splits
 
     def attend(self, begin: Word, end: Word) -> None:
         """A block that has keys."""

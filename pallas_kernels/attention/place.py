@@ -30,6 +30,7 @@ class Place:
       group: of lanes that share a key, in the warp.
       lane: in the group.
       split, part: of the plan.
+      rank: of the block in its cluster.
       text, kv_head: what the block reads.
       first_head: the block's first query head, of those that share the KV head.
       elements: of the cache that a lane loads at a time.
@@ -46,6 +47,7 @@ class Place:
         self.warp, self.group, self.lane = self.thread >> 5, in_warp // plan.lanes, in_warp & (plan.lanes - 1)
         block = m.block_index()
         self.split, block = block % plan.splits, block // plan.splits
+        self.rank = self.split % plan.cluster
         self.part, block = block % plan.parts, block // plan.parts
         self.kv_head, self.text = block % problem.kv_heads, block // problem.kv_heads
         self.first_head = self.part * plan.block_heads

@@ -9,7 +9,8 @@ LOAD_BYTES = 16
 _SUMS = 64  # float32 sums that a lane may hold: beside them stand the keys and values under way
 _FEW_SUMS = 40  # with which a thread needs no more than 128 registers, so that a block may have 16 warps
 _LOADS = 4  # of keys, and as many of values, that a lane has under way: 32 KB a block of 8 warps
-_MAX_SPLITS = 32  # the splits are combined by an unrolled expression
+_MAX_SUMS = 8  # more than 10 make XLA combine them by two launches instead of one
+_MAX_CLUSTER = 4
 _SPLIT_KEYS = 64  # a split of fewer keys is not worth a thread block
 _SHARED_BYTES = 96 * 1024  # fits every GPU from compute capability 8.0 on
 
@@ -29,6 +30,7 @@ class Plan:
       lanes: that share a key, a power of two.
       chunks: of 16 bytes that a lane loads of a key.
       keys: that a lane has under way.
+      cluster: splits whose thread blocks are a cluster, and add up before they write; divides splits.
     """
 
     splits: int
@@ -38,6 +40,12 @@ class Plan:
     lanes: int
     chunks: int
     keys: int
+    cluster: int = 1
+
+    @property
+    def sums(self) -> int:
+        """Of each query head, that are written and then combined; 1: the output itself is written."""
+        return self.splits // self.cluster
 
     @property
     def threads(self) -> int:
@@ -55,7 +63,9 @@ class Plan:
         return 2 * self.threads * self.keys * self.chunks * LOAD_BYTES
 
 
-def choose_plan(batch: int, heads: int, kv_heads: int, head_dim: int, length: int, itemsize: int, cores: int) -> Plan:
+def choose_plan(
+    batch: int, heads: int, kv_heads: int, head_dim: int, length: int, itemsize: int, cores: int, clusters: bool
+) -> Plan:
     """A plan that keeps about all multiprocessors busy.
 
     Args:
@@ -66,6 +76,7 @@ def choose_plan(batch: int, heads: int, kv_heads: int, head_dim: int, length: in
       length: positions of the cache.
       itemsize: bytes of an element of the cache.
       cores: multiprocessors of the device.
+      clusters: whether thread blocks can share their memory (compute capability 9.0 and up).
     """
     share = heads // kv_heads
     elements = LOAD_BYTES // itemsize
@@ -74,14 +85,19 @@ def choose_plan(batch: int, heads: int, kv_heads: int, head_dim: int, length: in
     block_heads = -(-share // parts)
     lanes, chunks = _cut_of_a_key(pieces, _SUMS // (elements * block_heads))
     blocks = batch * kv_heads * parts
-    splits = max(1, min(cores // blocks, length // _SPLIT_KEYS, _MAX_SPLITS))
+    most = _MAX_SUMS * (_MAX_CLUSTER if clusters else 1)
+    splits = max(1, min(cores // blocks, length // _SPLIT_KEYS, most))
+    cluster = 1
+    while splits > _MAX_SUMS * cluster:
+        cluster *= 2
+    splits -= splits % cluster
     sums = elements * chunks * block_heads
     warps = 16 if sums <= _FEW_SUMS else 8
     if blocks * splits > cores:  # a multiprocessor has several blocks at a time
         warps = 4
     while warps > 4 and 4 * warps * block_heads * chunks * lanes * elements > _SHARED_BYTES:
         warps //= 2
-    return Plan(splits, parts, block_heads, warps, lanes, chunks, max(1, -(-_LOADS // chunks)))
+    return Plan(splits, parts, block_heads, warps, lanes, chunks, max(1, -(-_LOADS // chunks)), cluster)
 
 
 def _fewest_chunks(pieces: int) -> int:

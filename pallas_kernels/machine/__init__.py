@@ -23,6 +23,7 @@ from pallas_kernels.machine.control import (
     if_,
     loop,
     thread_index,
+    warp_barrier,
 )
 from pallas_kernels.machine.dialects import instruction, statement
 from pallas_kernels.machine.instructions import (
@@ -122,6 +123,7 @@ __all__ = [
     "thread_index",
     "tree_sum",
     "wait_for_launch_before",
+    "warp_barrier",
     "warp_maximum",
     "warp_sum",
     "word",

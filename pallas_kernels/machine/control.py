@@ -29,6 +29,11 @@ def barrier() -> None:
     gpu.barrier()
 
 
+def warp_barrier() -> None:
+    """All lanes of the warp arrive before any goes on; what they stored is seen."""
+    statement("bar.warp.sync -1;")
+
+
 def cluster_barrier(*, stores: bool = True) -> None:
     """All threads of the cluster arrive before any goes on; `stores`: what they stored before is seen."""
     statement(f"barrier.cluster.arrive.{'release' if stores else 'relaxed'}.aligned;")

@@ -38,7 +38,8 @@ def instruction(kind: Any, operands: Sequence[Any], text: str, constraints: str,
 
 
 def statement(text: str, operands: Sequence[Any] = (), constraints: str = "") -> None:
-    """One PTX instruction without a result, for what it does."""
+    """One PTX instruction without a result, for what it does; no access to memory is moved past it."""
+    constraints = f"{constraints},~{{memory}}" if constraints else "~{memory}"
     instruction(ir.Type.parse("!llvm.void"), operands, text, constraints, pinned=True)
 
 

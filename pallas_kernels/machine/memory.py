@@ -146,6 +146,13 @@ class Shared:
         f16 = ir.F16Type.get()
         llvm.store(arith.truncf(f16, value.mlir), self._pointer(index, f16), alignment=2)
 
+    def store_half_bits(self, index: Word, value: Word, when: Bool) -> None:
+        """The low 16 bits of a word, by index in halves of words, where `when` holds."""
+        i16_ = i16()
+        pointer = llvm.ptrtoint(i32(), self._pointer(index, i16_))
+        operands = [pointer, arith.trunci(i16_, value.mlir), when.mlir]
+        statement("@$2 st.shared.b16 [$0], $1;", operands, "r,h,b")
+
     def load_from_cluster(self, rank: Word | int, index: Word) -> Word:
         """A word of the same buffer in the cluster's thread block `rank`."""
         generic = llvm.addrspacecast(llvm.PointerType.get(), self._pointer(index, i32()))

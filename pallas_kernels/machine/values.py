@@ -27,6 +27,10 @@ class Bool(Value):
     def __or__(self, other: Bool) -> Bool:
         return Bool(arith.ori(self.mlir, other.mlir))
 
+    def __invert__(self) -> Bool:
+        i1 = self.mlir.type
+        return Bool(arith.xori(self.mlir, arith.constant(i1, ir.IntegerAttr.get(i1, -1))))
+
 
 class Word(Value):
     """32 bits, an unsigned integer where that matters. Operations that change nothing make no instruction."""

@@ -28,6 +28,7 @@ from pallas_kernels.spqr_matmul.fragments import num_steps
 from pallas_kernels.spqr_matmul.mosaic import activations, reduce
 from pallas_kernels.spqr_matmul.mosaic.outliers import Outliers
 from pallas_kernels.spqr_matmul.mosaic.plan import MAX_ROWS, MosaicConfig, Plan
+from pallas_kernels.spqr_matmul.mosaic.scattered import Scattered
 from pallas_kernels.spqr_matmul.mosaic.steps import Steps, zero_sum
 from pallas_kernels.spqr_matmul.mosaic.thread import Thread
 
@@ -150,48 +151,75 @@ def _launch(arrays: dict[str, jax.Array], plan: Plan) -> jax.Array:
 def _body(thread: Thread) -> None:
     """What a thread does."""
     plan = thread.plan
-    outliers = Outliers(thread)
+    steps, sparse = _Formats(thread), _Sparse(thread)
     if plan.chunks == 1:
-        steps = _Formats(thread)
-        ahead, bounds = steps.ahead(0), outliers.bounds(0)
-        early = outliers.early(*bounds)
+        ahead = steps.ahead(0)
+        carried = sparse.start()
+        early = sparse.early(carried)
         activations.store_powers(thread)
         activations.store_chunk(thread, 0)
         machine.barrier()
-        sums = outliers.add(0, outliers.zeros(), bounds, early)
-        if plan.wide:
-            outliers.store(sums)
-        state = steps.run(0, ahead)
+        carried = sparse.add(0, carried, early)
+        state = steps.run(0, ahead, sparse.scattered)
     else:
-        sums, state = _chunks(thread, outliers)
+        activations.store_powers(thread)
+
+        def chunk(i: Word, carried: Any) -> Any:
+            sums, state = carried
+            ahead = steps.ahead(i)
+            machine.barrier()  # the chunk before has been read
+            activations.store_chunk(thread, i)
+            machine.barrier()
+            sums = sparse.add(i, sums, [])
+            part = steps.run(i, ahead, sparse.scattered)
+            return sums, [a + b for a, b in zip(state, part, strict=True)]
+
+        carried, state = machine.loop(0, plan.chunks, 1, (sparse.start(), zero_sum() * plan.tiles_b), chunk)
+    sparse.finish(carried)
     if plan.wide:
         machine.barrier()  # the warps' sums go where x was
-    elif plan.chunks == 1:
-        outliers.store(sums)
     reduce.store_parts(thread, state)
     machine.barrier()
     reduce.finish(thread)
 
 
-def _chunks(thread: Thread, outliers: Outliers) -> tuple[Any, list[machine.Float]]:
-    """The sums where x does not fit into shared memory at once."""
-    plan = thread.plan
-    steps = _Formats(thread)
-    activations.store_powers(thread)
+class _Sparse:
+    """The outliers, one by one or added to the weights; what is carried from chunk to chunk is sums, or an entry."""
 
-    def chunk(i: Word, carried: tuple[Any, list[machine.Float]]) -> tuple[Any, list[machine.Float]]:
-        sums, state = carried
-        ahead, bounds = steps.ahead(i), outliers.bounds(i)
-        machine.barrier()  # the chunk before has been read
-        activations.store_chunk(thread, i)
-        machine.barrier()
-        sums = outliers.add(i, sums, bounds, [])
-        return sums, [a + b for a, b in zip(state, steps.run(i, ahead), strict=True)]
+    def __init__(self, thread: Thread) -> None:
+        self.thread = thread
+        self.scattered = Scattered(thread) if thread.plan.scattered else None
+        self._outliers = Outliers(thread)
+        self._last = machine.word(0)
+        self._bounds: Any = None
 
-    start = outliers.zeros(), zero_sum() * plan.tiles_b
-    sums, state = machine.loop(0, plan.chunks, 1, start, chunk)
-    outliers.store(sums)
-    return sums, state
+    def start(self) -> Any:
+        if self.scattered is None:
+            if self.thread.plan.chunks == 1:
+                self._bounds = self._outliers.bounds(0)
+            return self._outliers.zeros()
+        first, self._last = self.scattered.bounds()
+        self.scattered.clear()
+        return first
+
+    def early(self, carried: Any) -> list[Word]:
+        """Loads what can be loaded before x is there."""
+        if self.scattered is None:
+            return self._outliers.early(*self._bounds)
+        self.scattered.load(0, carried, self._last)
+        return []
+
+    def add(self, chunk: Word | int, carried: Any, early: list[Word]) -> Any:
+        """Goes on with a chunk."""
+        if self.scattered is None:
+            return self._outliers.add(chunk, carried, self._bounds or self._outliers.bounds(chunk), early)
+        if self.thread.plan.chunks == 1:
+            return carried
+        return self.scattered.load(chunk, carried, self._last)
+
+    def finish(self, carried: Any) -> None:
+        if self.scattered is None:
+            self._outliers.store(carried)
 
 
 class _Formats:
@@ -218,10 +246,10 @@ class _Formats:
         like = [[machine.word(0)] * self.words] * self.thread.plan.config.depth
         return self._switch(like, [functools.partial(of, s) for s in self.steps])
 
-    def run(self, chunk: Word | int, ahead: list[list[Word]]) -> list[machine.Float]:
+    def run(self, chunk: Word | int, ahead: list[list[Word]], scattered: Scattered | None) -> list[machine.Float]:
         """The accumulators at the end."""
 
         def of(steps: Steps) -> list[machine.Float]:
-            return steps.run(chunk, [words[: steps.count] for words in ahead])
+            return steps.run(chunk, [words[: steps.count] for words in ahead], scattered)
 
         return self._switch(zero_sum() * self.thread.plan.tiles_b, [functools.partial(of, s) for s in self.steps])

@@ -104,9 +104,9 @@ def mosaic_cuts(device: Target, plan: Plan) -> Iterator[Plan]:
         for per_block in range(1, min(warps, tiles) + 1):
             config = MosaicConfig(-(-tiles // per_block), warps, cluster, depth, early=4 if plan.n > 4 else 8)
             cut = dataclasses.replace(plan, config=config)
+            cut = _in_chunks(cut, device)
             if cut.why_impossible() or cluster > cut.steps or estimate.spills(cut):
                 continue
-            cut = _in_chunks(cut, device)
             if depth == 1 or depth <= -(-cut.chunk // cut.split):  # no more ahead than there are
                 yield cut
 

@@ -67,6 +67,31 @@ class _TimeLeft(ProgressColumn):
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     """A bar with time left; yields a function that advances it by one and notes what is done."""
+    with _bar() as bar:
+        task = bar.add_task(label, total=total, note="")
+
+        def advance(note: str) -> None:
+            interrupt.check()
+            bar.update(task, advance=1, note=note)
+
+        yield advance
+
+
+@contextmanager
+def counted_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with time left; yields a function that takes the steps done and the steps in all."""
+    with _bar() as bar:
+        task = bar.add_task(label, total=None, note="")
+
+        def show(done: int, total: int) -> None:
+            interrupt.check()
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -79,13 +104,7 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     )
     interrupt.check()
     with bar:
-        task = bar.add_task(label, total=total, note="")
-
-        def advance(note: str) -> None:
-            interrupt.check()
-            bar.update(task, advance=1, note=note)
-
-        yield advance
+        yield bar
 
 
 class QuantizeProgress:

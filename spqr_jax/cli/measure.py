@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from spqr_jax.blocks import collect
-from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
+from spqr_jax.cli.display import counted_bar, number, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
 from spqr_jax.cli.next_step import after_compare, after_perplexity
 from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
@@ -60,8 +60,8 @@ def perplexity(
         return
     outlook = before_perplexity(opened, tokens, data, batch_size, dtype)
     params = collect(opened.source)
-    with progress_bar("perplexity", len(tokens)) as advance:
-        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
+    with counted_bar("perplexity") as show:
+        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=show)
     tell(
         "perplexity ",
         (f"{alone.perplexity:.4f}", "bold"),
@@ -145,8 +145,8 @@ def _windows(opened: OpenedModel, data: str, seqlen: int, count: int | None) -> 
 
 def _compare(dense: OpenedModel, opened: OpenedModel, tokens: np.ndarray, batch_size: int) -> Fidelity:
     models = collect(dense.source), collect(opened.source)
-    with progress_bar("comparing", len(tokens)) as advance:
-        return compare_models(*models, tokens, batch_size=batch_size, progress=lambda done, total: advance(""))
+    with counted_bar("comparing") as show:
+        return compare_models(*models, tokens, batch_size=batch_size, progress=show)
 
 
 def _setting(model: str, data: str, tokens: np.ndarray) -> dict[str, Any]:

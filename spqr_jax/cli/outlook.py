@@ -105,7 +105,7 @@ def before_perplexity(opened: OpenedModel, tokens: Any, data: str, batch_size: i
     model, text, dtype = opened.source.config, Text(*tokens.shape), dtype or default_dtype()
     return _announce(
         f"measuring the perplexity of {opened.label} on {describe_text(text, data)}",
-        measuring.perplexity_work(model, text),
+        measuring.perplexity_work(model, text, opened.quantized),
         memory.perplexity_bytes(model, text, batch_size, itemsize(dtype), opened.quantized),
         dtype,
         kept_programs.run_key("perplexity", model, text.seqlen, batch_size, dtype),

@@ -13,10 +13,14 @@ from spqr_jax.forecast.passes import (
     model_weights,
 )
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.weights import matrix_names
 
 # Seconds of compilation on the reference machine, see machine.py.
 _START = 1.5
 _BY_KIND = 2.0  # one kind of block
+_BY_FORMAT = 1.2  # what makes a weight of one shape and format dense
+_FORMATS = 2  # assumed of each weight over all blocks: one without a target size, up to three with one
+_SPARSE_ROLES = 7  # weights of a block with experts that differ in shape or in outlier capacity
 _ANALYSIS_BY_KIND = 6.0  # stages, their Hessians, and sensitivities of each shape of matrix
 
 
@@ -26,15 +30,25 @@ def reading_work(model: DecoderConfig, text: Text) -> Work:
     return Work(dense=passed.products + head_operations(model, text.tokens), attention=passed.attention)
 
 
-def perplexity_work(model: DecoderConfig, text: Text) -> Work:
-    """One model, read whole, and one pass over the text."""
-    compiled = Work(programs=_START + _BY_KIND * len(set(model.kinds)))
-    return reading_work(model, text) + Work(handled=model_weights(model)) + compiled
+def perplexity_work(model: DecoderConfig, text: Text, packed: bool = False) -> Work:
+    """One model, read whole, and one pass over the text.
+
+    Args:
+      model: its sizes.
+      text: what it reads.
+      packed: whether the model is quantized. Programs that make its weights dense are then compiled, too.
+    """
+    kinds = set(model.kinds)
+    programs = _START + _BY_KIND * len(kinds)
+    if packed:
+        programs += _BY_FORMAT * _FORMATS * sum(len(matrix_names(model, kind)) for kind in kinds if not kind.sparse)
+        programs += _BY_FORMAT * _FORMATS * _SPARSE_ROLES * any(kind.sparse for kind in kinds)
+    return reading_work(model, text) + Work(handled=model_weights(model), programs=programs)
 
 
 def compare_work(dense: DecoderConfig, quantized: DecoderConfig, text: Text) -> Work:
     """Two models over the same text. They share programs where their sizes are the same."""
-    both = perplexity_work(dense, text) + perplexity_work(quantized, text)
+    both = perplexity_work(dense, text) + perplexity_work(quantized, text, packed=True)
     return both if dense != quantized else both + Work(programs=-_BY_KIND * len(set(dense.kinds)))
 
 

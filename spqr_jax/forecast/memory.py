@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spqr_jax.config import SpQRConfig
+from spqr_jax.evaluate.passes import STREAM_NUMBERS
 from spqr_jax.forecast.passes import Text, block_weights, input_groups, outer_weights
 from spqr_jax.forecast.quantizing import plan_text
 from spqr_jax.models.config import BlockKind, DecoderConfig
@@ -122,14 +123,19 @@ def _tuning_bytes(model: DecoderConfig, text: Text, itemsize: int) -> float:
 
 
 def perplexity_bytes(model: DecoderConfig, text: Text, batch_size: int, itemsize: int, packed: bool) -> float:
-    """The whole model, its packed form beside it where it is quantized, one batch's activations and logits."""
-    return _RUNTIME + _whole_model(model, itemsize, packed) + _window_bytes(model, text, batch_size, 512)
+    """`spqr perplexity`: the model as it is stored, the residual stream, and one batch's activations and logits.
+
+    A quantized model is packed, and its largest part that is dense at a time is added.
+    """
+    held = _held_model(model, itemsize, packed) + _stream_bytes(text, model.hidden_size)
+    return _RUNTIME + held + _window_bytes(model, text, batch_size, 512)
 
 
 def compare_bytes(dense: DecoderConfig, quantized: DecoderConfig, text: Text, batch_size: int, itemsize: int) -> float:
-    """Both models whole, one batch's activations, and some positions' logits of both with their probabilities."""
-    models = _whole_model(dense, itemsize, packed=False) + _whole_model(quantized, itemsize, packed=True)
-    return _RUNTIME + models + 2 * _window_bytes(dense, text, batch_size, 128)
+    """As `perplexity_bytes` for both models, with fewer positions' logits, of both with their probabilities."""
+    models = _held_model(dense, itemsize, packed=False) + _held_model(quantized, itemsize, packed=True)
+    streams = _stream_bytes(text, dense.hidden_size + quantized.hidden_size)
+    return _RUNTIME + models + streams + 2 * _window_bytes(dense, text, batch_size, 128)
 
 
 def analyze_bytes(model: DecoderConfig, text: Text, itemsize: int) -> float:
@@ -144,9 +150,17 @@ def analyze_bytes(model: DecoderConfig, text: Text, itemsize: int) -> float:
     )
 
 
-def _whole_model(model: DecoderConfig, itemsize: int, packed: bool) -> float:
+def _held_model(model: DecoderConfig, itemsize: int, packed: bool) -> float:
+    """A dense model, or a packed one with a block or the output head made dense, in float32 at most."""
     weights = outer_weights(model) + sum(block_weights(model, kind) for kind in model.kinds)
-    return weights * (itemsize + _PACKED_BYTES * packed)
+    if not packed:
+        return weights * itemsize
+    return weights * _PACKED_BYTES + FLOAT32 * max(largest_block(model), model.vocab_size * model.hidden_size)
+
+
+def _stream_bytes(text: Text, width: int) -> float:
+    """The residual streams of all windows, or of as many as are read at a time."""
+    return float(FLOAT32 * min(text.tokens * width, STREAM_NUMBERS))
 
 
 def _window_bytes(model: DecoderConfig, text: Text, batch_size: int, positions: int) -> float:

@@ -13,12 +13,10 @@ from jax import lax
 import cpu_kernels
 from pallas_kernels import attention as gpu_attention
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.prompt_attention import MASKED, attend_self, capped
 from spqr_jax.products import why_no_kernels
 
-_LOOPED_CHUNK = 512  # the same on an accelerator, where no key is skipped
-_QUERY_CHUNK = 128  # queries whose scores are held at once; later keys are skipped, not masked
 _NO_WINDOW = 1 << 30  # more keys than any context has
-_MASKED = -1e30  # a finite minimum: a row with no key at all gives a mean, not NaN
 
 
 @jax.tree_util.register_dataclass
@@ -204,7 +202,7 @@ def attend(
             jnp.concatenate([before[cache.which].astype(now.dtype), now], axis=2)
             for before, now in ((cache.cache.keys, k), (cache.cache.values, v))
         )
-    out = _attend_self(rules.softcap, rules.keys_seen(where), q, k, v, where.padding)
+    out = _merge_heads(attend_self(rules.softcap, rules.keys_seen(where), q, k, v, where.padding))
     return out, cache.extended(k, v, where.start) if isinstance(cache, KVCache) else cache
 
 
@@ -296,11 +294,11 @@ def _attend_cache_by_xla(
     q, k, v = _split_heads(rotate(q, rotary), rotate(k, rotary), v)
     q = q[..., 0, :]
     keys, values = cache.of_layer()
-    scores = _capped(jnp.einsum("bhsd,bhld->bhsl", q, keys, preferred_element_type=jnp.float32), softcap)
+    scores = capped(jnp.einsum("bhsd,bhld->bhsl", q, keys, preferred_element_type=jnp.float32), softcap)
     key = jnp.arange(keys.shape[2])
     seen = (key < start) & (key >= first[:, None])  # [batch, length]
-    scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    own = _capped(jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True), softcap)
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
+    own = capped(jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True), softcap)
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + own
@@ -313,31 +311,6 @@ def _attend_cache_by_xla(
 
 
 _attend_cache_natively.defjvp(partial(jax.jvp, partial(_attend_cache_by_xla, None)))
-
-
-def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-
-
-def _attend_self(
-    softcap: float | None,
-    window: int | jax.Array | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    padding: jax.Array,
-) -> jax.Array:
-    """Self-attention of whole sequences, or of what ends them, heads split."""
-    batch, kv_heads = k.shape[:2]
-    each = jax.tree.map(lambda a: a.reshape(batch * kv_heads, *a.shape[2:]), (q, k, v))
-    each = (*each, jnp.repeat(padding, kv_heads))
-    # A gradient works the scores out again: they are too many to keep.
-    head, looped = (jax.checkpoint(partial(f, softcap, window)) for f in (_attend_queries, _attend_queries_in_loop))
-    # A head's scores fit a CPU's cache, all of them do not. An accelerator is faster with all heads at once, and
-    # compiles for a long time if each chunk of queries has products of its own.
-    one_by_one, at_once = partial(lax.map, lambda one: head(*one)), jax.vmap(looped)
-    out = lax.platform_dependent(*each, cpu=lambda *each: one_by_one(each), default=at_once)
-    return _merge_heads(out.reshape(q.shape))
 
 
 def _split_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -354,80 +327,3 @@ def _merge_heads(out: jax.Array) -> jax.Array:
     """[batch, kv_heads, share, tokens, head_dim] -> [batch, tokens, heads * head_dim]."""
     batch, kv_heads, share, tokens, head_dim = out.shape
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, kv_heads * share * head_dim)
-
-
-def _attend_queries(
-    softcap: float | None,
-    window: int | jax.Array | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    padding: jax.Array,
-) -> jax.Array:
-    """One sequence's last queries [share, tokens, head_dim] in chunks, each against the keys that it can see."""
-    chunks, before = [], k.shape[0] - q.shape[1]  # keys before the first query
-    for begin in range(0, q.shape[1], _QUERY_CHUNK):
-        end = min(begin + _QUERY_CHUNK, q.shape[1])
-        first = max(0, before + begin - window + 1) if isinstance(window, int) else 0
-        last = before + end
-        keys, queries = jnp.arange(first, last), jnp.arange(before + begin, last)
-        chunk = (q[:, begin:end], k[first:last], v[first:last])
-        chunks.append(_attend_head(softcap, window, *chunk, queries, keys, padding))
-    return jnp.concatenate(chunks, axis=1)
-
-
-def _attend_queries_in_loop(
-    softcap: float | None,
-    window: int | jax.Array | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    padding: jax.Array,
-) -> jax.Array:
-    """`_attend_queries` with one pair of products for all chunks, each against all keys."""
-    tokens, length = q.shape[1], k.shape[0]
-    count = -(-tokens // _LOOPED_CHUNK)
-    size = -(-tokens // count)
-    padded = jnp.pad(q, ((0, 0), (0, count * size - tokens), (0, 0)))
-
-    @jax.checkpoint
-    def attend_chunk(begin: jax.Array) -> jax.Array:
-        queries = length - tokens + begin + jnp.arange(size)
-        chunk = lax.dynamic_slice_in_dim(padded, begin, size, axis=1)
-        return _attend_head(softcap, window, chunk, k, v, queries, jnp.arange(length), padding)
-
-    if count == 1:
-        return attend_chunk(jnp.int32(0))
-    out = jnp.moveaxis(lax.map(attend_chunk, size * jnp.arange(count)), 0, 1)  # [share, count, size, head_dim]
-    return out.reshape(q.shape[0], count * size, -1)[:, :tokens]
-
-
-def _attend_head(
-    softcap: float | None,
-    window: int | jax.Array | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    padding: jax.Array,
-) -> jax.Array:
-    """Queries [share, tokens, head_dim] against keys and values [length, head_dim], softmax in float32.
-
-    Queries of all heads that share keys stand as rows of one product. `query` and `key` are positions.
-    """
-    share, tokens, head_dim = q.shape
-    length = k.shape[0]
-    scores = lax.dot_general(
-        q.reshape(share * tokens, head_dim), k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    seen = (key <= query[:, None]) & (key >= padding)  # [query, key]
-    if window is not None:
-        seen = seen & (key > query[:, None] - window)
-    scores = jnp.where(seen, _capped(scores, softcap).reshape(share, tokens, length), _MASKED)
-    # Dividing after the second product saves a pass over the scores.
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1)[..., None]
-    weights = weights.astype(v.dtype).reshape(share * tokens, length)
-    out = lax.dot_general(weights, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return (out.reshape(share, tokens, head_dim) / total).astype(v.dtype)

@@ -118,7 +118,8 @@ def main() -> None:
     if failed:
         raise SystemExit("\n".join(failed))
     budgets = {name: budget(result) for name, result in results.items()}  # type: ignore[arg-type]
-    from product import FORMS, measured, run
+    from executed import measured, run
+    from product import FORMS
 
     programs, emulated = form_programs(), {}
     for name, ptx in programs.items():

@@ -173,7 +173,6 @@ def many_rows(options: argparse.Namespace, spec: Any) -> tuple[Any, list[Any]]:
         chunk_starts=None,
         widest=24,
         row_chunks=24,
-        tile_chunks=chunks * outliers.TILE_ROWS // out,
     )
     block, columns = lanes.choose_block(out), inner // (lanes.GROUPS * group)
     arrays = (

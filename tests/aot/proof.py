@@ -22,7 +22,10 @@ BUDGETS = HERE / "budgets.json"
 _PACKAGES = ("spqr_jax", "pallas_kernels", "cpu_kernels", "aot", "support")
 _EVERYTHING = ROOT / "spqr_jax" / "__init__.py"  # re-exports; what is compiled imports from where things are
 _JUDGES = {
-    "kernels": ("test_budgets.py", "test_numerics.py", "compile.py", "cases.py"),
+    "kernels": (
+        *("test_budgets.py", "test_numerics.py", "compile.py", "cases.py"),
+        *("test_attention.py", "compile_attention.py"),
+    ),
     "step": ("test_generate_step.py", "generate_step.py"),
 }
 

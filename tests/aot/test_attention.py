@@ -34,7 +34,7 @@ class Case:
         form = self.form
         itemsize = jnp.dtype(form.cache_dtype).itemsize
         sizes = (form.batch, form.heads, form.kv_heads, form.head_dim, form.length, itemsize)
-        return self.plan or choose_plan(*sizes, CORES[self.target])
+        return self.plan or choose_plan(*sizes, CORES[self.target], self.target == "h100")
 
     @property
     def options(self) -> list[str]:
@@ -69,6 +69,10 @@ CASES = {
     "one split, parts of uneven size, other dtypes": Case(
         Form(heads=7, start=100, first=(-3,), dtype="float32"), plan=Plan(1, 2, 4, 4, 4, 2, 2)
     ),
+    "clusters of two, three sums, the last without keys": Case(
+        Form(batch=2, heads=6, head_dim=96, length=192, start=40, first=(38, 30)), plan=Plan(6, 2, 3, 4, 16, 1, 2, 2)
+    ),
+    "a cluster of four writes the output": Case(Form(heads=3, dtype="float32"), plan=Plan(4, 1, 3, 4, 8, 1, 2, 4)),
     "an empty cache": Case(Form(heads=16, start=0, cache_dtype="float16")),
 }
 LIMIT = 3e-6
@@ -106,14 +110,16 @@ def run(case: Case, ptx: str) -> tuple[float, bool]:
     scalars = [given.layer.reshape(1), given.start.reshape(1), given.first]
     parameters = [*scalars, bits(given.qkv), *tables, bits(given.keys), bits(given.values)]
     outputs = len(parameters)
-    by_split = (form.batch, form.heads, plan.splits)
-    if plan.splits == 1:
+    by_sum = (form.batch, form.heads, plan.sums)
+    if plan.sums == 1:
         parameters.append(np.zeros((form.batch, form.heads * form.head_dim), bits(given.qkv).dtype))
     else:
-        parameters += [np.full(shape, np.nan, np.float32) for shape in ((*by_split, form.head_dim), by_split, by_split)]
+        parameters += [np.full(shape, np.nan, np.float32) for shape in ((*by_sum, form.head_dim), by_sum, by_sum)]
     blocks = form.batch * form.kv_heads * plan.parts * plan.splits
-    results, _ = emulator.launch(emulator.parse(ptx), parameters, grid=blocks, threads=plan.threads)
-    out = results[outputs].view(given.qkv.dtype) if plan.splits == 1 else combine(*map(jnp.asarray, results[outputs:]))
+    results, _ = emulator.launch(
+        emulator.parse(ptx), parameters, grid=blocks, threads=plan.threads, cluster=plan.cluster
+    )
+    out = results[outputs].view(given.qkv.dtype) if plan.sums == 1 else combine(*map(jnp.asarray, results[outputs:]))
     wanted, keys, values = expected(form, given)
     cache = [np.array_equal(a, bits(b)) for a, b in zip(results[outputs - 2 : outputs], (keys, values), strict=True)]
     return error(out, wanted), all(cache)

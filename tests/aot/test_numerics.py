@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from product import FORMS, measured, run
+from executed import measured, run
+from product import FORMS
 from support.ptx import emulator
 
 from aot.cases import BUDGETS, Case, compiled, form_programs

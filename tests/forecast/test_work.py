@@ -100,6 +100,7 @@ def test_perplexity_and_compare():
     work = measuring.perplexity_work(TINY, TEXT)
     assert work.dense == (2 * BLOCK * 2 + 2 * HEAD) * 384
     assert measuring.compare_work(TINY, TINY, TEXT).dense == 2 * work.dense
+    assert measuring.perplexity_work(TINY, TEXT, packed=True).programs > work.programs
     analysis = measuring.analyze_work(TINY, TEXT)
     assert (analysis.bfloat16, analysis.mapped) == (2 * BLOCK * 384 * 2, 2 * BLOCK)
 
@@ -132,6 +133,17 @@ def test_bytes_of_calibration_and_models():
     dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)
     assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (2 * BLOCK + 2 * HEAD)
     assert memory.perplexity_bytes(TINY, TEXT, 2, 4, packed=False) > dense
+    # A packed model: 0.6 bytes a weight, and one block (more weights than the head) in float32.
+    packed = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=True)
+    weights = 2 * BLOCK + 2 * HEAD
+    assert dense - packed == pytest.approx(4 * weights - 0.6 * weights - 4 * max(BLOCK, HEAD))
+    both = memory.compare_bytes(TINY, TINY, TEXT, 1, 4)
+    assert both > packed
+
+
+def test_streams_of_long_texts_are_bounded():
+    some, more = (memory.perplexity_bytes(TINY, Text(count, 128), 1, 4, packed=True) for count in (10**5, 10**6))
+    assert some == more
 
 
 def test_work_adds_up():

@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from spqr_jax.models import attention
 from spqr_jax.models.attention import (
     AttentionRules,
     KVCache,
     Positions,
-    _attend_queries,
-    _attend_queries_in_loop,
-    _attend_self,
+    _merge_heads,
     _split_heads,
     attend,
     rotate,
 )
+from spqr_jax.models.prompt_attention import attend_in_loop, attend_queries, attend_self
 
 needs_library = pytest.mark.skipif(
     not cpu_kernels.kernel_names(), reason="the native CPU kernels are not built (python -m cpu_kernels)"
@@ -54,7 +52,7 @@ def rotate_both(q, k, angle):
 
 @jax.jit
 def self_attention(q, k, v, padding):
-    return _attend_self(None, None, *_split_heads(q, k, v), padding)
+    return _merge_heads(attend_self(None, None, *_split_heads(q, k, v), padding))
 
 
 def test_it_is_causal_softmax_attention(inputs):
@@ -68,23 +66,16 @@ def test_it_is_causal_softmax_attention(inputs):
         np.testing.assert_allclose(got[batch, token, head], want, atol=1e-5)
 
 
-@pytest.mark.parametrize(("chunk", "window"), [(512, None), (64, None), (40, 30)])
-def test_all_heads_at_once_give_the_same(inputs, monkeypatch, chunk, window):
-    """What accelerators run: here the heads stand side by side, and a loop goes through equal chunks of queries."""
-    monkeypatch.setattr(attention, "_LOOPED_CHUNK", chunk)
+def test_all_heads_at_once_give_the_same(inputs):
+    """What accelerators run: here the heads stand side by side."""
 
     @jax.jit
     def all_at_once(q, k, v, padding):
-        return jax.vmap(jax.vmap(partial(_attend_queries_in_loop, None, window), (0, 0, 0, None)))(
-            *_split_heads(q, k, v), padding
-        )
+        return jax.vmap(jax.vmap(partial(attend_queries, None, None), (0, 0, 0, None)))(*_split_heads(q, k, v), padding)
 
     at_once = all_at_once(*inputs)
-    q, k, v, padding = inputs
-    split = _split_heads(q, k, v)
-    want = jax.vmap(jax.vmap(partial(_attend_queries, None, window), (0, 0, 0, None)))(*split, padding)
-    read = np.arange(150) >= padding[:, None]  # padding has nothing to see
-    np.testing.assert_allclose(*(np.moveaxis(a, 3, 1)[read] for a in (at_once, want)), atol=1e-5)
+    want = self_attention(*inputs).reshape(2, 150, 2, 3, 8).transpose(0, 2, 3, 1, 4)
+    np.testing.assert_allclose(at_once, want, atol=1e-5)
 
 
 def test_gradients_pass(inputs):
@@ -103,11 +94,27 @@ def test_gradients_pass(inputs):
 
 
 def test_an_accelerator_gets_no_loop_over_heads(inputs):
-    def loops(platform):
-        return jax.export.export(self_attention, platforms=[platform])(*inputs).mlir_module().count("while")
+    """A short text has no loop there, a longer one has a loop over chunks of queries."""
+    q, k, v, padding = inputs
 
-    assert loops("cpu") > 0
-    assert loops("tpu") == loops("cuda") == 0
+    def loops(platform, tokens):
+        cut = *(np.tile(a, (1, 4, 1, 1))[:, :tokens] for a in (q, k, v)), padding
+        return jax.export.export(self_attention, platforms=[platform])(*cut).mlir_module().count("stablehlo.while")
+
+    assert loops("cpu", 100) > 0
+    assert loops("tpu", 512) == loops("cuda", 512) == 0
+    assert loops("tpu", 600) == loops("cuda", 600) == 1
+
+
+@pytest.mark.parametrize(("window", "tokens"), [(None, 150), (20, 150), (20, 70)])
+def test_a_loop_over_queries_gives_the_same(inputs, window, tokens):
+    """Chunks of 32 in a loop against chunks that are written out; 70 queries follow 80 earlier keys."""
+    q, k, v = (a[1] for a in _split_heads(*inputs[:3]))
+    given = q[0, :, -tokens:], k[0], v[0], inputs[3][1]
+    looped = jax.jit(partial(attend_in_loop, None, window, chunk=32))
+    want = jax.jit(partial(attend_queries, None, window))(*given)
+    real = slice(max(0, 7 + tokens - 150), None)  # the first 7 queries of the text are padding: any mean of values
+    np.testing.assert_allclose(looped(*given)[:, real], want[:, real], atol=1e-5)
 
 
 CASES = [("xla", 8, 3), ("xla", 32, 3)] + [

@@ -98,20 +98,22 @@ def test_wrong_arguments_are_told():
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_a_plan_covers_all_heads_and_dimensions(heads, head_dim, itemsize):
     for batch, cores in ((1, 132), (16, 132), (3, 108)):
-        plan = attention.choose_plan(batch, heads, 1, head_dim, 2048, itemsize, cores)
+        plan = attention.choose_plan(batch, heads, 1, head_dim, 2048, itemsize, cores, cores == 132)
         assert plan.lanes * plan.chunks * 16 >= head_dim * itemsize
         assert (plan.parts - 1) * plan.block_heads < heads <= plan.parts * plan.block_heads
         assert plan.block_heads * plan.chunks * 16 // itemsize <= 64, "sums that a lane holds"
         assert plan.warps % 4 == 0
+        assert plan.splits % plan.cluster == 0
+        assert plan.sums <= 8, "XLA combines more by two launches"
         assert batch * plan.parts * plan.splits <= max(cores, batch * plan.parts)
 
 
 def test_the_splits_of_a_plan_keep_the_multiprocessors_busy():
     def blocks(batch, heads, kv_heads):
-        return batch * kv_heads * attention.choose_plan(batch, heads, kv_heads, 128, 2048, 2, 132).splits
+        return batch * kv_heads * attention.choose_plan(batch, heads, kv_heads, 128, 2048, 2, 132, True).splits
 
     assert [blocks(1, 32, 32), blocks(1, 32, 8), blocks(16, 32, 8)] == [128, 128, 128]
-    assert attention.choose_plan(1, 32, 8, 128, 128, 2, 132).splits == 2, "no split has fewer than 64 positions"
+    assert attention.choose_plan(1, 32, 8, 128, 128, 2, 132, True).splits == 2, "no split has fewer than 64 positions"
 
 
 @pytest.mark.skipif(bool(why_no_mosaic()), reason=why_no_mosaic())
@@ -120,7 +122,7 @@ def test_the_kernel_lowers_with_the_cache_in_place():
 
     bfloat16 = jnp.dtype(jnp.bfloat16)
     problem = Problem(2, 4, 2, 64, 128, 64, 0.125, None, bfloat16, bfloat16)
-    plan = attention.choose_plan(2, 4, 2, 64, 128, 2, 132)
+    plan = attention.choose_plan(2, 4, 2, 64, 128, 2, 132, True)
     qkv, table, cache = ((2, 8 * 64), bfloat16), ((2, 32), jnp.float32), ((3, 2, 2, 128, 64), bfloat16)
     shapes = [qkv, table, table, cache, cache, ((), jnp.int32), ((2,), jnp.int32), ((), jnp.int32)]
     traced = jax.jit(functools.partial(mosaic_gpu.attend, problem, plan)).trace(

@@ -19,9 +19,12 @@ RESERVED_SHARED = 2048
 """Bytes of shared memory that a thread block takes beside what a plan counts, at most."""
 
 _ISSUED = 3.2  # instructions of a warp that a multiprocessor issues in a clock: 4 at most
-_DEPENDENT = 5.0  # clocks between instructions of a warp that wait for each other
+_DEPENDENT = 3.0  # clocks between instructions of a warp that wait for each other
 _CLOCKS = 1700.0  # a microsecond
-_BANDWIDTH = 24000.0  # bytes a microsecond that one multiprocessor loads at most
+_BANDWIDTH = 23500.0  # bytes a microsecond and multiprocessor, that memory gives to all together
+_MOST_BANDWIDTH = 40000.0  # that one multiprocessor loads at most
+_UNDER_WAY = 45000.0  # bytes of a multiprocessor, for all of the bandwidth
+_OVERLAP = 0.9  # of the instructions, while memory is loaded
 _WAIT = 1.2  # microseconds until a thread block's first words are there
 _CLUSTER = 0.4  # microseconds that a cluster's barriers take
 _OUTLIERS = 0.01  # of the weights
@@ -32,7 +35,7 @@ def registers(plan: Plan) -> int:
     words = max(4 * f.width + {6: 10, 16: 8}[f.statistics_words // f.groups] for f in plan.formats)
     sums = 4 * plan.tiles_b * (1 if plan.wide else 2)
     operands = 32 * plan.tiles_b if 1 < plan.n <= 16 else 16
-    return 40 + plan.config.depth * words + sums + operands
+    return 40 + plan.config.depth * words + sums + operands + (50 if plan.scattered else 0)
 
 
 def spills(plan: Plan) -> bool:
@@ -49,7 +52,7 @@ def resident(plan: Plan, target: Target) -> int:
 def _step_instructions(plan: Plan) -> float:
     """Of one warp for 16 rows and 256 columns."""
     if plan.wide:
-        return 300 + 24 * plan.tiles_b
+        return 300 + 24 * plan.tiles_b + (300 if plan.scattered else 0)
     return 223 if plan.n == 1 else 190 + 106 * plan.tiles_b
 
 
@@ -58,14 +61,16 @@ def _instructions(plan: Plan) -> float:
     config, warps = plan.config, plan.config.warps
     largest = math.ceil(plan.part / plan.warps_a_row) * math.ceil(plan.n * plan.warps_a_row / warps) * 20 * warps
     prepare = math.ceil(plan.part * BLOCKS * plan.n / plan.threads) * (70 if plan.wide else 110) * warps
-    outliers = _OUTLIERS * plan.part * STEP_COLUMNS * TILE * plan.tiles / 32 * (16 + 6 * plan.n)
+    outliers = (
+        0 if plan.scattered else _OUTLIERS * plan.part * STEP_COLUMNS * TILE * plan.tiles / 32 * (16 + 6 * plan.n)
+    )
     steps = math.ceil(plan.part / plan.split) * warps * _step_instructions(plan)
     end = math.ceil(TILE * plan.tiles * plan.n / plan.threads) * (40 + 4 * plan.split + 10 * config.cluster) * warps
     return largest + prepare + outliers + steps + end
 
 
 def microseconds(plan: Plan, target: Target) -> float:
-    """The estimate: the launch itself and the memory that all plans need are left out."""
+    """The estimate, without the launch itself."""
     config = plan.config
     together = resident(plan, target)
     blocks = config.blocks * config.cluster
@@ -73,8 +78,14 @@ def microseconds(plan: Plan, target: Target) -> float:
     a_core = min(together, math.ceil(blocks / target.cores))
     of_block = _instructions(plan) / _CLOCKS
     instructions = max(of_block * a_core / _ISSUED, of_block / config.warps * _DEPENDENT)
+    # a step's operand B and, where they are added to weights, its outliers: passes of 128 bytes
+    passes = 32 * plan.tiles_b + (140 if plan.scattered else 0) if plan.n > 1 else 8
+    shared = plan.part * plan.tiles * passes * a_core / _CLOCKS
     word_bytes = 4 * max(f.step_words for f in plan.formats)
-    loaded = plan.part * plan.tiles * word_bytes * a_core / _BANDWIDTH
-    under_way = a_core * config.warps * config.depth * word_bytes
-    loaded *= max(1.0, 40000 / under_way)
-    return turns * (_WAIT + max(loaded, instructions)) + (_CLUSTER if config.cluster > 1 else 0.0)
+    loaded = plan.part * plan.tiles * word_bytes * a_core / _MOST_BANDWIDTH
+    memory = plan.steps * plan.all_tiles * word_bytes / (_BANDWIDTH * target.cores)
+    # bandwidth needs enough words under way
+    under_way = a_core * config.warps * min(config.depth, math.ceil(plan.part / plan.split)) * word_bytes
+    memory *= max(1.0, _UNDER_WAY / under_way)
+    work = max(memory, turns * max(loaded, instructions, shared)) + (1 - _OVERLAP) * turns * instructions
+    return turns * _WAIT + work + (_CLUSTER if config.cluster > 1 else 0.0)

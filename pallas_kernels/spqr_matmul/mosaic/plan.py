@@ -16,6 +16,12 @@ from pallas_kernels.spqr_matmul.fragments import num_steps
 NARROW = 16
 """Rows of x up to which each group's sum is scaled; with more, the weights are."""
 
+SCATTERED = 32
+"""Rows of x up to which outliers are multiplied one by one; with more, they are added to the weights."""
+
+MOST_SCATTERED_STEPS = 16
+"""Steps of a chunk whose outliers' places fit into 16 bits."""
+
 MAX_ROWS = 64
 """Rows of x at most."""
 
@@ -78,6 +84,11 @@ class Plan:
         return self.n > NARROW
 
     @property
+    def scattered(self) -> bool:
+        """Whether outliers are added to the weights before they are multiplied."""
+        return self.n > SCATTERED
+
+    @property
     def all_tiles(self) -> int:
         return self.rows // TILE
 
@@ -132,6 +143,11 @@ class Plan:
         return -(-self.n // unit) * unit
 
     @property
+    def part_columns(self) -> int:
+        """Words from one row of a warp's sums to the next: not all rows may begin in the same banks."""
+        return self.columns_b + (8 if self.columns_b % 16 == 0 else 0)
+
+    @property
     def tiles_b(self) -> int:
         """Products of one operand A: 8 rows of x each."""
         return -(-self.columns_b // 8)
@@ -153,25 +169,22 @@ class Plan:
     @property
     def regions(self) -> dict[str, tuple[int, int]]:
         """{name: (first word, words)} of shared memory."""
+        kept = _side_by_side({"largest": self.n * self.warps_a_row, "powers": self.n}, 0)
         sizes = {"x": self.chunk * STEP_COLUMNS // 2 * self.columns_b}
         for key in self.sums_keys:
             sizes[f"sums {key}"] = self.chunk * self.sums_words(key[0])
-        sizes |= {
-            "largest": self.n * self.warps_a_row,
-            "powers": self.n,
-            "totals": TILE * self.tiles * self.columns_b,
-            "parts": self.config.warps * TILE * self.columns_b,
-        }
-        first, regions = 0, {}
-        for name, words in sizes.items():
-            at = 0 if name == "parts" and self.wide else first  # with many rows of x, where x was
-            regions[name] = (at, words)
-            first = max(first, -(-(at + words) // 32) * 32)
-        return regions
+        if self.scattered:
+            sizes["scattered"] = self.config.warps * TILE * STEP_COLUMNS // 2
+        at_end = {"parts": self.config.warps * TILE * self.part_columns}
+        totals = {"totals": TILE * self.tiles * self.columns_b}
+        (at_end if self.scattered else sizes).update(totals)
+        regions = kept | _side_by_side(sizes, _end(kept))
+        # with many rows of x, what the end needs is where x was
+        return regions | _side_by_side(at_end, _end(kept) if self.wide else _end(regions))
 
     @property
     def shared_words(self) -> int:
-        return max(-(-(first + words) // 32) * 32 for first, words in self.regions.values())
+        return _end(self.regions)
 
     @property
     def shared_bytes(self) -> int:
@@ -182,8 +195,22 @@ class Plan:
         config = self.config
         if config.warps % 4 or not self.tiles <= config.warps <= 16:
             return f"{config.warps} warps for {self.tiles} tiles: they must be a multiple of 4, up to 16"
+        if self.scattered and self.chunk > MOST_SCATTERED_STEPS:
+            return f"chunks of {self.chunk} steps"
         if config.cluster not in (1, 2, 4, 8) or (TILE * self.tiles) % config.cluster:
             return f"clusters of {config.cluster}"
         if not 1 <= self.n <= MAX_ROWS or self.rows % TILE or self.columns % 16:
             return f"{self.n} rows of x, W of {self.rows} x {self.columns}"
         return ""
+
+
+def _side_by_side(sizes: dict[str, int], first: int) -> dict[str, tuple[int, int]]:
+    regions = {}
+    for name, words in sizes.items():
+        regions[name] = (first, words)
+        first += -(-words // 32) * 32
+    return regions
+
+
+def _end(regions: dict[str, tuple[int, int]]) -> int:
+    return max(-(-(first + words) // 32) * 32 for first, words in regions.values())

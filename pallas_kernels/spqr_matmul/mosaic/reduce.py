@@ -11,7 +11,7 @@ from pallas_kernels.spqr_matmul.mosaic.thread import Thread
 def store_parts(thread: Thread, state: list[Float]) -> None:
     """A warp's accumulators to shared memory, [warp][row][row of x]."""
     plan = thread.plan
-    start = thread.warp * (TILE * plan.columns_b)
+    start = thread.warp * (TILE * plan.part_columns)
     parts = thread.shared["parts"]
     if plan.n == 1:  # the columns of mma are parts of one sum
         for h in (0, 1):
@@ -24,7 +24,7 @@ def store_parts(thread: Thread, state: list[Float]) -> None:
         return
     for tile_b in range(plan.tiles_b):
         for h in (0, 1):
-            at = start + (thread.row8 + 8 * h) * plan.columns_b + (thread.column4 << 1) + 8 * tile_b
+            at = start + (thread.row8 + 8 * h) * plan.part_columns + (thread.column4 << 1) + 8 * tile_b
             values = state[4 * tile_b + 2 * h : 4 * tile_b + 2 * h + 2]
             parts.store(at, [v.word() for v in values])
 
@@ -36,11 +36,13 @@ def finish(thread: Thread) -> None:
     def output(i: Word) -> None:
         row, x_row = i // plan.n, i % plan.n
         place = row * plan.columns_b + x_row
-        stride = plan.tiles * TILE * plan.columns_b
+        part, stride = row * plan.part_columns + x_row, plan.tiles * TILE * plan.part_columns
         # a row's tile is shared by the warps tile, tile + tiles, ...: their parts are tiles * 16 rows apart
-        parts = [thread.shared["parts"].load(place + k * stride)[0].float() for k in range(plan.split)]
-        sparse = thread.shared["totals"].load(place)[0].float()
-        total = (machine.tree_sum(parts) + sparse) * thread.power(x_row).float()
+        parts = [thread.shared["parts"].load(part + k * stride)[0].float() for k in range(plan.split)]
+        total = machine.tree_sum(parts)
+        if not plan.scattered:
+            total = total + thread.shared["totals"].load(place)[0].float()
+        total = total * thread.power(x_row).float()
         if plan.config.cluster > 1:
             thread.shared["totals"].store(place, [total.word()])
         else:

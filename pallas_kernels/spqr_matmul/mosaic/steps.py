@@ -19,6 +19,7 @@ from pallas_kernels.spqr_matmul.formats import BLOCKS, STEP_COLUMNS, Format
 from pallas_kernels.spqr_matmul.mosaic import activations
 from pallas_kernels.spqr_matmul.mosaic.decode import Codes, Statistics
 from pallas_kernels.spqr_matmul.mosaic.fetch import Fetcher, register_count
+from pallas_kernels.spqr_matmul.mosaic.scattered import Scattered
 from pallas_kernels.spqr_matmul.mosaic.thread import Thread
 
 State = list[Float]
@@ -50,12 +51,14 @@ class Steps:
         """The words of the chunk's first steps."""
         return [self._fetch(chunk, self._step(d)) for d in range(self.plan.config.depth)]
 
-    def run(self, chunk: Word | int, ahead: list[list[Word]]) -> State:
+    def run(self, chunk: Word | int, ahead: list[list[Word]], scattered: Scattered | None) -> State:
         """The accumulators of the warp's rows and all rows of x, [tile of 8 rows of x][element]."""
         depth = self.plan.config.depth
         a_warp = -(-self.plan.chunk // self.plan.split)
         turns = -(-a_warp // depth)
-        product: Any = (Wide if self.plan.wide else Narrow)(self.thread, self.form)
+        product: Any = Narrow(self.thread, self.form)
+        if self.plan.wide:
+            product = Wide(self.thread, self.form, chunk, scattered)
         state = product.start()
 
         def turn(i: Word, carried: tuple[list[list[Word]], Any]) -> tuple[list[list[Word]], Any]:
@@ -239,8 +242,9 @@ def _scaled(total: list[Float], acc: list[Float], scales: list[Pair]) -> list[Fl
 class Wide:
     """17 to 64 rows of x. The state: an accumulator for each 8 rows of x."""
 
-    def __init__(self, thread: Thread, form: Format) -> None:
+    def __init__(self, thread: Thread, form: Format, chunk: Word | int, scattered: Scattered | None) -> None:
         self.thread, self.plan, self.form = thread, thread.plan, form
+        self._chunk, self._scattered = chunk, scattered
 
     def start(self) -> list[list[Float]]:
         return [zero_sum() for _ in range(self.plan.tiles_b)]
@@ -249,14 +253,16 @@ class Wide:
         return [v for acc in state for v in acc]
 
     def step(self, step: Word, words: list[Word], state: list[list[Float]]) -> list[list[Float]]:
-        # Past the end the words are zeros, and so the weights; x must only be finite.
-        step = machine.minimum(step, self.plan.chunk - 1)
+        # Past the end the words are zeros, and so the weights; x must only be finite. There are no outliers.
+        true_step, step = step, machine.minimum(step, self.plan.chunk - 1)
         codes, statistics = Codes(self.form, words), Statistics(self.form, words)
         scale = _Broadcast(statistics, statistics.scales)
         product = _Broadcast(statistics, statistics.products)
         places = activations.operand_places(self.plan, self.thread.row8, self.thread.column4)
         start = step * (STEP_COLUMNS // 2 * self.plan.columns_b)
         state = list(state)
+        if self._scattered is not None:
+            self._scattered.begin(self._chunk, true_step)
         for low in range(8):
             pair = [self._weights(codes, scale, product, block) for block in (low, low + 8)]
             for t in range(self.plan.tiles_b):
@@ -264,10 +270,12 @@ class Wide:
                 x = self.thread.shared["x"].load(at, 4)
                 for high in (0, 1):
                     state[t] = machine.mma(pair[high], x[2 * high : 2 * high + 2], state[t])
+        if self._scattered is not None:
+            self._scattered.end(self._chunk, true_step)
         return state
 
     def _weights(self, codes: Codes, scale: _Broadcast, product: _Broadcast, block: int) -> list[Word]:
-        """A block's weights as operand A: (code - zero point) * scale, rounded to float16 once."""
+        """A block's weights as operand A: (code - zero point) * scale, rounded to float16, and outliers."""
         increase = machine.halves(2.0 ** activations.offset_exponent(self.form, block))
         by_row = []
         for h in (0, 1):
@@ -275,5 +283,7 @@ class Wide:
             by_row.append((scales.both(e), products.both(e).negated()))
         weights = []
         for i, w in enumerate(codes.block(block)):  # words (v, h)
-            weights.append(machine.fma_pair(w.pair() - increase, *by_row[i & 1]).word())
-        return weights
+            weights.append(machine.fma_pair(w.pair() - increase, *by_row[i & 1]))
+        if self._scattered is not None:
+            weights = [w + s for w, s in zip(weights, self._scattered.block(block), strict=True)]
+        return [w.word() for w in weights]

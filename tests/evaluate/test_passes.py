@@ -1,0 +1,103 @@
+"""Evaluation block by block: what memory holds while blocks run, and what is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from support.problems import TINY
+
+from spqr_jax import SpQRConfig, perplexity, quantize
+from spqr_jax.evaluate import passes
+from spqr_jax.evaluate.continuations import continuation_scores
+from spqr_jax.evaluate.fidelity import compare
+from spqr_jax.models.weights import random_decoder
+
+DEEP = dataclasses.replace(TINY, num_layers=5)
+WINDOWS = np.random.default_rng(0).integers(0, 256, (3, 32)).astype(np.int32)
+BLOCK_WEIGHTS = sum(leaf.size for leaf in jax.tree.leaves(random_decoder(TINY, seed=0).layers[0]))
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return quantize(random_decoder(DEEP, seed=0), None, SpQRConfig.rtn(3))
+
+
+@pytest.fixture
+def live_bytes(monkeypatch):
+    """Bytes of all arrays of this process each time a batch has passed a block, those before the test left out."""
+    seen = []
+    before = {id(array) for array in jax.live_arrays()}
+    real = jax.block_until_ready
+
+    def watched(state):
+        seen.append(sum(array.nbytes for array in jax.live_arrays() if id(array) not in before))
+        return real(state)
+
+    monkeypatch.setattr(passes.jax, "block_until_ready", watched)
+    return seen
+
+
+def test_one_block_is_dense_at_a_time(quantized, live_bytes):
+    perplexity(quantized, WINDOWS)
+    assert len(live_bytes) == 3 * DEEP.num_layers
+    streams = 4 * WINDOWS.size * DEEP.hidden_size
+    assert (
+        4 * BLOCK_WEIGHTS < max(live_bytes) < 4 * BLOCK_WEIGHTS * 1.1 + 2 * streams
+    )  # a batch has two streams a while
+
+
+def test_two_models_are_compared_with_one_dense_block(quantized, live_bytes):
+    compare(quantized, quantized, WINDOWS)
+    assert max(live_bytes) < 4 * BLOCK_WEIGHTS * 1.1 + 3 * 4 * WINDOWS.size * DEEP.hidden_size
+
+
+@pytest.mark.parametrize("measure", ["windows", "continuations"])
+def test_groups_change_nothing(quantized, monkeypatch, measure):
+    """More text than is held at a time: each group makes the blocks dense again."""
+    dense = []
+    real = passes.dense_block
+    monkeypatch.setattr(passes, "dense_block", lambda block, dtype: dense.append(1) or real(block, dtype))
+
+    def scores():
+        if measure == "windows":
+            return perplexity(quantized, WINDOWS).window_losses
+        requests = [(list(range(3, 20 + n)), [n, 2 * n]) for n in range(1, 9)]
+        return [score.log_probability for score in continuation_scores(quantized, requests, batch_tokens=40)]
+
+    together = scores()
+    assert len(dense) == DEEP.num_layers
+    monkeypatch.setattr(passes, "STREAM_NUMBERS", 1)  # a batch is a group
+    np.testing.assert_array_equal(scores(), together)
+    assert len(dense) >= DEEP.num_layers * (1 + 3)
+
+
+def test_groups_hold_what_fits(monkeypatch):
+    monkeypatch.setattr(passes, "STREAM_NUMBERS", 10)
+    assert list(passes.groups([4, 4, 4, 20, 1], lambda numbers: numbers)) == [[4, 4], [4], [20], [1]]
+
+
+def test_progress_counts_windows_times_blocks_and_the_head(quantized):
+    told = []
+    perplexity(quantized, WINDOWS, batch_size=2, progress=lambda *counts: told.append(counts))
+    total = 3 * (DEEP.num_layers + 1)
+    assert told[:3] == [(2, total), (3, total), (5, total)]
+    assert told[-1] == (total, total)
+    told.clear()
+    compare(quantized, quantized, WINDOWS, progress=lambda *counts: told.append(counts))
+    assert told[-1] == (3 * (2 * DEEP.num_layers + 1),) * 2
+
+
+def test_blocks_of_one_format_share_programs(quantized):
+    """Every part is compiled once: a second model of the same sizes compiles nothing."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    perplexity(quantized, WINDOWS[:, :24])
+    first = len(compiled)
+    assert first <= 4 + 5 + 1  # positions, embedding, block, head; a weight's shape and format each; dense embedding
+    perplexity(quantized, WINDOWS[:, :24])
+    assert len(compiled) == first
