@@ -252,4 +252,11 @@ class _Formats:
         def of(steps: Steps) -> list[machine.Float]:
             return steps.run(chunk, [words[: steps.count] for words in ahead], scattered)
 
-        return self._switch(zero_sum() * self.thread.plan.tiles_b, [functools.partial(of, s) for s in self.steps])
+        plan, branches = self.thread.plan, [functools.partial(of, s) for s in self.steps]
+        nothing = zero_sum() * plan.tiles_b
+        if plan.config.warps % plan.tiles == 0:
+            return self._switch(nothing, branches)
+        # warps that are left over do not multiply zeros: others need the units
+        return machine.branch(
+            self.thread.has_work, nothing, lambda: self._switch(nothing, branches), lambda: zero_sum() * plan.tiles_b
+        )

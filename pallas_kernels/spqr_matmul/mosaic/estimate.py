@@ -70,7 +70,8 @@ def _instructions(plan: Plan) -> float:
     outliers = (
         0 if plan.scattered else _OUTLIERS * plan.part * STEP_COLUMNS * TILE * plan.tiles / 32 * (16 + 6 * plan.n)
     )
-    steps = plan.chunks * math.ceil(plan.chunk / plan.split) * warps * _step_instructions(plan)
+    busy = plan.tiles * plan.split
+    steps = plan.chunks * math.ceil(plan.chunk / plan.split) * busy * _step_instructions(plan)
     end = math.ceil(TILE * plan.tiles * plan.n / plan.threads) * (40 + 4 * plan.split + 10 * config.cluster) * warps
     return largest + prepare + outliers + steps + end
 
