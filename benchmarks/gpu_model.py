@@ -176,6 +176,7 @@ def _limit(memory: float, issue: float, base: float) -> list[str]:
     longest = max(memory, issue)
     return [
         *_microseconds(memory, issue),
+        "",
         f"at least {1e6 * longest:.1f}",
         *_microseconds(base),
         f"≤ {base / longest:.1f}×",

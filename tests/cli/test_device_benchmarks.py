@@ -148,6 +148,12 @@ def test_predictions_stand_beside_measurements():
     gpu_model = importlib.import_module("gpu_model")
     rows = {(row[0], row[1]): row for row in gpu_model.products_of_h100()}
     assert rows["4096 × 4096", "1"][gpu_model.PRODUCTS_HEADER.index("spqr_quant: measured")] == "15.0"
+    for header, table in (
+        (gpu_model.HEADER, gpu_model.rows_of_table()),
+        (gpu_model.PRODUCTS_HEADER, gpu_model.products_of_h100()),
+        (gpu_model.CHECK_HEADER, gpu_model.check()),
+    ):
+        assert {len(row) for row in table} == {len(header)}
     ratios = [float(row[-1]) for row in gpu_model.check()]
     assert len(ratios) >= 9
     assert all(1 <= ratio < 2 for ratio in ratios), "the model is optimistic, by less than two"
