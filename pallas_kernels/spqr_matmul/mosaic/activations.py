@@ -149,7 +149,7 @@ def _store(thread: Thread, row: Word, block: Word, pairs: list[Pair]) -> None:
         thread.shared["x"].store(start + ((turned ^ c) << 2), [pairs[c].word(), pairs[4 + c].word()])
 
 
-def operand_places(plan: Plan, row8: Word, column4: Word) -> list[Word]:
+def operand_places(row8: Word, column4: Word) -> list[Word]:
     """Where a lane's words of even and odd blocks are, from [step][block & 7] on; 8 rows of x further is 128 more."""
     return [((row8 ^ odd) << 4) + ((column4 ^ ((row8 >> 1) & 3)) << 2) for odd in (0, 1)]
 

@@ -84,7 +84,7 @@ def microseconds(plan: Plan, target: Target) -> float:
     turns = math.ceil(blocks / (target.cores * together))
     a_core = min(together, math.ceil(blocks / target.cores))
     of_block = _instructions(plan) / _CLOCKS
-    instructions = max(of_block * a_core / _ISSUED, of_block / config.warps * _DEPENDENT)
+    instructions = max(of_block * a_core / _ISSUED, of_block / (plan.tiles * plan.split) * _DEPENDENT)
     # a step's operand B and, where they are added to weights, its outliers: passes of 128 bytes
     passes = 32 * plan.tiles_b + (140 if plan.scattered else 0) if plan.n > 1 else 8
     shared = plan.part * plan.tiles * passes * a_core / _CLOCKS

@@ -13,7 +13,7 @@ from pallas_kernels.spqr_matmul.entries import quarter_steps
 from pallas_kernels.spqr_matmul.formats import STEP_COLUMNS, TILE
 from pallas_kernels.spqr_matmul.mosaic.thread import Thread
 
-HELD = 6
+HELD = 5
 """Outliers of a lane in registers; more are read again for each step."""
 
 _LANES = 2  # of a row

@@ -188,17 +188,20 @@ class Narrow:
     def _rows(
         self, codes: Codes, statistics: Statistics, scales: list[Pair], step: Word, totals: list[list[Float]]
     ) -> list[list[Float]]:
-        x = [operand_b(self.thread, step, t) for t in range(self.plan.tiles_b)]
         group_blocks = BLOCKS // self.form.groups
         scale = _Broadcast(statistics, scales)
-        for first in range(0, BLOCKS, group_blocks):
-            by_row = [scale(first, h) for h in (0, 1)]
-            blocks = [(block, codes.block(block)) for block in range(first, first + group_blocks)]
-            for t in range(self.plan.tiles_b):
-                acc = zero_sum()
-                for block, a in blocks:
-                    acc = machine.mma(a, x[t][block], acc)
-                totals[t] = [machine.fma(by_row[i >> 1], acc[i], totals[t][i]) for i in range(4)]
+        for low in range(0, BLOCKS // 2, group_blocks):
+            lows = range(low, low + group_blocks)
+            # a load has the words of two blocks, low and low + 8: loaded where they are needed, few are held at a time
+            x = [[operand_b(self.thread, step, t, i) for i in lows] for t in range(self.plan.tiles_b)]
+            for high in (0, 1):
+                by_row = [scale(low + 8 * high, h) for h in (0, 1)]
+                blocks = [codes.block(i + 8 * high) for i in lows]
+                for t in range(self.plan.tiles_b):
+                    acc = zero_sum()
+                    for a, words in zip(blocks, x[t], strict=True):
+                        acc = machine.mma(a, words[high], acc)
+                    totals[t] = [machine.fma(by_row[i >> 1], acc[i], totals[t][i]) for i in range(4)]
         return totals
 
 
@@ -222,16 +225,13 @@ class _Broadcast:
         return pair[e]
 
 
-def operand_b(thread: Thread, step: Word, tile_b: int) -> list[list[Word]]:
-    """8 rows of x as operand B, for each of a step's 16 blocks of columns."""
+def operand_b(thread: Thread, step: Word, tile_b: int, low: int) -> list[list[Word]]:
+    """8 rows of x as operand B, for the blocks of columns `low` and `low` + 8 of a step."""
     plan = thread.plan
-    places = activations.operand_places(plan, thread.row8, thread.column4)
-    blocks: list[list[Word]] = [[] for _ in range(BLOCKS)]
-    for low in range(8):
-        at = step * (STEP_COLUMNS // 2 * plan.columns_b) + (16 * plan.columns_b * low + 128 * tile_b)
-        words = thread.shared["x"].load(at + places[low & 1], 4)
-        blocks[low], blocks[low + 8] = words[:2], words[2:]
-    return blocks
+    places = activations.operand_places(thread.row8, thread.column4)
+    at = step * (STEP_COLUMNS // 2 * plan.columns_b) + (16 * plan.columns_b * low + 128 * tile_b)
+    words = thread.shared["x"].load(at + places[low & 1], 4)
+    return [words[:2], words[2:]]
 
 
 def _scaled(total: list[Float], acc: list[Float], scales: list[Pair]) -> list[Float]:
@@ -258,18 +258,14 @@ class Wide:
         codes, statistics = Codes(self.form, words), Statistics(self.form, words)
         scale = _Broadcast(statistics, statistics.scales)
         product = _Broadcast(statistics, statistics.products)
-        places = activations.operand_places(self.plan, self.thread.row8, self.thread.column4)
-        start = step * (STEP_COLUMNS // 2 * self.plan.columns_b)
         state = list(state)
         if self._scattered is not None:
             self._scattered.begin(self._chunk, true_step)
         for low in range(8):
             pair = [self._weights(codes, scale, product, block) for block in (low, low + 8)]
             for t in range(self.plan.tiles_b):
-                at = start + (16 * self.plan.columns_b * low + 128 * t) + places[low & 1]
-                x = self.thread.shared["x"].load(at, 4)
-                for high in (0, 1):
-                    state[t] = machine.mma(pair[high], x[2 * high : 2 * high + 2], state[t])
+                for weights, x in zip(pair, operand_b(self.thread, step, t, low), strict=True):
+                    state[t] = machine.mma(weights, x, state[t])
         if self._scattered is not None:
             self._scattered.end(self._chunk, true_step)
         return state
