@@ -36,5 +36,6 @@ kinds = defaultdict(list)  # "q_proj" -> its weights in all blocks; a quantized 
 for path, weight in jax.tree.leaves_with_path(small, is_leaf=spqr_jax.is_quantized):
     kinds[path[-1].name].append(weight)
 for name, weights in kinds.items():
-    size, num_bytes = sum(weight.size for weight in weights), sum(weight.stored_bytes for weight in weights)
+    size = sum(weight.size for weight in weights)
+    num_bytes = sum(weight.stored_bytes if spqr_jax.is_quantized(weight) else weight.nbytes for weight in weights)
     print(f"{name:16} {8 * num_bytes / size:6.2f} bits per weight, {num_bytes / 1e6:8.3f} MB")

@@ -16,17 +16,14 @@ import jax
 from flax import linen as nn  # the models that this is for
 from flax.core import meta
 
-import cpu_kernels
-from pallas_kernels import spqr_matmul
-from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.integrations.contraction import Contraction, of_equation, over_axes
 from spqr_jax.integrations.kernels import InputSums, check_config, quantize_kernels
 from spqr_jax.quantize import OnLayer
+from spqr_jax.quantized import is_quantized
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
-_QUANTIZED = (SpQRArray, cpu_kernels.Packed, spqr_matmul.Prepared)
 Call = Callable[[nn.Module, Any, Any], Any]
 
 
@@ -167,7 +164,7 @@ def _run_quantized(next_function: Any, args: Any, options: Any, context: nn.modu
     if not isinstance(layer, _KINDS) or context.method_name != "__call__":
         return next_function(*args, **options)
     kernel: Any = layer.get_variable("params", "kernel")
-    if not isinstance(kernel, _QUANTIZED):
+    if not is_quantized(kernel):
         return next_function(*args, **options)
     x = args[0] if args else options["inputs"]
     x = x if layer.dtype is None else x.astype(layer.dtype)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.weights import Block, Weight, joint_name
+from spqr_jax.models.weights import Block, Weight
 from spqr_jax.products import linear as apply_linear
 from spqr_jax.products import linear_all
 
@@ -26,14 +26,14 @@ def plain_linear(name: str, w: Weight, x: jax.Array) -> jax.Array:
 
 def products(linear: Linear, block: Block, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
     """Products of weights that read one input, biases added; inference computes them in one call."""
-    if len(names) > 1 and (joined := block.get(joint_name(names))) is not None:
+    if (joined := block.joined(names)) is not None:
         results = joined.multiply_parts(x)
     elif linear is plain_linear:
-        results = linear_all([getattr(block, name) for name in names], x)
+        results = linear_all([block[name] for name in names], x)
     else:
-        results = [linear(name, getattr(block, name), x) for name in names]
-    biases = [block.get(name + "_bias") for name in names]
-    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(results, biases, strict=True)]
+        results = [linear(name, block[name], x) for name in names]
+    biases = zip(results, block.biases(names), strict=True)
+    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in biases]
 
 
 _ACTIVATIONS: dict[str, Any] = {

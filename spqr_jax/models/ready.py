@@ -7,6 +7,7 @@ program has one copy of their code, however many layers there are. Elsewhere the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -113,15 +114,8 @@ def make_ready(
 def stack_blocks(params: Decoder, backend: PallasBackend) -> tuple[BlockStack, ...]:
     """The blocks in stacks of consecutive ones with one structure, prepared for a backend, whatever the device."""
     dtype = params.outer.final_norm.dtype
-    parts: list[BlockStack] = []
-    run: list[Block] = []
-    for block in params.layers:
-        if run and _structure(block, backend) != _structure(run[0], backend):
-            parts.append(_stack(run, params.config, backend, dtype))
-            run = []
-        run.append(block)
-    parts.append(_stack(run, params.config, backend, dtype))
-    return tuple(parts)
+    runs = itertools.groupby(params.layers, lambda block: _structure(block, backend))
+    return tuple(_stack(list(run), params.config, backend, dtype) for _, run in runs)
 
 
 def _structure(block: Block, backend: PallasBackend) -> Any:

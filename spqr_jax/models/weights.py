@@ -48,6 +48,14 @@ class Block(Mapping[str, Weight]):
     def __repr__(self) -> str:
         return f"Block({self._weights!r}, {self.kind})"
 
+    def joined(self, names: Sequence[str]) -> Weight | None:
+        """The one weight of a prepared block that holds these matrices, rows stacked; None if they are apart."""
+        return self._weights.get(joint_name(names)) if len(names) > 1 else None
+
+    def biases(self, names: Sequence[str]) -> list[Weight | None]:
+        """The biases of matrices; None for one that has none."""
+        return [self._weights.get(name + "_bias") for name in names]
+
     def replace(self, changes: Mapping[str, Weight]) -> Block:
         """A copy of the block with other weights under existing names.
 

@@ -25,14 +25,11 @@ class CpuMatrix(PreparedMatrix):
 
     Attributes:
       packed: what the kernels read.
+      shape: (out, in).
     """
 
     packed: cpu_kernels.Packed
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        """(out, in)."""
-        return self.packed.shape
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def multiply_all(cls, x: jax.Array, ws: Sequence[CpuMatrix]) -> list[jax.Array]:
@@ -67,7 +64,7 @@ class CpuBackend:
         Raises:
           SpQRError: there are no kernels here, or the array breaks one of its invariants.
         """
-        return CpuMatrix(pack_for_cpu(array, int8_activations))
+        return CpuMatrix(pack_for_cpu(array, int8_activations), array.shape)
 
 
 def why_not_installed() -> str:

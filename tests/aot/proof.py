@@ -19,6 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUDGETS = HERE / "budgets.json"
+_BENCHMARKS = ROOT / "benchmarks"  # the model whose decoding step is compiled
 _PACKAGES = ("spqr_jax", "pallas_kernels", "cpu_kernels", "aot", "support")
 _EVERYTHING = ROOT / "spqr_jax" / "__init__.py"  # re-exports; what is compiled imports from where things are
 _JUDGES = {
@@ -33,7 +34,7 @@ _JUDGES = {
 def _module_files(name: str) -> list[Path]:
     """The files that importing a module of this repository runs, packages' own first."""
     parts, found = name.split("."), []
-    for base in (ROOT, ROOT / "tests", HERE):
+    for base in (ROOT, ROOT / "tests", HERE, _BENCHMARKS):
         for count in range(1, len(parts) + 1):
             path = base.joinpath(*parts[:count])
             found += [p for p in (path / "__init__.py", path.with_suffix(".py")) if p.is_file()]
@@ -47,7 +48,7 @@ def _imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    local = {path.stem for path in HERE.glob("*.py")}
+    local = {path.stem for folder in (HERE, _BENCHMARKS) for path in folder.glob("*.py")}
     return {name for name in names if name.split(".")[0] in _PACKAGES or name in local}
 
 

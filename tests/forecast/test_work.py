@@ -10,7 +10,6 @@ from support.problems import TINY
 
 from spqr_jax import SpQRConfig
 from spqr_jax.forecast import Text, Work, measuring, memory, passes, quantizing
-from spqr_jax.models import attention
 from spqr_jax.models.config import BlockKind
 from spqr_jax.tune import TuneConfig
 
@@ -32,7 +31,7 @@ def test_a_forward_pass_is_counted_matrix_by_matrix():
 
 
 def test_attention_skips_keys_that_no_query_sees():
-    assert passes.QUERY_CHUNK == attention._QUERY_CHUNK
+    assert passes.QUERY_CHUNK == prompt_attention._QUERY_CHUNK
     # Two chunks of queries: 128 keys, then 256.
     full = passes.attention_operations(TINY, local=False, text=Text(1, 256))
     assert full == 4 * 64 * (128 * 128 + 128 * 256)

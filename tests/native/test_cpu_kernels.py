@@ -23,7 +23,7 @@ from cpu_kernels import build
 from spqr_jax import SpQRConfig, SpQRError, linear, prepare, quantize_weight
 from spqr_jax.checkpoint.description import DATA_FIELDS
 from spqr_jax.products import linear_all, take_rows
-from spqr_jax.products.cpu import CpuMatrix, pack_for_cpu
+from spqr_jax.products.cpu import CpuBackend, CpuMatrix, pack_for_cpu
 
 needs_library = pytest.mark.skipif(
     not cpu_kernels.kernel_names(), reason="the native CPU kernels are not built (python -m cpu_kernels)"
@@ -133,7 +133,7 @@ def test_int8_activations_round_as_said(form):
 
 def test_shapes_and_types_of_activations():
     array = random_array((40, 64))
-    packed, w = CpuMatrix(pack_for_cpu(array)), dense(array)
+    packed, w = CpuBackend().prepare(array), dense(array)
     x = activations(2, 3, 64)
     assert linear(packed, x).shape == (2, 3, 40)
     np.testing.assert_allclose(linear(packed, x[0, 0]), w @ x[0, 0], rtol=1e-4, atol=1e-4)
@@ -147,7 +147,7 @@ def test_shapes_and_types_of_activations():
 
 def test_rows_are_gathered_and_clipped():
     array = random_array((40, 64))
-    packed = CpuMatrix(pack_for_cpu(array))
+    packed = CpuBackend().prepare(array)
     index = np.array([[0, 39], [17, 100]], np.int32)
     expected = dense(array)[np.clip(index, 0, 39)]
     np.testing.assert_allclose(take_rows(packed, index), expected, rtol=1e-5, atol=1e-6)
@@ -156,7 +156,7 @@ def test_rows_are_gathered_and_clipped():
 
 def test_transformations():
     array = random_array((40, 64))
-    packed, w = CpuMatrix(pack_for_cpu(array)), dense(array)
+    packed, w = CpuBackend().prepare(array), dense(array)
     x = activations(5, 3, 64)
     want = x @ w.T
     np.testing.assert_allclose(jax.jit(linear)(packed, x), want, rtol=1e-4, atol=1e-4)
@@ -187,7 +187,7 @@ def test_transformations():
 def test_calls_at_the_same_time_do_not_wait_for_each_other():
     """Many independent products in one program, which XLA may run from its own pool's threads."""
     arrays = [random_array((512, 512), seed=seed) for seed in range(8)]
-    packed = [CpuMatrix(pack_for_cpu(array)) for array in arrays]
+    packed = [CpuBackend().prepare(array) for array in arrays]
     x = activations(2, 512)
     wants = [x @ dense(array).T for array in arrays]
     together = jax.jit(lambda x: [linear(w, x) for w in packed for _ in range(4)])
@@ -217,7 +217,7 @@ def test_several_matrices_at_once(rows):
     with pytest.raises(ValueError, match="either all matrices must round activations, or none"):
         cpu_kernels.matmul_all(x, [ws[0], dataclasses.replace(ws[0], int8_activations=True)])
     with pytest.raises(SpQRError, match="do not fit"):
-        linear_all([CpuMatrix(ws[0]), CpuMatrix(pack_for_cpu(random_array((8, 64))))], x)
+        linear_all([CpuBackend().prepare(random_array(shape)) for shape in ((8, 96), (8, 64))], x)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
@@ -269,7 +269,7 @@ def test_preparing_keeps_the_size(quantized):
 def test_a_step_holds_no_dense_copy(tiny_model):
     """Neither of a weight nor of packed leaves, by the compiler's own account."""
     array = random_array((1024, 1024))
-    packed = CpuMatrix(pack_for_cpu(array))
+    packed = CpuBackend().prepare(array)
     step = jax.jit(lambda w, x: linear(w, jnp.tanh(linear(w, x)))).lower(packed, jnp.zeros((1, 1024))).compile()
     assert step.memory_analysis().temp_size_in_bytes < 64 * 1024
 

@@ -169,7 +169,8 @@ def test_gradients_and_batches():
 def test_a_large_matrix_is_dequantized_in_blocks(layout, monkeypatch):
     """Five tiles in at most two each: the last block is cut."""
     array = random_array((78, 160), outliers=0.1)
-    monkeypatch.setattr(xla, "DENSE_BYTES", 80 * 160 * 4 // 4)
+    for limit in ("DENSE_BYTES", "PIECE_BYTES"):
+        monkeypatch.setattr(xla, limit, 80 * 160 * 4 // 4)
     x = activations((3, 160))
     program = jax.jit(lambda x, w: spqr_matmul.matmul(x, w, implementation="xla"))
     matrix = prepared(layout, array)

@@ -14,7 +14,7 @@ from support import ROOT
 def test_every_kernel_is_looked_at():
     kernels, step = (set(proof.sources(judges)) for judges in proof._JUDGES.values())
     assert set((ROOT / "pallas_kernels").rglob("*.py")) <= kernels
-    in_a_step = ("generate", "linear", "sampling", "models/decoder", "models/attention", "array", "packing")
+    in_a_step = ("generate", "products/pallas", "sampling", "models/decoder", "models/ready", "array", "packing")
     assert {ROOT / "spqr_jax" / f"{name}.py" for name in in_a_step} <= step
 
 
