@@ -19,6 +19,7 @@ from gpu_model import (
     TITLES,
     bits_a_weight,
     check,
+    options_of,
     products_of_h100,
     rows_of_table,
 )
@@ -32,13 +33,13 @@ def budget_rows() -> list[list[str]]:
     """Device, kernel, rows of x, format, counted instructions, registers, shared memory, wide loads."""
     rows = []
     for case, budget in json.loads((ROOT / "tests" / "aot" / "budgets.json").read_text())["cases"].items():
-        name, kernel, *options = case.split()
+        name, kernel, given = options_of(case)
         if kernel == "xla":
             continue  # not one of our kernels
-        given = dict(zip(options[::2], options[1::2], strict=True))
         batch = given.pop("--batch", "1")
-        given.pop("--splits", None)
-        form = ", ".join(f"{key.strip('-').replace('-', ' ')} {value}" for key, value in given.items())
+        for name_of_size in ("--splits", "--out", "--inner"):
+            given.pop(name_of_size, None)
+        form = ", ".join(f"{key.strip('-').replace('-', ' ')} {value}".strip() for key, value in given.items())
         if kernel == "tpu":
             counted = [f"{budget['weights_per_bundle']:.0f} weights per bundle", "", "", ""]
         else:

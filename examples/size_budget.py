@@ -8,7 +8,6 @@ Usage:
 """
 
 import argparse
-from collections import defaultdict
 
 import jax
 import numpy as np
@@ -32,10 +31,10 @@ windows = calibration_windows(load_tokens("pydoc", "calibration", encode), lengt
 config = spqr_jax.SpQRConfig(target_bits=options.bits, head_bits=8)
 small = spqr_jax.quantize(params, spqr_jax.batched(windows), config)
 
-kinds = defaultdict(list)  # "q_proj" -> its weights in all blocks; a quantized weight is one SpQRArray
+kinds = {}  # "q_proj" -> its weights in all blocks
 for path, weight in jax.tree.leaves_with_path(small, is_leaf=spqr_jax.is_quantized):
-    kinds[path[-1].name].append(weight)
+    kinds.setdefault(path[-1].name, []).append(weight)
 for name, weights in kinds.items():
     size = sum(weight.size for weight in weights)
-    num_bytes = sum(weight.stored_bytes if spqr_jax.is_quantized(weight) else weight.nbytes for weight in weights)
+    num_bytes = sum(w.stored_bytes if spqr_jax.is_quantized(w) else w.nbytes for w in weights)
     print(f"{name:16} {8 * num_bytes / size:6.2f} bits per weight, {num_bytes / 1e6:8.3f} MB")

@@ -151,19 +151,20 @@ def _stack(run: Sequence[Block], config: DecoderConfig, backend: PallasBackend, 
 def _joint_weights(
     run: Sequence[Block], config: DecoderConfig, kind: BlockKind, backend: PallasBackend
 ) -> list[tuple[str, ...]]:
-    """The matrices that are joined: packed in all blocks, with one input order in each."""
+    """The matrices that are joined: packed, as in the first block so in all, and with one input order in each block."""
 
-    def joinable(block: Block, names: tuple[str, ...]) -> bool:
-        weights = [block[name] for name in names]
-        if not all(is_quantized(weight) and not backend.why_not(weight, None) for weight in weights):
-            return False
-        orders = [None if weight.perm is None else np.asarray(weight.perm) for weight in weights]
+    def packed(names: tuple[str, ...]) -> bool:
+        weights = [run[0][name] for name in names]
+        return all(is_quantized(weight) and not backend.why_not(weight, None) for weight in weights)
+
+    def one_order(block: Block, names: tuple[str, ...]) -> bool:
+        orders = [None if (perm := block[name].perm) is None else np.asarray(perm) for name in names]
         if orders[0] is None:
             return all(order is None for order in orders)
         return all(order is not None and np.array_equal(order, orders[0]) for order in orders)
 
     groups = same_input_names(config, kind)
-    return [names for names in groups if all(joinable(block, names) for block in run)]
+    return [names for names in groups if packed(names) and all(one_order(block, names) for block in run)]
 
 
 def _stack_weight(weights: Sequence[Weight], backend: PallasBackend, dtype: Any) -> Any:

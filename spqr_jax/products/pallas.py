@@ -99,12 +99,9 @@ class PallasBackend:
         Raises:
           SpQRError: as `prepare`, or the matrices' inputs differ in number or in order.
         """
-        for array in arrays:
-            if why := self.why_not(array, None):
-                raise SpQRError(f"a weight of shape {array.shape} cannot be prepared for {self.name}: {why}")
         try:
             raw = spqr_matmul.prepare(self.layout, [_part(array) for array in arrays], arrays[0].perm)
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise SpQRError(f"weights of shape {shapes} cannot be prepared for {self.name}: {error}") from error
         return PallasMatrix(raw)

@@ -10,6 +10,7 @@ from support.problems import TINY
 
 from spqr_jax import SpQRConfig
 from spqr_jax.forecast import Text, Work, measuring, memory, passes, quantizing
+from spqr_jax.models import prompt_attention
 from spqr_jax.models.config import BlockKind
 from spqr_jax.tune import TuneConfig
 
