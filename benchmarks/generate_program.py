@@ -40,6 +40,7 @@ SMALL = dataclasses.replace(
     LLAMA_7B, vocab_size=256, hidden_size=256, intermediate_size=512, num_heads=4, num_kv_heads=4, head_dim=64
 )
 GROUP_SIZE = 16
+HEAD_BITS, HEAD_GROUP_SIZE = 8, 32  # of the output head, as presets quantize it
 MIXED_BITS = (2, 3, 4)
 
 _DAMPING = np.array([0.02, 1, 1, 1], np.float16)  # of the scales alone
@@ -60,7 +61,7 @@ def random_model(config: DecoderConfig, form: str, implementation: str) -> Ready
     """A model on the device. The layers' matrices are copies of few, which changes no time.
 
     Args:
-      form: ``dense`` (bfloat16), ``mixed``, or bits per code (``3 bits``); the head is dense.
+      form: ``dense`` (bfloat16), ``mixed``, or bits per code (``3 bits``); then the head has 8 bits.
       implementation: of products with packed weights: ``mosaic_gpu`` or ``xla``, which read stacks.
     """
     if form == "dense":
@@ -80,6 +81,8 @@ def random_model(config: DecoderConfig, form: str, implementation: str) -> Ready
     def joined(shapes: Sequence[Shape], bits: Sequence[Sequence[int]]) -> spqr_matmul.Prepared:
         return spqr_matmul.stack([prepared(tuple(shapes), tuple(of_layer)) for of_layer in bits])
 
+    head = accelerator.random_part(_head_shape(config), HEAD_BITS, HEAD_GROUP_SIZE)
+    outer = dataclasses.replace(outer, lm_head=PallasMatrix(spqr_matmul.prepare(layout, [head])))
     return ReadyDecoder(outer, (_stack(config, form, joined, _ones),), config)
 
 
@@ -89,7 +92,13 @@ def abstract_model(config: DecoderConfig, form: str) -> ReadyDecoder:
         model: Decoder = abstract_decoder(config, jnp.bfloat16)
         return ReadyDecoder(model.outer, model.layers, config)
     outer = abstract_decoder(dataclasses.replace(config, num_layers=1), jnp.bfloat16).outer
+    head = abstract_stack([_head_shape(config)], [[HEAD_BITS]], HEAD_GROUP_SIZE, ordered=False)
+    outer = dataclasses.replace(outer, lm_head=PallasMatrix(head))
     return ReadyDecoder(outer, (_stack(config, form, abstract_stack, jax.ShapeDtypeStruct),), config)
+
+
+def _head_shape(config: DecoderConfig) -> Shape:
+    return Shape(config.vocab_size, config.hidden_size)
 
 
 def _ones(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -122,11 +131,13 @@ def _bits(form: str, number: int) -> int:
     return MIXED_BITS[number % len(MIXED_BITS)] if form == "mixed" else int(form.split()[0])
 
 
-def abstract_stack(shapes: Sequence[Shape], bits: Sequence[Sequence[int]]) -> spqr_matmul.Prepared:
+def abstract_stack(
+    shapes: Sequence[Shape], bits: Sequence[Sequence[int]], group_size: int = GROUP_SIZE, ordered: bool = True
+) -> spqr_matmul.Prepared:
     """A stack in the layout for tensor cores, as shapes; as many outliers as a random matrix has on average."""
     count, inner = len(bits), shapes[0].inner
     steps, tiles = -(-inner // STEP_COLUMNS), [-(-each.out // TILE) for each in shapes]
-    formats = [[format_of(b, GROUP_SIZE, second_level=True) for b in of_layer] for of_layer in bits]
+    formats = [[format_of(b, group_size, second_level=True) for b in of_layer] for of_layer in bits]
     union = tuple(sorted({form for of_layer in formats for form in of_layer}))
     rows = TILE * sum(tiles)
     outliers = entries.capacity(int(OUTLIERS * inner * sum(each.out for each in shapes)))
@@ -140,7 +151,7 @@ def abstract_stack(shapes: Sequence[Shape], bits: Sequence[Sequence[int]]) -> sp
         spans=spans,
         entries=_int32(count, outliers),
         starts=_int32(count, 4 * rows + 1),
-        order=_int32(count, inner),
+        order=_int32(count, inner) if ordered else None,
         pieces=(),
         parts=tuple(each.out for each in shapes),
         inner=inner,
