@@ -33,10 +33,10 @@ PARTS = {
     "products": ("products", 120, {}),
     "steps_2_layers": ("steps", 60, {"LAYERS": "2"}),
     "steps_32_layers": ("steps", 130, {"LAYERS": "32"}),
-    "steps_in_one_graph": (
+    "steps_with_host_loops": (
         "steps",
         60,
-        {"LAYERS": "32", "ONLY": "packed 1", "XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE"},
+        {"LAYERS": "32", "ONLY": "packed 1", "XLA_FLAGS": "--xla_gpu_enable_command_buffer=-WHILE"},
     ),
     "compiling": ("compiling", 75, {}),
     "steps_without_graphs": (
