@@ -14,8 +14,8 @@ import cpu_kernels
 from pallas_kernels import spqr_matmul
 from spqr_jax.array import SpQRArray
 from spqr_jax.errors import SpQRError
-from spqr_jax.packing import unpack_codes
 from spqr_jax.products.prepared import PreparedMatrix
+from spqr_jax.products.statistics import packed_statistics
 
 
 @jax.tree_util.register_dataclass
@@ -85,19 +85,7 @@ def pack_for_cpu(array: SpQRArray, int8_activations: bool = False) -> cpu_kernel
     Raises:
       SpQRError: they are not, or the array breaks one of its invariants.
     """
-    form: dict[str, Any] = dict.fromkeys(("scale_codes", "zero_codes", "tile_stats", "scale", "zero"))
     array = jax.tree.map(np.asarray, array)  # packing is the host's work
-    tile, stats = array.stats_group_size, array.tile_stats
-    if not array.quantized_stats:
-        form |= {"scale": stats[..., 0], "zero": stats[..., 1]}
-    elif max(array.scale_bits, array.zero_bits) <= 4 and tile % cpu_kernels.TILE == 0:
-        form |= {
-            "scale_codes": unpack_codes(array.scale_codes, array.scale_bits).T,
-            "zero_codes": unpack_codes(array.zero_codes, array.zero_bits).T,
-            "tile_stats": np.repeat(stats, tile // cpu_kernels.TILE, axis=0),
-        }
-    else:
-        form["scale"], form["zero"] = array.statistics()
     try:
         return cpu_kernels.pack(
             shape=array.shape,
@@ -109,7 +97,7 @@ def pack_for_cpu(array: SpQRArray, int8_activations: bool = False) -> cpu_kernel
             values=array.outlier_values,
             perm=array.perm,
             int8_activations=int8_activations,
-            **form,
+            **packed_statistics(array),
         )
     except (cpu_kernels.LibraryError, ValueError) as error:
         raise SpQRError(f"a weight of shape {array.shape} cannot be prepared for the CPU kernels: {error}") from error

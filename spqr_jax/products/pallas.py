@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import spqr_matmul
 from spqr_jax.array import SpQRArray
 from spqr_jax.errors import SpQRError
-from spqr_jax.packing import unpack_codes
 from spqr_jax.products.prepared import PreparedMatrix
+from spqr_jax.products.statistics import packed_statistics
 
 
 @jax.tree_util.register_dataclass
@@ -100,25 +99,15 @@ class PallasBackend:
           SpQRError: as `prepare`, or the matrices' inputs differ in number or in order.
         """
         try:
-            raw = spqr_matmul.prepare(self.layout, [_part(array) for array in arrays], arrays[0].perm)
+            raw = spqr_matmul.prepare(self.layout, [part_of(array) for array in arrays], arrays[0].perm)
         except (ValueError, NotImplementedError) as error:
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise SpQRError(f"weights of shape {shapes} cannot be prepared for {self.name}: {error}") from error
         return PallasMatrix(raw)
 
 
-def _part(array: SpQRArray) -> spqr_matmul.Part:
+def part_of(array: SpQRArray) -> spqr_matmul.Part:
     """The canonical arrays of a matrix, as the kernels' packing takes them."""
-    codes: dict[str, Any] = dict.fromkeys(("scale_codes", "zero_codes", "tile_stats", "scale", "zero"))
-    tile = array.stats_group_size
-    if array.quantized_stats and max(array.scale_bits, array.zero_bits) <= 4 and tile % spqr_matmul.TILE == 0:
-        codes |= {
-            "scale_codes": unpack_codes(np.asarray(array.scale_codes), array.scale_bits).T,
-            "zero_codes": unpack_codes(np.asarray(array.zero_codes), array.zero_bits).T,
-            "tile_stats": np.repeat(np.asarray(array.tile_stats), tile // spqr_matmul.TILE, axis=0),
-        }
-    else:
-        codes["scale"], codes["zero"] = array.statistics()
     return spqr_matmul.Part(
         shape=array.shape,
         bits=array.bits,
@@ -127,7 +116,7 @@ def _part(array: SpQRArray) -> spqr_matmul.Part:
         row_ptr=array.outlier_row_ptr,
         cols=array.outlier_cols,
         values=array.outlier_values,
-        **codes,
+        **packed_statistics(array),
     )
 
 

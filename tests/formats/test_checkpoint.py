@@ -20,6 +20,16 @@ def quantized(tiny_model, tiny_batches):
     return quantize(tiny_model, tiny_batches, SpQRConfig())
 
 
+def test_blocks_that_are_read_stack(saved, quantized):
+    """The blocks of one model have one structure, whatever their outliers are; a checkpoint holds no unused entries."""
+    blocks = load(saved).layers
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
+    assert stacked.q_proj.codes.shape == (len(blocks), *blocks[0].q_proj.codes.shape)
+    assert len({block.q_proj.nnz for block in blocks}) > 1
+    for block, expected in zip(blocks, quantized.layers, strict=True):
+        np.testing.assert_array_equal(block.q_proj.trimmed().outlier_cols, expected.q_proj.trimmed().outlier_cols)
+
+
 @pytest.fixture(scope="module")
 def saved(quantized, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "model"

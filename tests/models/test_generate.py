@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spqr_jax import DataError, Generator, Sampling, SpQRConfig, SpQRError, forward, generate, quantize
+from spqr_jax._compat import compile_as_graph
 from spqr_jax.errors import NotFiniteError
 from spqr_jax.sampling import sample
 from spqr_jax.speed import take_turns
@@ -235,3 +236,27 @@ def test_rivals_take_turns():
     np.testing.assert_allclose(speeds["a"].prefill, [8.0, 8.0])
     np.testing.assert_allclose(speeds["a"].decode, [2.0, 2.0])
     np.testing.assert_allclose(speeds["b"].decode, [4.0, 4.0])
+
+
+def test_programs_for_a_gpu_are_compiled_as_graphs(monkeypatch):
+    """Loops become part of a CUDA graph, unless the user says otherwise or XLA does not know the option."""
+    options = []
+
+    class Lowered:
+        def compile(self, compiler_options=None):
+            options.append(compiler_options)
+            if compiler_options and self.refuses:
+                raise jax.errors.JaxRuntimeError(f"setting {next(iter(compiler_options))}: {self.refuses}")
+            return "program"
+
+    lowered = Lowered()
+    lowered.refuses = ""
+    assert compile_as_graph(lowered) == "program"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compile_as_graph(lowered) == "program"
+    lowered.refuses = "not a valid enum value"
+    assert compile_as_graph(lowered) == "program"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
+    assert compile_as_graph(lowered) == "program"
+    graph = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"}
+    assert options == [None, graph, graph, None, None]
