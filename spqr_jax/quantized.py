@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,11 +128,6 @@ class Transposed:
 def is_quantized(leaf: Any) -> bool:
     """Whether `leaf` is a quantized weight. Use it as ``is_leaf`` of `jax.tree` functions."""
     return isinstance(leaf, QuantizedMatrix)
-
-
-def map_quantized(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The tree with ``function(weight)`` in place of each quantized weight; other leaves stay."""
-    return jax.tree.map(lambda leaf: function(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
 
 
 def quantized_leaves(tree: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.products.prepared import PreparedMatrix
 from spqr_jax.products.table import BACKENDS, Implementation, backend_named, default_implementation
 from spqr_jax.products.xla import multiply_dense
-from spqr_jax.quantized import QuantizedMatrix, map_quantized
+from spqr_jax.quantized import QuantizedMatrix
 
 Weight = jax.Array | QuantizedMatrix
 
@@ -122,7 +122,7 @@ def prepare_for(backend: Any, params: Any, dtype: Any, *, strict: bool = False, 
     """
 
     def prepared(weight: Any) -> Any:
-        if isinstance(weight, PreparedMatrix):
+        if not isinstance(weight, QuantizedMatrix) or isinstance(weight, PreparedMatrix):
             return weight
         if backend.name == "xla":
             return backend.prepare(weight, dtype=dtype)
@@ -136,4 +136,4 @@ def prepare_for(backend: Any, params: Any, dtype: Any, *, strict: bool = False, 
         )
         return BACKENDS["xla"].prepare(weight, dtype=dtype)
 
-    return map_quantized(prepared, params)
+    return jax.tree.map(prepared, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
