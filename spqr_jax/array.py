@@ -131,12 +131,12 @@ class SpQRArray(QuantizedMatrix):
 
     @property
     def stored_bits(self) -> float:
-        """Bits per weight that a checkpoint stores: of all leaves, without the unused entries of the outlier list."""
+        """Bits per weight that a checkpoint stores, of all leaves, without the unused entries of the outlier list."""
         return 8 * self.stored_bytes / self.size
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that a checkpoint stores: `nbytes` without the unused entries of the outlier list."""
+        """Bytes that a checkpoint stores, `nbytes` without the unused entries of the outlier list."""
         unused = self.outlier_cols.shape[0] - max(self.nnz, 1)
         entry = np.dtype(self.outlier_cols.dtype).itemsize + np.dtype(self.outlier_values.dtype).itemsize
         return self.nbytes - unused * entry

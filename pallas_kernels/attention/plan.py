@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def sums(self) -> int:
-        """Of each query head, that are written and then combined; 1: the output itself is written."""
+        """Sums of each query head that are written and then combined. With 1, the output itself is written."""
         return self.splits // self.cluster
 
     @property

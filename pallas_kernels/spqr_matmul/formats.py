@@ -93,12 +93,12 @@ class Format:
 
     @property
     def fields_per_plane(self) -> int:
-        """Whole fields in a 16-bit half-word: 8, 5, 4, 2."""
+        """Whole fields in a 16-bit half-word, 8, 5, 4 or 2."""
         return 16 // self.width
 
     @property
     def group_columns(self) -> int:
-        """Columns that share statistics in the words: 16 or 32."""
+        """Columns that share statistics in the words, 16 or 32."""
         return STEP_COLUMNS // self.groups
 
     def field(self, block: int) -> Field | None:
