@@ -26,20 +26,20 @@ import jax.numpy as jnp
 import numpy as np
 from timings import QuantizeRow, add_csv_options, check_csv, save
 
-import spqr_jax.calibrate
-import spqr_jax.quantize
+import spqr_jax.job.driver
 import spqr_jax.solver.solve
+import spqr_jax.stream.activations
 from spqr_jax import SpQRConfig, accumulate_hessian, empty_hessian
-from spqr_jax.blocks import TreeSink, TreeSource, collect
-from spqr_jax.calibrate import batched
 from spqr_jax.cli.display import console, say, table
-from spqr_jax.quantize import quantize_blocks
+from spqr_jax.job.driver import quantize_blocks
+from spqr_jax.methods import quantize_weight
 from spqr_jax.resolve import open_model
-from spqr_jax.solver import quantize_weight
+from spqr_jax.stream.activations import batched
+from spqr_jax.stream.blocks import TreeSink, TreeSource, collect
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "forward": [(spqr_jax.calibrate, "run_stage")],
-    "Hessians": [(spqr_jax.calibrate, "_accumulate_stage")],
+    "forward": [(spqr_jax.stream.activations, "run_stage")],
+    "Hessians": [(spqr_jax.stream.activations, "_accumulate_stage")],
     "factorization": [(spqr_jax.solver.solve, "factor_hessian")],
     "columns": [(spqr_jax.solver.solve, "solve_columns")],
     "stacking, packing, statistics": [(spqr_jax.solver.solve, name) for name in ("_stack", "cut", "_result")],

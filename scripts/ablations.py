@@ -30,16 +30,16 @@ import numpy as np
 from kept_rows import file_name, kept_or_made, markdown_table
 
 from spqr_jax import SpQRConfig, SpQRError
-from spqr_jax.blocks import TreeSink, collect
-from spqr_jax.calibrate import batched
 from spqr_jax.cli.display import console, number, say, table
 from spqr_jax.cli.options import default_corpus, read_tokens
 from spqr_jax.cli.zero_shot import import_harness
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.evaluate.perplexity import perplexity
-from spqr_jax.quantize import quantize_blocks
+from spqr_jax.job.driver import quantize_blocks
 from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import OpenedModel, open_model
+from spqr_jax.stream.activations import batched
+from spqr_jax.stream.blocks import TreeSink, collect
 
 BASE = "SpQR"
 

@@ -7,20 +7,22 @@ where it is used.
 """
 
 from spqr_jax.array import SpQRArray
-from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import load, save
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import CheckpointError, DataError, ModelError, NotFiniteError, SpQRError
 from spqr_jax.evaluate.perplexity import Perplexity, perplexity
 from spqr_jax.generate import Generation, Generator, generate
+from spqr_jax.job.quantize import quantize
+from spqr_jax.job.report import LayerReport
+from spqr_jax.methods import quantize_weight
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, forward
 from spqr_jax.products import linear, prepare
-from spqr_jax.quantize import LayerReport, quantize
 from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model
 from spqr_jax.sampling import Sampling
-from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian, quantize_weight
+from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
+from spqr_jax.stream.activations import batched
 
 __version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it, so it stays a literal
 

@@ -27,7 +27,7 @@ UNQUANTIZED_STATS_BITS = 16
 
 
 BASELINES = tuple(solver for solver in get_args(Solver) if solver != "columns")
-"""Other methods' ways to look for codes, to compare with (`spqr_jax.solver.baselines`, `spqr_jax.brecq`)."""
+"""Other methods' ways to look for codes, to compare with (`spqr_jax.methods`, `spqr_jax.methods.brecq`)."""
 
 DEFAULT_STEPS = {"adaround": 300, "adaquant": 300, "bit-split": 4, "brecq": 100}
 """Steps of those that go on for as long as one likes."""

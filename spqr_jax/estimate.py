@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from spqr_jax.blocks import BlockSource
 from spqr_jax.config import SpQRConfig
+from spqr_jax.job.driver import quantizable_paths
 from spqr_jax.models.weights import weight_shapes
-from spqr_jax.quantize import quantizable_paths
+from spqr_jax.stream.blocks import BlockSource
 
 _HF_SPQR_BITS = 4  # 64-bit words of 16 codes
 

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.files.companions import origin_files
@@ -26,6 +25,7 @@ from spqr_jax.models.hf import open_hf
 from spqr_jax.models.packaged import PACKAGED, packaged_model
 from spqr_jax.models.tokenizer import gguf_tokenizer, gguf_tokenizer_files, load_tokenizer, tokenizer_files
 from spqr_jax.output import unfinished_note
+from spqr_jax.stream.blocks import BlockSource, collect
 
 MODEL_HELP = (
     "'demo' (SmolLM2-135M-Instruct), 'gemma3-270m', a GGUF file, a Hugging Face directory (config.json and "

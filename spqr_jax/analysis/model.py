@@ -13,13 +13,13 @@ import numpy as np
 
 from spqr_jax.analysis.sensitivity_map import line_pooled, sensitivity_map
 from spqr_jax.analysis.structure import HeadAxis, Structures, find_structures
-from spqr_jax.blocks import BlockSource
-from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
 from spqr_jax.config import SpQRConfig
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.solver.hessian import quadratic_form
 from spqr_jax.solver.solve import factor_hessian
+from spqr_jax.stream.activations import Activations, rounded_linear, stage_groups
+from spqr_jax.stream.blocks import BlockSource
 
 _MAP_CELLS = 192  # cells of a map's longer side
 _quadratic_form = jax.jit(quadratic_form)

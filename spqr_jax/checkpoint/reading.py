@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from spqr_jax._compat import orbax_v1
-from spqr_jax.blocks import collect
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, WeightSpec, fingerprint, orbax_context
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, SpQRError
@@ -20,6 +19,7 @@ from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
 from spqr_jax.output import unfinished_note
+from spqr_jax.stream.blocks import collect
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
 """Times that arrays are larger in memory than in files; bytes below which that does not matter."""

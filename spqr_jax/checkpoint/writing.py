@@ -14,7 +14,6 @@ import numpy as np
 
 from spqr_jax._compat import orbax_v1
 from spqr_jax.atomic import AtomicDirectory
-from spqr_jax.blocks import TreeSource
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, META_FIELDS, fingerprint, leaves_of, orbax_context
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError
@@ -24,6 +23,7 @@ from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import OUTER_NAMES
 from spqr_jax.output import Claim
 from spqr_jax.quantized import is_quantized
+from spqr_jax.stream.blocks import TreeSource
 
 
 class CheckpointSink(AtomicDirectory):

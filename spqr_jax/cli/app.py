@@ -13,9 +13,6 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import typer
 
-from spqr_jax.blocks import TreeSink
-from spqr_jax.budget import plan_budget
-from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
 from spqr_jax.cli import interrupt
 from spqr_jax.cli.bench import bench
@@ -83,9 +80,12 @@ from spqr_jax.cli.zero_shot import evaluate
 from spqr_jax.errors import ModelError
 from spqr_jax.estimate import quantized_bytes
 from spqr_jax.inspection import summarize
+from spqr_jax.job.driver import quantizable_paths, quantize_blocks
 from spqr_jax.output import Claim
-from spqr_jax.quantize import quantizable_paths, quantize_blocks
+from spqr_jax.planning.budget import plan_budget
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
+from spqr_jax.stream.activations import batched
+from spqr_jax.stream.blocks import TreeSink
 from spqr_jax.tune import TuneConfig
 from spqr_jax.tune import tune as tune_model
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.blocks import collect
 from spqr_jax.cli.display import console, number, progress_bar, say, size, table, write_json
 from spqr_jax.cli.help import flag, option
 from spqr_jax.cli.next_step import after_bench
@@ -24,6 +23,7 @@ from spqr_jax.products import default_implementation
 from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import open_model
 from spqr_jax.speed import Speed, generating, read_bandwidth, take_turns
+from spqr_jax.stream.blocks import collect
 
 COMPARISON, WORK = "Comparison", "Work"
 

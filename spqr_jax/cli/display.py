@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
-from spqr_jax.budget import Plan
 from spqr_jax.cli import interrupt
+from spqr_jax.job.report import LayerReport
 from spqr_jax.output import write_file
-from spqr_jax.quantize import LayerReport
+from spqr_jax.planning.budget import Plan
 
 _GAP = 3  # between columns of a table
 console = Console(highlight=False, markup=False, emoji=False)

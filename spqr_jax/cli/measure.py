@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from spqr_jax.blocks import collect
 from spqr_jax.cli.display import counted_bar, number, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
 from spqr_jax.cli.next_step import after_compare, after_perplexity
@@ -18,6 +17,7 @@ from spqr_jax.evaluate.fidelity import Fidelity
 from spqr_jax.evaluate.fidelity import compare as compare_models
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
 from spqr_jax.resolve import MODEL_HELP, OpenedModel, open_model
+from spqr_jax.stream.blocks import collect
 
 Windows = Annotated[int | None, option(TEXT, "N", "Use only the first N windows.", min=1, show_default="all")]
 BatchSize = Annotated[int, option(COMPUTATION, "N", "Windows to compute at the same time.", min=1)]

@@ -28,9 +28,9 @@ from spqr_jax.forecast import (
 )
 from spqr_jax.forecast.quantizing import quantize_work
 from spqr_jax.forecast.words import about_count
+from spqr_jax.job.driver import quantizable_paths
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.weights import weight_shapes
-from spqr_jax.quantize import quantizable_paths
 from spqr_jax.resolve import OpenedModel, default_dtype
 from spqr_jax.tune import TuneConfig
 

@@ -16,7 +16,6 @@ import typer
 from spqr_jax.analysis import ModelAnalysis
 from spqr_jax.analysis import analyze as analyze_model
 from spqr_jax.atomic import AtomicDirectory
-from spqr_jax.calibrate import batched
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.display import progress_bar, say, table, tell
 from spqr_jax.cli.help import OUTPUT, argument, option
@@ -35,10 +34,11 @@ from spqr_jax.cli.outlook import before_analyze
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.inspection import summarize
+from spqr_jax.job.driver import quantizable_paths
 from spqr_jax.output import Claim, check_file, refuse_existing, write_file
-from spqr_jax.quantize import quantizable_paths
 from spqr_jax.report import Run, figures, read_result, read_run, render_page, write_analysis
 from spqr_jax.resolve import OpenedModel, open_model
+from spqr_jax.stream.activations import batched
 
 ANALYSIS = "Analysis"
 

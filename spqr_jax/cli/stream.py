@@ -9,7 +9,6 @@ from typing import Any
 
 from cpu_kernels import chosen_kernels
 from spqr_jax._compat import give_back_memory
-from spqr_jax.blocks import BlockSource, collect
 from spqr_jax.cli.display import console, say
 from spqr_jax.errors import DataError
 from spqr_jax.files.text import decode_text
@@ -17,6 +16,7 @@ from spqr_jax.generate import Generation, Generator
 from spqr_jax.models.tokenizer import render_chat, token_ids
 from spqr_jax.products import default_implementation, why_no_kernels
 from spqr_jax.quantized import quantized_leaves
+from spqr_jax.stream.blocks import BlockSource, collect
 
 Message = dict[str, str]
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from spqr_jax.blocks import collect
 from spqr_jax.cli.display import number, progress_bar, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, flag, option
 from spqr_jax.cli.next_step import after_eval
@@ -15,6 +14,7 @@ from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.cli.outlook import before_eval, say_next
 from spqr_jax.errors import SpQRError
 from spqr_jax.resolve import open_model
+from spqr_jax.stream.blocks import collect
 
 TASKS = "Tasks"
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"

@@ -24,7 +24,7 @@ from spqr_jax.tune import TuneConfig
 _BACKWARD_ATTENTION = 4  # passes: forward, once more for the gradient, and twice as much backwards
 _HEAD_GRADIENT = 3  # passes of the output head: forward, once more for the gradient, backwards
 _FACTOR = 4 / 3  # operations of a Cholesky factor (1/3) and its inverse (1), times the cube of the width
-_PLAN_TOKENS = 4096  # of calibration text that a plan looks at, as in `spqr_jax.budget`
+_PLAN_TOKENS = 4096  # of calibration text that a plan looks at, as in `spqr_jax.planning.budget`
 _PLAN_PRICES = 5  # outlier thresholds that a plan tries with each width
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target: assumed; whole runs at 4.3 bits agree
 _SMALLEST_STACK = 128  # rows that the column loop pads few rows to

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax.blocks import BlockSource
 from spqr_jax.errors import SpQRError
 from spqr_jax.files import Entries
 from spqr_jax.formats.directory import HFDirectory
@@ -17,6 +16,7 @@ from spqr_jax.models.hf import exported_config
 from spqr_jax.models.names import AS_IT_IS, Row
 from spqr_jax.models.weights import OUTER_NAMES
 from spqr_jax.quantized import is_quantized
+from spqr_jax.stream.blocks import BlockSource
 
 Progress = Callable[[str], None]
 

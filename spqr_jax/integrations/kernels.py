@@ -11,8 +11,9 @@ from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.integrations.contraction import Contraction
-from spqr_jax.quantize import OnLayer, Reporter
-from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian, quantize_weights
+from spqr_jax.job.report import OnLayer, Reporter
+from spqr_jax.methods import quantize_weights
+from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
 
 
 def check_config(config: SpQRConfig, batches: Iterable[Any] | None) -> None:

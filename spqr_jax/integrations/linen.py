@@ -20,7 +20,7 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.integrations.contraction import Contraction, of_equation, over_axes
 from spqr_jax.integrations.kernels import InputSums, check_config, quantize_kernels
-from spqr_jax.quantize import OnLayer
+from spqr_jax.job.report import OnLayer
 from spqr_jax.quantized import is_quantized
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum)

@@ -19,9 +19,9 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.integrations.contraction import Contraction, of_equation, over_axes
 from spqr_jax.integrations.kernels import InputSums, check_config, quantize_kernels
+from spqr_jax.job.report import OnLayer
 from spqr_jax.products import Implementation
 from spqr_jax.products import prepare as prepare_weight
-from spqr_jax.quantize import OnLayer
 
 _KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 Call = Callable[[Any, Any], Any]

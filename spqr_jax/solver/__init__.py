@@ -9,7 +9,7 @@ moves a weight beforehand, if what it reads has changed since it was trained.
 
 from spqr_jax.solver.drift import correct_drift, cross_gram
 from spqr_jax.solver.hessian import Hessian, accumulate_hessian, empty_hessian
-from spqr_jax.solver.solve import LayerStats, Solved, quantize_weight, quantize_weights
+from spqr_jax.solver.solve import LayerStats, Solved, quantize_weights, solved_as
 
 __all__ = [
     "Hessian",
@@ -19,6 +19,6 @@ __all__ = [
     "correct_drift",
     "cross_gram",
     "empty_hessian",
-    "quantize_weight",
     "quantize_weights",
+    "solved_as",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -63,44 +62,24 @@ class Solved(NamedTuple):
     stats: LayerStats
 
 
-def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: SpQRConfig | None = None) -> SpQRArray:
-    """Quantizes one matrix (algorithm 1 of arXiv 2306.03078).
-
-    Args:
-      w: the matrix [out, in], any float type.
-      hessian: the Hessian of its inputs: a `Hessian`, or the matrix H [in, in] with any positive scale. None for
-        round-to-nearest.
-      config: how to quantize; None for the defaults. Per-layer rules have no effect.
-
-    Returns:
-      The quantized matrix.
-
-    Raises:
-      SpQRError: shapes that do not fit, values that are not finite, or a method that needs a Hessian without one.
-
-    Example:
-      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
-      >>> x = jax.random.normal(jax.random.key(1), (256, 32))  # the inputs of the matrix
-      >>> hessian = spqr_jax.accumulate_hessian(spqr_jax.empty_hessian(32), x)
-      >>> array = spqr_jax.quantize_weight(w, hessian, spqr_jax.SpQRConfig(bits=4))
-      >>> array.shape, array.bits
-      ((64, 32), 4)
-    """
-    return quantize_weights([w], hessian, [config or SpQRConfig()])[0].array
-
-
 def quantize_weights(
     weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
 ) -> list[Solved]:
     """Quantizes matrices that read the same input, sharing its factorization.
 
-    As :func:`quantize_weight`, for a list of [out_k, in], each with its own
-    configuration. Those that differ in nothing but code bits and outlier threshold
-    are stacked along their rows and solved as one.
+    Those that differ in nothing but code bits and outlier threshold are stacked along their rows and solved as one.
+
+    Args:
+      weights: [out_k, in] each, any float type.
+      hessian: of their input: a `Hessian`, or H [in, in] with any positive scale; None for round-to-nearest.
+      configs: how to quantize each; `solver` is ``columns``.
+
+    Raises:
+      SpQRError: shapes that do not fit, values that are not finite, or a method that needs a Hessian without one.
     """
-    h = _checked_hessian(weights, hessian, configs)
-    if any(config.solver != "columns" for config in configs):
-        return [_solve_otherwise(*each, h) for each in zip(weights, configs, strict=True)]
+    h = checked_hessian(weights, hessian, configs)
+    if others := [config.solver for config in configs if config.solver != "columns"]:
+        raise SpQRError(f"the loop over columns does not do {others[0]}: use spqr_jax.quantize_weight")
     factors: dict[tuple[str, float], Factor] = {}
     stacks: dict[SpQRConfig, list[int]] = {}
     for index, config in enumerate(configs):
@@ -117,29 +96,6 @@ def quantize_weights(
         own = [configs[index] for index in members]
         results.update(zip(members, _solve_stack([weights[i] for i in members], h, factor, own), strict=True))
     return [results[index] for index in range(len(weights))]
-
-
-def _solve_otherwise(w: jax.Array, config: SpQRConfig, h: jax.Array | None) -> Solved:
-    """One matrix by one of the `BASELINES`, beginning from its weights rounded to nearest."""
-    if config.solver == "columns":
-        return quantize_weights([w], h, [config])[0]
-    from spqr_jax.solver.baselines import SOLVERS  # they need optax
-    from spqr_jax.solver.baselines.obq import LARGEST
-
-    if config.solver == "obq" and w.shape[1] > LARGEST:
-        warnings.warn(
-            f"OBQ's time grows with the cube of the number of inputs. A matrix with more than {LARGEST} inputs, such "
-            f"as this {tuple(w.shape)}, is quantized with GPTQ: the same method with one column order for all rows",
-            stacklevel=2,
-        )
-        return quantize_weights([w], h, [dataclasses.replace(config, solver="columns")])[0]
-    if config.solver not in SOLVERS:
-        raise SpQRError(f"{config.solver} optimizes whole blocks: use spqr_jax.quantize, not a single matrix")
-    assert h is not None
-    nearest = dataclasses.replace(config, solver="columns", steps=None, compensate=False, sequential=False)
-    start = quantize_weights([w], None, [nearest])[0].array
-    array = SOLVERS[config.solver](w.astype(jnp.float32), h, start, config)
-    return solved_as(w, h, array, config.damping)
 
 
 def solved_as(w: jax.Array, h: jax.Array, array: SpQRArray, damping: float = 0.0) -> Solved:
@@ -219,7 +175,7 @@ def _solve_stack(
     return list(map(finish, pieces, codes, figures.output_errors, counts, layouts, configs))
 
 
-def _checked_hessian(
+def checked_hessian(
     weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
 ) -> jax.Array | None:
     shapes = [tuple(w.shape) for w in weights]

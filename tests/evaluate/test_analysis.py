@@ -10,9 +10,9 @@ from support.problems import correlated_problem
 
 from spqr_jax import SpQRConfig
 from spqr_jax.analysis import ModelAnalysis, analyze, find_structures, line_pooled, sensitivity_map
-from spqr_jax.blocks import TreeSource
-from spqr_jax.solver import quantize_weight
+from spqr_jax.methods import quantize_weight
 from spqr_jax.solver.solve import factor_hessian
+from spqr_jax.stream.blocks import TreeSource
 
 
 def test_a_weights_sensitivity_is_what_rounding_it_costs_at_best():
@@ -132,8 +132,8 @@ def test_every_matrix_is_looked_at(analysis, tiny_model):
 
 
 def test_costs_are_those_of_the_dense_models_activations(analysis, tiny_model, tiny_batches):
-    from spqr_jax.calibrate import Activations
     from spqr_jax.models.decoder import plain_linear
+    from spqr_jax.stream.activations import Activations
 
     activations = Activations(tiny_model.config, tiny_model.outer, tiny_batches, plain_linear)
     h = activations.hessians(0, tiny_model.layers[0])[0].matrix()

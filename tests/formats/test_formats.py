@@ -16,7 +16,6 @@ from support.arrays import random_array
 from typer.testing import CliRunner
 
 from spqr_jax import CheckpointError, ModelError, SpQRConfig, SpQRError, forward, quantize
-from spqr_jax.blocks import TreeSource, collect
 from spqr_jax.checkpoint import save
 from spqr_jax.cli.app import app
 from spqr_jax.formats.card import model_card
@@ -27,6 +26,7 @@ from spqr_jax.formats.hf_spqr_source import HFSpQRSource, is_hf_spqr
 from spqr_jax.models.hf import open_hf
 from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model, open_model
+from spqr_jax.stream.blocks import TreeSource, collect
 
 SHAPES = [(16, 16), (64, 128), (48, 80), (32, 272)]
 

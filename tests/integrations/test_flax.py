@@ -15,8 +15,9 @@ from spqr_jax import DataError, LayerRule, SpQRArray, SpQRConfig, SpQRError
 from spqr_jax.integrations import linen as spqr_linen
 from spqr_jax.integrations import nnx as spqr_nnx
 from spqr_jax.integrations.contraction import of_equation, over_axes
+from spqr_jax.methods import quantize_weights
 from spqr_jax.products import prepare
-from spqr_jax.solver import accumulate_hessian, empty_hessian, quantize_weights
+from spqr_jax.solver import accumulate_hessian, empty_hessian
 
 VOCAB, WIDTH, HEADS = 64, 32, 4
 CONFIG = SpQRConfig(bits=4, outlier_threshold=0.5)

@@ -11,8 +11,8 @@ from support.harness_tasks import ANSWERS, CHOICES, ROLLING
 from support.model_files import byte_tokenizer, write_model_and_ids
 
 from spqr_jax import SpQRError
-from spqr_jax.blocks import collect
 from spqr_jax.models.hf import open_hf
+from spqr_jax.stream.blocks import collect
 
 lm_eval = pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed (extra `eval`)")
 

@@ -14,13 +14,14 @@ import pytest
 from support.problems import TINY, divergence
 
 from spqr_jax import SpQRArray, SpQRConfig, quantize
-from spqr_jax.blocks import TreeSource
-from spqr_jax.calibrate import Activations, stage_groups
+from spqr_jax.methods import quantize_weights
 from spqr_jax.models import experts
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.products import plain_linear
 from spqr_jax.models.weights import random_decoder
-from spqr_jax.solver import accumulate_hessian, empty_hessian, quantize_weights
+from spqr_jax.solver import accumulate_hessian, empty_hessian
+from spqr_jax.stream.activations import Activations, stage_groups
+from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.tune import TuneConfig, tune
 
 SPARSE = dataclasses.replace(TINY, num_experts=5, experts_per_token=2, expert_size=32)
@@ -162,7 +163,7 @@ def compiled_by_solving(monkeypatch):
         counts.append(len(compiled) - before)
         return solved
 
-    monkeypatch.setattr(importlib.import_module("spqr_jax.quantize"), "quantize_weights", counted)
+    monkeypatch.setattr(importlib.import_module("spqr_jax.job.block_solver"), "quantize_weights", counted)
     return counts
 
 

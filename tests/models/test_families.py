@@ -11,12 +11,12 @@ import pytest
 from support.family_files import VARIANTS, torch_config, torch_model, write_gguf
 
 from spqr_jax import Generator, SpQRConfig, forward, quantize
-from spqr_jax.blocks import collect
 from spqr_jax.checkpoint import load, save
 from spqr_jax.models.families import family_of_hf
 from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.models.hf import hf_config, open_hf, write_hf
 from spqr_jax.models.weights import random_decoder
+from spqr_jax.stream.blocks import collect
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra `parity`): transformers' models cannot run")
 

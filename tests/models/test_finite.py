@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from spqr_jax import NotFiniteError, SpQRConfig, perplexity, quantize
-from spqr_jax.blocks import TreeSource
-from spqr_jax.budget import plan_budget
 from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.evaluate.fidelity import compare
 from spqr_jax.models.finite import not_finite
+from spqr_jax.planning.budget import plan_budget
+from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.tune import TuneConfig, tune
 
 

@@ -11,9 +11,9 @@ import pytest
 from support.family_files import write_gguf
 
 from spqr_jax import ModelError
-from spqr_jax.blocks import collect
 from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.resolve import open_model
+from spqr_jax.stream.blocks import collect
 
 
 def same(a, b):

@@ -14,11 +14,11 @@ from support.family_files import write_gguf
 from support.model_files import write_hf
 
 from spqr_jax import ModelError, forward
-from spqr_jax.blocks import collect
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.models.families import FAMILIES, family_of_hf
 from spqr_jax.models.gguf import GGUFFile, open_gguf
 from spqr_jax.models.hf import hf_config, hf_tensors, open_hf
+from spqr_jax.stream.blocks import collect
 
 
 def assert_same_tree(a, b):

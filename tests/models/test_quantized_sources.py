@@ -16,11 +16,11 @@ from support.model_files import write_hf
 from support.quantized_layouts import AWQ, FP8, GPTQ, GROUPS, LAYOUTS, WEIGHT, module, opened, scheme
 
 from spqr_jax import ModelError
-from spqr_jax.blocks import collect
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.models.hf import hf_config, hf_tensors, open_hf
 from spqr_jax.models.quantized import dequantize
 from spqr_jax.resolve import load_model
+from spqr_jax.stream.blocks import collect
 
 # ---- layouts -----------------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ import pytest
 from support.problems import correlated_problem, divergence, random_tokens
 
 from spqr_jax import LayerRule, SpQRArray, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize
-from spqr_jax.blocks import TreeSource
-from spqr_jax.budget import Candidate, Ledger, WeightCurve, make_plan, plan_budget
 from spqr_jax.layout import predicted_bytes
+from spqr_jax.methods import quantize_weights
 from spqr_jax.models.decoder import random_decoder
-from spqr_jax.sensitivity import block_sensitivities
-from spqr_jax.solver.solve import quantize_weights
+from spqr_jax.planning.budget import Candidate, Ledger, WeightCurve, make_plan, plan_budget
+from spqr_jax.planning.sensitivity import block_sensitivities
 from spqr_jax.solver.trial import try_choices
+from spqr_jax.stream.blocks import TreeSource
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,11 @@ from spqr_jax import (
     quantize,
     quantize_weight,
 )
-from spqr_jax.blocks import TreeSource
-from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
+from spqr_jax.job.driver import quantize_blocks
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.decoder import plain_linear, random_decoder
-from spqr_jax.quantize import quantize_blocks
+from spqr_jax.stream.activations import Activations, rounded_linear, stage_groups
+from spqr_jax.stream.blocks import TreeSource
 
 GPTQ8 = SpQRConfig.gptq(8, 16)
 PROGRAMS = 38

@@ -20,7 +20,7 @@ from spqr_jax import (
     quantize,
     quantize_weight,
 )
-from spqr_jax.blocks import TreeSource
+from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.tune import TuneConfig, tune
 from spqr_jax.tune.form import dense_weight, fixed_parts
 

@@ -13,11 +13,10 @@ from support.problems import correlated_problem, run_forward, with_dense_weights
 from spqr_jax import SpQRConfig, SpQRError, load, perplexity, quantize, save
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import BASELINES
-from spqr_jax.solver import quantize_weight
-from spqr_jax.solver.baselines import SOLVERS
-from spqr_jax.solver.baselines.grid import weight_grid, with_codes
+from spqr_jax.methods import quantize_weight, quantize_weights
+from spqr_jax.methods.grid import weight_grid, with_codes
+from spqr_jax.methods.table import SOLVERS
 from spqr_jax.solver.hessian import factorize
-from spqr_jax.solver.solve import quantize_weights
 
 LAYERWISE = list(SOLVERS)
 
@@ -256,11 +255,11 @@ def test_brecq_only_rounds_up_or_down(tiny_model, tiny_batches):
 
 def test_the_fisher_weights_are_squared_gradients(tiny_model, tiny_batches):
     """Against jax.grad through the rest of the model in one go."""
-    from spqr_jax.blocks import TreeSource
-    from spqr_jax.brecq import _output_importance
     from spqr_jax.evaluate.perplexity import sequence_losses
+    from spqr_jax.methods.brecq import _output_importance
     from spqr_jax.models.attention import positions
     from spqr_jax.models.decoder import State, embed, run_block
+    from spqr_jax.stream.blocks import TreeSource
 
     tokens, config = jnp.asarray(tiny_batches[0]), tiny_model.config
 

@@ -8,8 +8,8 @@ import pytest
 from support.problems import divergence, random_tokens
 
 from spqr_jax import SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize
-from spqr_jax.calibrate import Activations
 from spqr_jax.solver import correct_drift, cross_gram
+from spqr_jax.stream.activations import Activations
 
 gram = jax.jit(cross_gram)
 

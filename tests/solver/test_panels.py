@@ -11,8 +11,8 @@ import pytest
 from support.problems import correlated_problem
 
 from spqr_jax import SpQRConfig, accumulate_hessian, empty_hessian
+from spqr_jax.methods import quantize_weights
 from spqr_jax.solver import columns, panels, solve, sparse
-from spqr_jax.solver.solve import quantize_weights
 
 
 @pytest.fixture

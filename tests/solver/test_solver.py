@@ -9,9 +9,9 @@ from support.problems import correlated_problem
 from support.reference_spqr import spqr as reference_spqr
 
 from spqr_jax import DataError, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize_weight
+from spqr_jax.methods import quantize_weights
 from spqr_jax.packing import unpack_codes
 from spqr_jax.solver.hessian import factorize, quadratic_form
-from spqr_jax.solver.solve import quantize_weights
 
 INF = math.inf
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from spqr_jax import ModelError, perplexity
-from spqr_jax.blocks import collect
 from spqr_jax.data import load_tokens
 from spqr_jax.models.tokenizer import encode_stream
 from spqr_jax.resolve import open_model
+from spqr_jax.stream.blocks import collect
 
 pytestmark = pytest.mark.slow
 

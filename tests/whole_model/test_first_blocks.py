@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from spqr_jax import ModelError, SpQRConfig
-from spqr_jax.calibrate import Activations, stage_groups
+from spqr_jax.methods import quantize_weights
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.resolve import open_model
-from spqr_jax.solver import quantize_weights
+from spqr_jax.stream.activations import Activations, stage_groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.landing]
 

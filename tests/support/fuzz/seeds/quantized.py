@@ -32,9 +32,9 @@ def checkpoints(folder: Path) -> None:
 
 
 def spqr_directories(folder: Path) -> None:
-    from spqr_jax.blocks import TreeSource
     from spqr_jax.formats.directory import HFDirectory
     from spqr_jax.formats.export import export_hf_spqr
+    from spqr_jax.stream.blocks import TreeSource
 
     folder.mkdir(parents=True, exist_ok=True)
     with HFDirectory(folder / "llama") as out:

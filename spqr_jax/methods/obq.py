@@ -24,7 +24,7 @@ from jax import lax
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
-from spqr_jax.solver.baselines.grid import WeightGrid, weight_grid, with_codes
+from spqr_jax.methods.grid import WeightGrid, weight_grid, with_codes
 from spqr_jax.solver.hessian import factorize
 
 LARGEST = 1024

@@ -7,7 +7,7 @@ same of the dense model; g = ∂L/∂z* of the summed next-token loss L. A block
     mean over tokens of  Σ_i g_i² (z_i - z*_i)² / unit + λ Σ (1 - |2h(v) - 1|^β)
 
 (the paper's diagonal Fisher information, equation 10) over the v of all its matrices, whose
-h(v) say how far each weight is rounded up (`spqr_jax.solver.baselines.adaround`). A step
+h(v) say how far each weight is rounded up (`spqr_jax.methods.adaround`). A step
 sees one chunk of text. Beside the text's activations before and after a block, g² of every
 block is held, in bfloat16: some gigabytes for a model of a billion parameters, which is
 what this method manages.
@@ -25,17 +25,17 @@ import numpy as np
 import optax
 
 from spqr_jax.array import SpQRArray
-from spqr_jax.blocks import BlockSource
-from spqr_jax.calibrate import Activations, rounded_linear, stage_groups
 from spqr_jax.config import SpQRConfig
+from spqr_jax.methods.adaround import LAMBDA, choice_of, soft_choice, undecided
+from spqr_jax.methods.grid import WeightGrid, adam_step, weight_grid, with_codes
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, run_block
-from spqr_jax.sensitivity import loss_gradient
 from spqr_jax.solver import LayerStats, quantize_weights
-from spqr_jax.solver.baselines.adaround import LAMBDA, choice_of, soft_choice, undecided
-from spqr_jax.solver.baselines.grid import WeightGrid, adam_step, weight_grid, with_codes
 from spqr_jax.solver.solve import solved_as
+from spqr_jax.stream.activations import Activations, rounded_linear, stage_groups
+from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.head import loss_gradient
 
 LEARNING_RATE = 0.05
 _SEED = 0  # of the order of the chunks

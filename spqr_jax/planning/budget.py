@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.array import SpQRArray
-from spqr_jax.blocks import BlockSource
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.models.weights import abstract_block, matrix_names
-from spqr_jax.sensitivity import BlockSensitivity, block_sensitivities
+from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
+from spqr_jax.stream.blocks import BlockSource
 
 _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted

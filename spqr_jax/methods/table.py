@@ -9,7 +9,7 @@ give the same kind of array; they differ in how they look for the codes:
 - `bit_split.py`: one bit of all codes at a time, by coordinate descent.
 
 Round to nearest and GPTQ are configurations of the solver itself (`SpQRConfig.rtn`,
-`SpQRConfig.gptq`); BRECQ, which looks at a whole block, is `spqr_jax.brecq`.
+`SpQRConfig.gptq`); BRECQ, which looks at a whole block, is `brecq.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import jax
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
-from spqr_jax.solver.baselines.adaquant import solve_adaquant
-from spqr_jax.solver.baselines.adaround import solve_adaround
-from spqr_jax.solver.baselines.bit_split import solve_bit_split
-from spqr_jax.solver.baselines.obq import solve_obq
+from spqr_jax.methods.adaquant import solve_adaquant
+from spqr_jax.methods.adaround import solve_adaround
+from spqr_jax.methods.bit_split import solve_bit_split
+from spqr_jax.methods.obq import solve_obq
 
 Solve = Callable[[jax.Array, jax.Array, SpQRArray, SpQRConfig], SpQRArray]
 """(W f32 [out, in], H f32 [in, in] as it is, W rounded to nearest, configuration) -> W quantized."""

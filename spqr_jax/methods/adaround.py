@@ -23,7 +23,7 @@ from jax import lax
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
-from spqr_jax.solver.baselines.grid import WeightGrid, adam_step, row_losses, weight_grid, with_codes
+from spqr_jax.methods.grid import WeightGrid, adam_step, row_losses, weight_grid, with_codes
 
 ZETA, GAMMA = 1.1, -0.1
 LEARNING_RATE = 0.1

@@ -21,7 +21,7 @@ from jax import lax
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
-from spqr_jax.solver.baselines.grid import WeightGrid, adam_step, by_weight, row_losses, with_codes
+from spqr_jax.methods.grid import WeightGrid, adam_step, by_weight, row_losses, with_codes
 
 _LEARNING_RATES = {"shift": 2e-2, "stretch": 2e-3, "zero": 2e-2}
 """In steps of the grid, in shares of a scale, in steps of the grid."""

@@ -27,7 +27,7 @@ from jax import lax
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
 from spqr_jax.layout import round_up
-from spqr_jax.solver.baselines.grid import by_weight, damped, with_codes
+from spqr_jax.methods.grid import by_weight, damped, with_codes
 
 _BLOCK = 64  # columns whose part of G is kept up to date at each step
 _SHRINK = 40  # α is first looked for among max|w| / (2^(b-1) - 1) times 1/40, 2/40, ...

@@ -21,14 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spqr_jax.blocks import BlockSource
-from spqr_jax.calibrate import Activations, InputRecorder, stage_groups
-from spqr_jax.evaluate.perplexity import sequence_losses
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, Outer, State, matrix_names, pass_block, plain_linear, run_block
+from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, plain_linear, run_block
 from spqr_jax.models.finite import refuse_infinite
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
+from spqr_jax.stream.activations import Activations, InputRecorder, stage_groups
+from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.head import loss_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,6 @@ class BlockSensitivity:
     block: Block
     hessians: list[tuple[tuple[str, ...], Hessian]]
     fisher: dict[str, jax.Array]
-
-
-@partial(jax.jit, static_argnums=0)
-def loss_gradient(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Gradient of the summed next-token loss by the residual stream behind the last block."""
-
-    def total(residual: jax.Array) -> jax.Array:
-        return jnp.sum(sequence_losses(config, outer, residual, tokens)) * (tokens.shape[1] - 1)
-
-    return jax.grad(total)(residual)
 
 
 class _Watching(InputRecorder):

@@ -1,0 +1,1 @@
+"""The whole way of a model: calibrate, solve, hand over, block by block."""

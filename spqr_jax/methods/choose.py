@@ -1,0 +1,78 @@
+"""One weight, or several that read one input, by the method that each configuration names."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from spqr_jax.array import SpQRArray
+from spqr_jax.config import SpQRConfig
+from spqr_jax.errors import SpQRError
+from spqr_jax.solver import Hessian, Solved, solve
+
+
+def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: SpQRConfig | None = None) -> SpQRArray:
+    """Quantizes one matrix (algorithm 1 of arXiv 2306.03078).
+
+    Args:
+      w: the matrix [out, in], any float type.
+      hessian: the Hessian of its inputs: a `Hessian`, or the matrix H [in, in] with any positive scale. None for
+        round-to-nearest.
+      config: how to quantize; None for the defaults. Per-layer rules have no effect.
+
+    Returns:
+      The quantized matrix.
+
+    Raises:
+      SpQRError: shapes that do not fit, values that are not finite, or a method that needs a Hessian without one.
+
+    Example:
+      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> x = jax.random.normal(jax.random.key(1), (256, 32))  # the inputs of the matrix
+      >>> hessian = spqr_jax.accumulate_hessian(spqr_jax.empty_hessian(32), x)
+      >>> array = spqr_jax.quantize_weight(w, hessian, spqr_jax.SpQRConfig(bits=4))
+      >>> array.shape, array.bits
+      ((64, 32), 4)
+    """
+    return quantize_weights([w], hessian, [config or SpQRConfig()])[0].array
+
+
+def quantize_weights(
+    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
+) -> list[Solved]:
+    """Quantizes matrices that read the same input, each with its own configuration.
+
+    As `quantize_weight`, for a list of [out_k, in]. Those of SpQR, GPTQ and round-to-nearest are solved together where
+    they can be, see `spqr_jax.solver.solve`.
+    """
+    if all(config.solver == "columns" for config in configs):
+        return solve.quantize_weights(weights, hessian, configs)
+    h = solve.checked_hessian(weights, hessian, configs)
+    return [_solve_otherwise(*each, h) for each in zip(weights, configs, strict=True)]
+
+
+def _solve_otherwise(w: jax.Array, config: SpQRConfig, h: jax.Array | None) -> Solved:
+    """One matrix by one of the `BASELINES`, beginning from its weights rounded to nearest."""
+    if config.solver == "columns":
+        return solve.quantize_weights([w], h, [config])[0]
+    from spqr_jax.methods.obq import LARGEST
+    from spqr_jax.methods.table import SOLVERS  # they need optax
+
+    if config.solver == "obq" and w.shape[1] > LARGEST:
+        warnings.warn(
+            f"OBQ's time grows with the cube of the number of inputs. A matrix with more than {LARGEST} inputs, such "
+            f"as this {tuple(w.shape)}, is quantized with GPTQ: the same method with one column order for all rows",
+            stacklevel=2,
+        )
+        return solve.quantize_weights([w], h, [dataclasses.replace(config, solver="columns")])[0]
+    if config.solver not in SOLVERS:
+        raise SpQRError(f"{config.solver} optimizes whole blocks: use spqr_jax.quantize, not a single matrix")
+    assert h is not None
+    nearest = dataclasses.replace(config, solver="columns", steps=None, compensate=False, sequential=False)
+    start = solve.quantize_weights([w], None, [nearest])[0].array
+    array = SOLVERS[config.solver](w.astype(jnp.float32), h, start, config)
+    return solve.solved_as(w, h, array, config.damping)
