@@ -34,12 +34,12 @@ from spqr_jax.cli.display import console, say, table
 from spqr_jax.job.driver import quantize_blocks
 from spqr_jax.methods import quantize_weight
 from spqr_jax.resolve import open_model
-from spqr_jax.stream.activations import batched
 from spqr_jax.stream.blocks import TreeSink, TreeSource, collect
+from spqr_jax.stream.windows import batched
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward": [(spqr_jax.stream.activations, "run_stage")],
-    "Hessians": [(spqr_jax.stream.activations, "_accumulate_stage")],
+    "Hessians": [(spqr_jax.stream.activations, "accumulate_stage")],
     "factorization": [(spqr_jax.solver.solve, "factor_hessian")],
     "columns": [(spqr_jax.solver.solve, "solve_columns")],
     "stacking, packing, statistics": [(spqr_jax.solver.solve, name) for name in ("_stack", "cut", "_result")],

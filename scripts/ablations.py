@@ -38,8 +38,8 @@ from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.job.driver import quantize_blocks
 from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import OpenedModel, open_model
-from spqr_jax.stream.activations import batched
 from spqr_jax.stream.blocks import TreeSink, collect
+from spqr_jax.stream.windows import batched
 
 BASE = "SpQR"
 

@@ -22,7 +22,7 @@ from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model
 from spqr_jax.sampling import Sampling
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
-from spqr_jax.stream.activations import batched
+from spqr_jax.stream.windows import batched
 
 __version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it, so it stays a literal
 

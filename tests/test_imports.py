@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 # From the bottom up: a module may import from its own layer's earlier entries and
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
-    ["errors", "_compat", "compile_cache", "product_jit"],
+    ["errors", "events", "_compat", "compile_cache", "product_jit"],
     ["files"],
     ["output"],
     ["atomic"],

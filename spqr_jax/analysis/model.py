@@ -18,8 +18,9 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.solver.hessian import quadratic_form
 from spqr_jax.solver.solve import factor_hessian
-from spqr_jax.stream.activations import Activations, rounded_linear, stage_groups
+from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.stages import rounded_linear, stage_groups
 
 _MAP_CELLS = 192  # cells of a map's longer side
 _quadratic_form = jax.jit(quadratic_form)

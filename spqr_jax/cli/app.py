@@ -84,8 +84,8 @@ from spqr_jax.job.driver import quantizable_paths, quantize_blocks
 from spqr_jax.output import Claim
 from spqr_jax.planning.budget import plan_budget
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
-from spqr_jax.stream.activations import batched
 from spqr_jax.stream.blocks import TreeSink
+from spqr_jax.stream.windows import batched
 from spqr_jax.tune import TuneConfig
 from spqr_jax.tune import tune as tune_model
 

@@ -38,7 +38,7 @@ from spqr_jax.job.driver import quantizable_paths
 from spqr_jax.output import Claim, check_file, refuse_existing, write_file
 from spqr_jax.report import Run, figures, read_result, read_run, render_page, write_analysis
 from spqr_jax.resolve import OpenedModel, open_model
-from spqr_jax.stream.activations import batched
+from spqr_jax.stream.windows import batched
 
 ANALYSIS = "Analysis"
 

@@ -10,7 +10,7 @@ from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES, matrix_names
 from spqr_jax.models.weights import block_shapes, outer_shapes
 from spqr_jax.solver.hessian import gram_panels
-from spqr_jax.stream.activations import stage_groups
+from spqr_jax.stream.stages import stage_groups
 
 QUERY_CHUNK = 128
 """Queries that attention takes at a time, as in `spqr_jax.models.attention`."""

@@ -17,7 +17,8 @@ from spqr_jax.models.decoder import STAGES, Block
 from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger
 from spqr_jax.solver import Hessian, Solved, correct_drift
-from spqr_jax.stream.activations import Activations, stage_groups
+from spqr_jax.stream.activations import Activations
+from spqr_jax.stream.stages import stage_groups
 
 _LEAST_DAMPING = 0.01  # that is multiplied for experts which few tokens reach
 _TRIES = 6  # times that weights are solved at most to keep to a budget

@@ -14,8 +14,9 @@ from spqr_jax.methods import quantize_weights
 from spqr_jax.models.decoder import matrix_names, plain_linear
 from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger, Plan, plan_budget
-from spqr_jax.stream.activations import Activations, rounded_linear
+from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource
+from spqr_jax.stream.stages import rounded_linear
 
 
 def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:

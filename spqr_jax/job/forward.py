@@ -12,7 +12,7 @@ from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.job.report import OnLayer, Reporter
 from spqr_jax.methods import quantize_weights
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
-from spqr_jax.stream.activations import InputRecorder
+from spqr_jax.stream.stages import InputRecorder
 
 Forward = Callable[[Any, Any, Callable[[str, Any, jax.Array], jax.Array]], Any]
 

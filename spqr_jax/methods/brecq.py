@@ -33,9 +33,10 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, run_block
 from spqr_jax.solver import LayerStats, quantize_weights
 from spqr_jax.solver.solve import solved_as
-from spqr_jax.stream.activations import Activations, rounded_linear, stage_groups
+from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
+from spqr_jax.stream.stages import rounded_linear, stage_groups
 
 LEARNING_RATE = 0.05
 _SEED = 0  # of the order of the chunks

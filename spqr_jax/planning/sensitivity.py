@@ -26,9 +26,10 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, plain_linear, run_block
 from spqr_jax.models.finite import refuse_infinite
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
-from spqr_jax.stream.activations import Activations, InputRecorder, stage_groups
+from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
+from spqr_jax.stream.stages import InputRecorder, stage_groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,9 @@ from spqr_jax.errors import DataError, NotFiniteError, SpQRError
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, State, logits, pass_block, run_block
-from spqr_jax.stream.activations import Activations, rounded_linear
+from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.stages import rounded_linear
 from spqr_jax.tune.form import BlockForm, block_form, finished, outlier_entries, to_block, updated
 
 Tune = Literal["none", "blocks", "logits"]

@@ -20,8 +20,9 @@ from spqr_jax.models.config import BlockKind
 from spqr_jax.models.products import plain_linear
 from spqr_jax.models.weights import random_decoder
 from spqr_jax.solver import accumulate_hessian, empty_hessian
-from spqr_jax.stream.activations import Activations, stage_groups
+from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.stages import stage_groups
 from spqr_jax.tune import TuneConfig, tune
 
 SPARSE = dataclasses.replace(TINY, num_experts=5, experts_per_token=2, expert_size=32)

@@ -25,8 +25,9 @@ from spqr_jax import (
 from spqr_jax.job.driver import quantize_blocks
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.decoder import plain_linear, random_decoder
-from spqr_jax.stream.activations import Activations, rounded_linear, stage_groups
+from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.stages import rounded_linear, stage_groups
 
 GPTQ8 = SpQRConfig.gptq(8, 16)
 PROGRAMS = 38

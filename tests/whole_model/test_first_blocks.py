@@ -15,7 +15,8 @@ from spqr_jax import ModelError, SpQRConfig
 from spqr_jax.methods import quantize_weights
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.resolve import open_model
-from spqr_jax.stream.activations import Activations, stage_groups
+from spqr_jax.stream.activations import Activations
+from spqr_jax.stream.stages import stage_groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.landing]
 
