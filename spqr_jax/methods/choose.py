@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
-from spqr_jax.solver import Hessian, Solved, solve
+from spqr_jax.solver import Hessian, PanelHessian, Solved, solve
 
 
 def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: SpQRConfig | None = None) -> SpQRArray:
@@ -42,15 +43,18 @@ def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: S
 
 
 def quantize_weights(
-    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
+    weights: Sequence[jax.Array],
+    hessian: Hessian | PanelHessian | jax.Array | None,
+    configs: Sequence[SpQRConfig],
+    mesh: Mesh | None = None,
 ) -> list[Solved]:
     """Quantizes matrices that read the same input, each with its own configuration.
 
     As `quantize_weight`, for a list of [out_k, in]. Those of SpQR, GPTQ and round-to-nearest are solved together where
-    they can be, see `spqr_jax.solver.solve`.
+    they can be, see `spqr_jax.solver.solve`; with a mesh on all its devices. Other methods use one device.
     """
     if all(config.solver == "columns" for config in configs):
-        return solve.quantize_weights(weights, hessian, configs)
+        return solve.quantize_weights(weights, hessian, configs, mesh)
     h = solve.checked_hessian(weights, hessian, configs)
     return [_solve_otherwise(*each, h) for each in zip(weights, configs, strict=True)]
 
