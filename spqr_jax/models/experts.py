@@ -41,9 +41,7 @@ class Route:
 class ExpertLinear(Protocol):
     """A `linear` that takes the products of all experts of a stage at once: it records inputs, or adds to outputs."""
 
-    def experts(
-        self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles
-    ) -> list[jax.Array]:
+    def experts(self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles) -> list[jax.Array]:
         """Arguments and results as those of `multiply_tiles`."""
         ...
 

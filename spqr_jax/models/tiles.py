@@ -17,12 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from spqr_jax.models.products import Linear, products
 from spqr_jax.models.weights import Block, joint_name
 
+NO_EXPERT = -1
+"""In a list of experts: an expert without tokens."""
 _FEWEST_ROWS, _MOST_ROWS = 16, 256  # of a tile
 
 
@@ -53,12 +56,9 @@ class Tiles:
     number: jax.Array
     rows: int = dataclasses.field(metadata={"static": True})
 
-    def only(self, which: jax.Array) -> Tiles:
-        """The tiles of some experts: int32 [n]. An index that no expert has stands for an expert without tokens.
-
-        `expert` then counts within `which`.
-        """
-        counts = jnp.take(self.counts, which, mode="fill", fill_value=0)
+    def only(self, which: jax.Array | np.ndarray) -> Tiles:
+        """The tiles of some experts, int32 [n], perhaps with `NO_EXPERT`. `expert` then counts within `which`."""
+        counts = jnp.where(which == NO_EXPERT, 0, jnp.take(self.counts, which, mode="clip"))
         first = jnp.take(self.first, which, mode="clip")
         return dataclasses.replace(self, **_cut(first, counts, len(self.order), self.rows))
 
@@ -92,8 +92,8 @@ def tiles_of(chosen: jax.Array, experts: int, rows: int | None = None) -> Tiles:
     return Tiles(order, place, chosen, **_cut(first, counts, pairs, rows), rows=rows)
 
 
-def _cut(first: jax.Array, counts: jax.Array, pairs: int, rows: int) -> dict[str, jax.Array]:
-    """`Tiles` of experts whose pairs begin at `first`."""
+def _cut(first: jax.Array, counts: jax.Array, pairs: int, rows: int) -> dict[str, Any]:
+    """Fields of `Tiles`, for experts whose pairs begin at `first`."""
     number = (counts + (rows - 1)) // rows
     ends = jnp.cumsum(number, dtype=jnp.int32)
     tile = jnp.arange(pairs // rows + min(len(counts), pairs), dtype=jnp.int32)
@@ -125,6 +125,11 @@ def padded(x: jax.Array, tiles: Tiles) -> jax.Array:
 def rows_of(x: jax.Array, tiles: Tiles, tile: jax.Array) -> jax.Array:
     """A tile's rows of what `padded` gave: [pairs + rows, width] -> [rows, width]."""
     return lax.dynamic_slice_in_dim(x, tiles.begin[tile], tiles.rows)
+
+
+def counted_rows(x: jax.Array, tiles: Tiles, tile: jax.Array) -> jax.Array:
+    """`rows_of` with zeros in place of rows that belong to other experts."""
+    return jnp.where(tiles.of_expert(tile)[:, None], rows_of(x, tiles, tile), jnp.zeros((), x.dtype))
 
 
 # ---- products of all experts, with their gradients ----------------------------------------
@@ -221,7 +226,7 @@ def _by_weights(
     leaves, tree = jax.tree.flatten(weights)
     real = [index for index, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     x, gradients = padded(x, tiles), [padded(g, tiles) for g in gradients]
-    alone = tiles.only(jnp.array([expert], jnp.int32))
+    alone = tiles.only(np.array([expert], np.int32))
 
     def multiplied(values: list[jax.Array], x: jax.Array) -> tuple[jax.Array, ...]:
         changed = list(leaves)
@@ -230,9 +235,8 @@ def _by_weights(
         return rule.of(jax.tree.unflatten(tree, changed), expert)(x)
 
     def step(tile: jax.Array, total: list[jax.Array]) -> list[jax.Array]:
-        counted = alone.of_expert(tile)[:, None]
         back = jax.vjp(partial(multiplied, x=rows_of(x, alone, tile)), [leaves[index] for index in real])[1]
-        (part,) = back(tuple(jnp.where(counted, rows_of(g, alone, tile), jnp.zeros((), g.dtype)) for g in gradients))
+        (part,) = back(tuple(counted_rows(g, alone, tile) for g in gradients))
         return list(map(jnp.add, total, part))
 
     total = each_tile(alone, step, [jnp.zeros_like(leaves[index]) for index in real])
