@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import warnings
 from functools import partial
 
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.command import spqr
 from support.problems import TINY, divergence
 
-from spqr_jax import SpQRArray, SpQRConfig, quantize
+from spqr_jax import SpQRArray, SpQRConfig, quantize, save
 from spqr_jax.methods import quantize_weights
 from spqr_jax.models import experts
 from spqr_jax.models.config import BlockKind
@@ -280,6 +282,17 @@ def test_more_experts_take_no_more_programs_to_solve(tiny_batches, compiled_by_s
     assert len(eight) == 2 * (2 + 2 * 8)  # two blocks: what attention reads, and what each expert's matrices read
     assert four[2] > 0  # gate and up of the first expert
     assert (sum(four[3:6]), sum(four[7:]), sum(eight)) == (0, 0, 0)
+
+
+def test_inspect_has_a_column_of_tokens(model, tmp_path):
+    """A dash where a weight saw no calibration text."""
+    save(tmp_path / "small", quantize(model, None, SpQRConfig.rtn(bits=4)))
+    result = spqr("inspect", "small", "--json", "i.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("layers.1.experts.4.up_proj")]
+    assert line.split()[-1] == "–"
+    assert "tokens" in result.stdout
+    assert json.loads((tmp_path / "i.json").read_text())["layers"]["layers.1.experts.4.up_proj"]["tokens"] is None
 
 
 @pytest.mark.slow
