@@ -13,11 +13,11 @@ from typing import Any, Self
 
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.output import leftovers
+from spqr_jax.output.flush import flush_folder, flush_tree
 from spqr_jax.output.interruptions import interruptions_wait
 from spqr_jax.output.lock import NameLock
 from spqr_jax.output.space import FULL, describe_free, errno_of, free_bytes, readable_size, why_not
 
-_LOSES_DATA = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
@@ -129,12 +129,12 @@ class Claim:
         with interruptions_wait(), self.writing():
             leftovers.remove_mark(self.partial)
             self.partial.chmod(0o755)  # mkdtemp's own is for this user alone
-            _flush(self.partial)
+            flush_tree(self.partial)
             if self._overwrite and os.path.lexists(self._target):
                 self._replace()
             else:
                 note = self._take_free_name()
-            _flush_directory(self._target.parent)
+            flush_folder(self._target.parent)
         if note:
             warnings.warn(note, stacklevel=2)
         return self.path
@@ -246,27 +246,3 @@ def _make_folders(folder: Path, held: _Held) -> None:
         with contextlib.suppress(FileExistsError):  # another run was quicker
             new.mkdir()
             held.new_folders.append(new)
-
-
-def _flush(directory: Path) -> None:
-    """Everything below a directory is on the disk: a crash after the name was given finds it whole."""
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            _flush_file(os.path.join(folder, file))
-        _flush_directory(Path(folder))
-
-
-def _flush_directory(path: Path) -> None:
-    with contextlib.suppress(PermissionError):  # one that may be written to but not listed
-        _flush_file(str(path))
-
-
-def _flush_file(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # not every file system can; what it says of data that is lost counts
-        if error.errno in _LOSES_DATA:
-            raise
-    finally:
-        os.close(descriptor)

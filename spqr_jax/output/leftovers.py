@@ -8,6 +8,7 @@ Each holds a file that says that it is ours; others are never touched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -40,6 +41,10 @@ def remove_mark(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a directory, with what threads of other libraries still write into it."""
     for attempt in range(5):
+        with contextlib.suppress(OSError):
+            for entry in path.iterdir():  # the mark goes last: a directory that keeps it is known to be ours
+                if entry.name != _MARK:
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
             return
