@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, META_FIELDS,
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError
 from spqr_jax.files.companions import write_files
+from spqr_jax.methods.report import LayerReport
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import OUTER_NAMES
@@ -65,6 +67,10 @@ class CheckpointSink(AtomicDirectory):
     def record(self, path: str, stats: dict[str, float]) -> None:
         """Keeps what quantizing the weight at `path` did; call before its block is put."""
         self._layer_stats[path] = stats
+
+    def describe(self, quantization: SpQRConfig) -> None:
+        """Keeps how the model was quantized, where that is known only now; call before the outer weights are put."""
+        self._quantization = quantization
 
     def put_block(self, index: int, block: Block) -> None:
         weights = dict(block)
@@ -138,6 +144,7 @@ def save(
     *,
     tokenizer: Any = None,
     provenance: dict[str, Any] | None = None,
+    report: Iterable[LayerReport] = (),
     overwrite: bool = False,
 ) -> Path:
     """Writes a model to a directory. It appears under its name only when it is complete.
@@ -148,6 +155,7 @@ def save(
       quantization: how it was quantized, kept with the model; None if it was not.
       tokenizer: a transformers tokenizer to keep with the model, or None.
       provenance: a dictionary of JSON values that tells where the model comes from, or None.
+      report: what quantizing each weight did, kept with the model; see `quantize`'s ``events``.
       overwrite: replace an existing directory, once the new one is complete.
 
     Returns:
@@ -167,6 +175,8 @@ def save(
         CheckpointSink(claim, params.config, quantization, tokenizer=tokenizer, provenance=provenance) as sink,
     ):
         claim.need(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+        for layer in report:
+            sink.record(layer.path, dataclasses.asdict(layer.stats))
         for index in range(params.config.num_layers):
             sink.put_block(index, source.block(index))
         sink.put_outer(source.outer())

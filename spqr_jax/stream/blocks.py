@@ -1,6 +1,6 @@
 """Models one block at a time: where blocks come from and where finished ones go.
 
-The driver in `quantize.py` knows only these two protocols. A tree in memory, a
+A job knows only these two protocols. A tree in memory, a
 file read lazily and a checkpoint written as it goes are all sources and sinks.
 """
 
@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, Weight
@@ -69,6 +70,12 @@ class TreeSink:
 
     def put_block(self, index: int, block: Block) -> None:
         self._blocks[index] = block
+
+    def record(self, path: str, stats: dict[str, float]) -> None:
+        """A tree keeps no statistics."""
+
+    def describe(self, quantization: SpQRConfig) -> None:
+        """A tree keeps no configuration."""
 
     def params(self) -> Decoder:
         """The finished tree.
