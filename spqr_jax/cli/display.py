@@ -15,10 +15,10 @@ from spqr_jax.methods.report import LayerReport
 from spqr_jax.planning.budget import Plan
 from spqr_jax.terminal import interrupt
 from spqr_jax.terminal.display import console, errors, fail, number, say, size, table, tell, write_json
-from spqr_jax.terminal.progress import counted_bar, new_bar, progress_bar
+from spqr_jax.terminal.progress import new_bar, progress_bar
 
 __all__ = [
-    "EventView", "console", "counted_bar", "describe_head", "errors", "fail", "number", "progress_bar", "say",
+    "EventView", "console", "describe_head", "errors", "fail", "number", "progress_bar", "say",
     "show_plan", "size", "table", "tell", "write_json",
 ]  # fmt: skip
 

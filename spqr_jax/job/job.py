@@ -11,13 +11,14 @@ import numpy as np
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
-from spqr_jax.events import Event, Events, Steps, ignore
+from spqr_jax.events import Event, Events, ignore
 from spqr_jax.job.driver import choose_solver, head_needs_text, quantizable_paths, quantized_head
 from spqr_jax.methods.report import LayerReport, Reporter
-from spqr_jax.models.decoder import Decoder, plain_linear
+from spqr_jax.models.decoder import Block, Decoder, plain_linear
 from spqr_jax.planning.budget import Ledger, Plan, plan_budget
+from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
-from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink
+from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, TreeSource
 from spqr_jax.stream.stages import rounded_linear
 from spqr_jax.stream.windows import batched
 
@@ -123,9 +124,9 @@ class Job:
         """The plan for a target, made now unless it was given."""
         if self._plan is not None or self._config.target_bits is None:
             return self._plan
-        steps = Steps("measuring", 2 * self._source.config.num_layers, events)
-        plan = plan_budget(self._source, self._batches, self._config, lambda done: steps.advance(note=done))
-        steps.advance(0, detail=plan)
+        plan = plan_budget(self._source, self._batches, self._config, events)
+        count = 2 * self._source.config.num_layers
+        events(Event("measuring", count, count, "planned", plan))
         return plan
 
     def _quantize(self, sink: BlockSink, config: SpQRConfig, plan: Plan | None, report: Reporter) -> None:
@@ -137,24 +138,20 @@ class Job:
         ledger = None if plan is None else Ledger(plan)
         solver = choose_solver(self._source, self._batches, activations, config, report, ledger)
         reads_end = head_needs_text(model.head_path, config)
-        for index in range(model.num_layers):
+
+        def visit(index: int, block: Block) -> None:
             last = index + 1 == model.num_layers and not reads_end
-            sink.put_block(index, solver.solve(activations, self._source.block(index), f"layers.{index}.", last))
+            sink.put_block(index, solver.solve(activations, block, f"layers.{index}.", last))
+
+        sweep.forward(self._source, visit)
         sink.put_outer(quantized_head(model.head_path, outer, activations, config, report))
 
     def _tune(self, params: Decoder, tuning: TuneConfig, events: Events) -> None:
         """Trains the quantized model and puts it."""
-        from spqr_jax.tune import tune  # it needs optax
+        from spqr_jax.tune.objectives import tune_into  # it needs optax
 
         batches = regrouped(self._batches, tuning.batch_tokens)
-        count = tuning.epochs * len(batches) if tuning.objective == "logits" else self._source.config.num_layers
-        steps = Steps("tuning", count, events)
-        tuned = tune(
-            params, self._source, batches, tuning, lambda done, loss: steps.advance(note=f"{done}  loss {loss:.4f}")
-        )
-        for index, block in enumerate(tuned.layers):
-            self._sink.put_block(index, block)
-        self._sink.put_outer(tuned.outer)
+        tune_into(TreeSource(params), self._sink, self._source, batches, tuning, events)
 
 
 def regrouped(batches: Sequence[Any], tokens_per_batch: int) -> Sequence[np.ndarray]:

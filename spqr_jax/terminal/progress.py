@@ -38,20 +38,6 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-@contextmanager
-def counted_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with time left; yields a function that takes the steps done and the steps in all."""
-    interrupt.check()
-    with new_bar() as bar:
-        task = bar.add_task(label, total=None, note="")
-
-        def show(done: int, total: int) -> None:
-            interrupt.check()
-            bar.update(task, completed=done, total=total)
-
-        yield show
-
-
 def new_bar() -> Progress:
     """A bar for tasks that have a `note`, on stderr."""
     return Progress(
