@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
 
-from spqr_jax.cli.display import counted_bar, number, say, table, tell, write_json
+from spqr_jax.cli.display import EventView, number, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
 from spqr_jax.cli.next_step import after_compare, after_perplexity
 from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
@@ -16,6 +17,7 @@ from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import Fidelity
 from spqr_jax.evaluate.fidelity import compare as compare_models
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
+from spqr_jax.events import Event, Events
 from spqr_jax.resolve import MODEL_HELP, OpenedModel, open_model
 from spqr_jax.stream.blocks import collect
 
@@ -60,8 +62,8 @@ def perplexity(
         return
     outlook = before_perplexity(opened, tokens, data, batch_size, dtype)
     params = collect(opened.source)
-    with counted_bar("perplexity") as show:
-        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=show)
+    with EventView() as show:
+        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=_told(show))
     tell(
         "perplexity ",
         (f"{alone.perplexity:.4f}", "bold"),
@@ -145,8 +147,12 @@ def _windows(opened: OpenedModel, data: str, seqlen: int, count: int | None) -> 
 
 def _compare(dense: OpenedModel, opened: OpenedModel, tokens: np.ndarray, batch_size: int) -> Fidelity:
     models = collect(dense.source), collect(opened.source)
-    with counted_bar("comparing") as show:
-        return compare_models(*models, tokens, batch_size=batch_size, progress=show)
+    with EventView() as show:
+        return compare_models(*models, tokens, batch_size=batch_size, progress=_told(show))
+
+
+def _told(events: Events) -> Callable[[int, int], None]:
+    return lambda done, total: events(Event("scoring", done, total))
 
 
 def _setting(model: str, data: str, tokens: np.ndarray) -> dict[str, Any]:
