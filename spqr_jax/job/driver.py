@@ -10,7 +10,7 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, NotFiniteError
 from spqr_jax.job.block_solver import BlockSolver
 from spqr_jax.job.report import OnLayer, Reporter
-from spqr_jax.methods import quantize_weights
+from spqr_jax.methods import check_shards, quantize_weights
 from spqr_jax.models.decoder import matrix_names, plain_linear
 from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger, Plan, plan_budget
@@ -42,6 +42,7 @@ def quantize_blocks(
     are held. Arguments and errors as :func:`quantize`; `plan` is one made before
     for `config.target_bits`, or None to make it now.
     """
+    check_shards(config, source.config)
     outer = source.outer()
     report = Reporter(on_layer)
     activations, ledger = None, None
