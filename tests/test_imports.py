@@ -27,6 +27,7 @@ LAYERS = [
     ["stream"],
     ["methods", "evaluate"],
     ["planning", "tune", "analysis"],
+    ["parallel"],
     ["job", "generate"],
     ["speed", "integrations", "estimate", "forecast"],
     ["checkpoint", "formats"],
