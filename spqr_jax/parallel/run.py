@@ -55,11 +55,8 @@ def empty_cache_of(params: ReadyDecoder | ReadyShards, batch: int, length: int) 
         return empty_cache(params, batch, length, params.outer.final_norm.dtype)
     local = jax.eval_shape(lambda: empty_cache(params.ready, batch, length, params.ready.outer.final_norm.dtype))
 
-    def zeros(leaf: Any) -> jax.Array:
-        devices = [device for device, _ in own_devices(params.mesh, params.axis)]
-        return spread({d: jnp.zeros(leaf.shape, leaf.dtype, device=d) for d in devices}, params.mesh, params.axis)
-
-    return jax.tree.map(zeros, local)
+    devices, sharding = params.mesh.shape[params.axis], NamedSharding(params.mesh, PartitionSpec(params.axis))
+    return jax.tree.map(lambda leaf: jnp.zeros((devices, *leaf.shape), leaf.dtype, device=sharding), local)
 
 
 def copied_for(params: ReadyDecoder | ReadyShards, tree: Any) -> Any:
@@ -98,10 +95,10 @@ def make_ready_shards(
 
 
 def _on_device(pieces: Decoder, device: Any) -> Decoder:
-    """One device's decoder."""
+    """One device's decoder, as NumPy arrays: weights are packed on the host."""
 
-    def own(leaf: jax.Array) -> jax.Array:
-        return next(shard.data for shard in leaf.addressable_shards if shard.device == device)[0]
+    def own(leaf: jax.Array) -> np.ndarray:
+        return np.asarray(next(shard.data for shard in leaf.addressable_shards if shard.device == device))[0]
 
     return jax.tree.map(own, pieces)
 
@@ -112,9 +109,14 @@ def _spread_padded(values: dict[Any, jax.Array], mesh: Mesh, axis: str) -> jax.A
     if jax.process_count() > 1:
         longest = int(np.max(multihost_utils.process_allgather(np.int32(longest))))
 
-    def padded(value: jax.Array) -> jax.Array:
+    def padded(value: Any) -> Any:
+        if next(iter(values)).platform == "cpu":
+            value = np.asarray(value)  # the same memory: nothing is compiled for it
         missing = longest - value.shape[-1] if value.ndim else 0
-        return jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, missing)]) if missing else value
+        if not missing:
+            return value
+        pad = np.pad if isinstance(value, np.ndarray) else jnp.pad
+        return pad(value, [(0, 0)] * (value.ndim - 1) + [(0, missing)])
 
     return spread({device: padded(value) for device, value in values.items()}, mesh, axis)
 
