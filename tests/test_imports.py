@@ -16,6 +16,7 @@ LAYERS = [
     ["files"],
     ["output"],
     ["atomic"],
+    ["journal"],
     ["packing"],
     ["layout", "quantized"],
     ["invariants"],

@@ -287,7 +287,9 @@ def inspect(
         f"Quantized weights: {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}.\n"
         f"Size: {size(summary['bytes'])} in total: {size(summary['quantized_bytes'])} quantized, "
-        f"{size(summary['bytes'] - summary['quantized_bytes'])} dense. The dense model: {size(summary['dense_bytes'])}."
+        f"{size(summary['bytes'] - summary['quantized_bytes'])} dense. "
+        f"The dense model: {size(summary['dense_bytes'])}.\n"
+        f"SHA-256 of the content: {summary['digest']}"
     )
     tell(describe_products())
     write_json(json, summary)

@@ -6,9 +6,14 @@ file read lazily and a checkpoint written as it goes are all sources and sinks.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from typing import Protocol
+
+import jax
+import numpy as np
 
 from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
@@ -21,6 +26,13 @@ class BlockSource(Protocol):
 
     @property
     def config(self) -> DecoderConfig: ...
+
+    def identity(self) -> str:
+        """SHA-256 of all that the parts depend on, in hexadecimal: two sources with the same one give the same parts.
+
+        It reads the whole model.
+        """
+        ...
 
     def outer(self) -> Outer:
         """Embedding, final norm and head."""
@@ -48,6 +60,15 @@ class TreeSource:
     @property
     def config(self) -> DecoderConfig:
         return self._params.config
+
+    def identity(self) -> str:
+        """SHA-256 of the leaves, with their places, types and shapes, and of the model's configuration."""
+        digest = hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode())
+        for path, leaf in jax.tree_util.tree_flatten_with_path(self._params)[0]:
+            values = np.ascontiguousarray(leaf)
+            digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape} ".encode())
+            digest.update(values.reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
 
     def outer(self) -> Outer:
         return self._params.outer
