@@ -17,6 +17,7 @@ from spqr_jax.job.report import LayerReport
 from spqr_jax.methods import quantize_weight
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, forward
+from spqr_jax.parallel import ShardedDecoder, shard
 from spqr_jax.products import linear, prepare
 from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model
@@ -41,6 +42,7 @@ __all__ = [
     "NotFiniteError",
     "Perplexity",
     "Sampling",
+    "ShardedDecoder",
     "SpQRArray",
     "SpQRConfig",
     "SpQRError",
@@ -58,4 +60,5 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "save",
+    "shard",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ class ShardedDecoder:
     Attributes:
       pieces: a `Decoder` with the sizes of one device. Its arrays have the devices in front: [devices, ...], one piece
         on each.
-      group_sizes: path -> inputs of a group, of quantized weights that are cut within a group; static.
+      group_sizes: path -> inputs of a group of the whole weight, for quantized weights; static.
       config: of the whole model; static.
       mesh: the devices; static.
       axis: name of the mesh's axis over which weights are shared; static.
@@ -125,28 +126,82 @@ def shard(params: Decoder, mesh: Mesh, axis: str = AXIS) -> ShardedDecoder:
 
 def shard_source(source: BlockSource, mesh: Mesh, axis: str = AXIS) -> ShardedDecoder:
     """As `shard`, of a model that is read block by block: this process holds one whole block at a time."""
-    config, devices = source.config, device_count(mesh, axis)
-    pieces = local_config(config, devices)
+    return place_pieces(WholeBlocks(source, device_count(mesh, axis)), mesh, axis)
+
+
+class Pieces(NamedTuple):
+    """The pieces of one weight that this process needs.
+
+    Attributes:
+      by_place: place along the axis -> the piece there, its leaves as NumPy arrays.
+      group_size: inputs of a group of the whole; None for a dense weight.
+    """
+
+    by_place: Mapping[int, Weight]
+    group_size: int | None
+
+
+class PieceSource(Protocol):
+    """Gives a model's weights in pieces, part by part."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    def outer(self) -> dict[str, Pieces]:
+        """The weights outside of the blocks, by name."""
+        ...
+
+    def block(self, index: int) -> dict[str, Pieces]:
+        """The weights of block `index`, by name."""
+        ...
+
+
+class WholeBlocks:
+    """A `PieceSource` that cuts whole parts.
+
+    Args:
+      source: of the parts.
+      devices: that share them.
+    """
+
+    def __init__(self, source: BlockSource, devices: int) -> None:
+        self._source, self._devices = source, devices
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self._source.config
+
+    def outer(self) -> dict[str, Pieces]:
+        whole = self._source.outer()
+        weights = {name: weight for name in OUTER_NAMES if (weight := getattr(whole, name)) is not None}
+        return {
+            name: pieces_of(name, weight, outer_split(name, weight, self._devices), self._devices)
+            for name, weight in weights.items()
+        }
+
+    def block(self, index: int) -> dict[str, Pieces]:
+        block = self._source.block(index)
+        splits = block_splits(self.config, block.kind, self._devices)
+        return {n: pieces_of(f"layers.{index}.{n}", w, splits[n], self._devices) for n, w in block.items()}
+
+
+def place_pieces(source: PieceSource, mesh: Mesh, axis: str) -> ShardedDecoder:
+    """Puts a model's pieces on their devices, block by block.
+
+    Raises:
+      ModelError: as `shard`.
+    """
+    config = source.config
+    small = local_config(config, device_count(mesh, axis))  # first: it refuses what cannot be shared
     group_sizes: dict[str, int] = {}
 
-    def placed(path: str, weight: Weight, split: Split | None) -> Weight:
-        if is_quantized(weight):
-            group_sizes[path] = weight.group_size
-        return spread_pieces(pieces_of(path, weight, split, devices), mesh, axis)
+    def placed(prefix: str, part: dict[str, Pieces]) -> dict[str, Weight]:
+        group_sizes.update({prefix + name: p.group_size for name, p in part.items() if p.group_size is not None})
+        return {name: spread_pieces(pieces.by_place, mesh, axis) for name, pieces in part.items()}
 
-    blocks = []
-    for index, kind in enumerate(config.kinds):
-        block, splits = source.block(index), block_splits(config, kind, devices)
-        blocks.append(
-            Block({name: placed(f"layers.{index}.{name}", w, splits[name]) for name, w in block.items()}, kind)
-        )
-    outer, tables = source.outer(), {}
-    for name in OUTER_NAMES:
-        if (weight := getattr(outer, name)) is not None:
-            tables[name] = placed(name, weight, outer_split(name, weight, devices))
-    return ShardedDecoder(
-        Decoder(Outer(**tables), tuple(blocks), pieces), tuple(sorted(group_sizes.items())), config, mesh, axis
-    )
+    blocks = [Block(placed(f"layers.{index}.", source.block(index)), kind) for index, kind in enumerate(config.kinds)]
+    pieces = Decoder(Outer(**placed("", source.outer())), tuple(blocks), small)
+    return ShardedDecoder(pieces, tuple(sorted(group_sizes.items())), config, mesh, axis)
 
 
 def outer_split(name: str, weight: Weight, devices: int) -> Split | None:
@@ -154,22 +209,22 @@ def outer_split(name: str, weight: Weight, devices: int) -> Split | None:
     return vocabulary_split(weight.shape[0], devices, row_unit(weight)) if name in VOCABULARY else None
 
 
-def pieces_of(path: str, weight: Weight, split: Split | None, devices: int) -> dict[int, Weight]:
+def pieces_of(path: str, weight: Weight, split: Split | None, devices: int) -> Pieces:
     """The piece of each place along the axis, with equally long outlier lists, as NumPy arrays.
 
     Raises:
       SpQRError: the weight cannot be cut so; names it.
     """
+    group_size = weight.group_size if is_quantized(weight) else None
     if split is None:
-        whole = jax.tree.map(np.asarray, weight)
-        return dict.fromkeys(range(devices), whole)
+        return Pieces(dict.fromkeys(range(devices), jax.tree.map(np.asarray, weight)), group_size)
     try:
         pieces: Sequence[Weight] = [cut(weight, split, device) for device in range(devices)]
     except SpQRError as error:
         raise SpQRError(f"{devices} devices cannot share {path}: {error}") from None
     if is_quantized(weight):
         pieces = with_equal_lists(pieces, max(piece.nnz for piece in pieces))
-    return dict(enumerate(pieces))
+    return Pieces(dict(enumerate(pieces)), group_size)
 
 
 class ShardedSource:
@@ -184,6 +239,14 @@ class ShardedSource:
     @property
     def config(self) -> DecoderConfig:
         return self._params.config
+
+    def identity(self) -> str:
+        """As `BlockSource` has it, of the whole weights."""
+        digest = hashlib.sha256(TreeSource(Decoder(self.outer(), (), self.config)).identity().encode())
+        for index in range(self.config.num_layers):
+            block = Decoder(Outer(None, None), (self.block(index),), self.config)
+            digest.update(TreeSource(block).identity().encode())
+        return digest.hexdigest()
 
     def outer(self) -> Outer:
         shapes = outer_shapes(self.config)
