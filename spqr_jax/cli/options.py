@@ -142,7 +142,7 @@ def parse_rule(text: str) -> LayerRule:
     raise SpQRError(f"rule {text!r}: expected PATTERN=skip or PATTERN=BITS, such as 'down_proj=4'")
 
 
-_CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "sequential", "target_bits"}
+_CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "input_shards", "sequential", "target_bits"}
 """Options that say how calibration text is used."""
 
 

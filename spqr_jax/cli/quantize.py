@@ -37,6 +37,7 @@ from spqr_jax.cli.quantize_options import (
     Fit,
     GroupSize,
     HeadBits,
+    InputShards,
     Method,
     Order,
     OutlierThreshold,
@@ -87,6 +88,7 @@ def quantize(
     stats_group_size: StatsGroupSize = None,
     fit: Fit = None,
     order: Order = None,
+    input_shards: InputShards = None,
     damping: Damping = None,
     drift_correction: DriftCorrection = None,
     sequential: Sequential = None,
@@ -99,7 +101,8 @@ def quantize(
         method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
         stats_group_size=stats_group_size, outlier_threshold=outlier_threshold, damping=damping,
         drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
-        sequential=sequential, steps=steps, rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
+        input_shards=input_shards, sequential=sequential, steps=steps,
+        rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
     )  # fmt: skip
     claim = context.with_resource(Claim(out, overwrite))
     opened = _open_dense(model, dtype)
