@@ -1,8 +1,9 @@
 """One model on several devices and hosts (tensor parallel).
 
-`plan.py` says which device gets which rows, columns and heads, `cut.py` cuts and joins weights on the host,
-`mesh.py` reads ``--mesh``, `sharded.py` places the pieces, `collectives.py` makes pieces multiply as the whole, and `run.py` runs the decoder's
-functions on all devices at once.
+`plan.py` says which device gets which rows, columns and heads. `cut.py` cuts and
+joins weights on the host. `mesh.py` reads ``--mesh``. `sharded.py` places the
+pieces, `collectives.py` makes pieces multiply as the whole, and `run.py` runs the
+decoder's functions on all devices at once.
 """
 
 from spqr_jax.parallel.mesh import parse_mesh

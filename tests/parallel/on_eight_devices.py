@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 from support.shared_models import shared_model
 
 import spqr_jax
-from spqr_jax import Generator, Sampling
+from spqr_jax import Decoder, Generator, Sampling
 from spqr_jax.checkpoint import content_digest
 from spqr_jax.models.decoder import forward as forward_alone
-from spqr_jax.models.ready import make_ready
+from spqr_jax.models.ready import ReadyDecoder, make_ready, stack_blocks
 from spqr_jax.parallel import make_ready_shards
 from spqr_jax.parallel.run import forward
+from spqr_jax.products import BACKENDS, prepare_for
 
 PROMPTS = [[1, 5, 9], [7]]
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
@@ -26,6 +28,11 @@ CASES = [("llama", 2), ("llama", 4), ("llama", 8), ("gemma", 4), ("experts", 2),
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("model",))
+
+
+def in_stacks(model: Decoder) -> ReadyDecoder:
+    backend = BACKENDS["mosaic_gpu"]
+    return ReadyDecoder(prepare_for(backend, model.outer, np.float32), stack_blocks(model, backend), model.config)
 
 
 def texts(generator: Generator, **options: Any) -> list[list[int]]:
@@ -45,17 +52,23 @@ def main(folder: Path) -> None:
         same = texts(Generator(shards)) == expected[name]
         cases.append({"model": name, "devices": devices, "same": same, "error": float(error)})
     # dense weights for each device, and a random draw
-    dense = Generator(make_ready_shards(spqr_jax.shard(models["llama"], mesh_of(4)), "xla"))
+    sharded = spqr_jax.shard(models["llama"], mesh_of(4))
+    dense = Generator(make_ready_shards(sharded, partial(make_ready, implementation="xla")))
     same = texts(dense) == expected["llama"]
     sampling = Sampling(temperature=1.0)
     drawn = texts(dense, sampling=sampling, seed=3) == texts(Generator(alone["llama"]), sampling=sampling, seed=3)
+    # layers in a loop, as on a GPU
+    stacked = Generator(make_ready_shards(spqr_jax.shard(models["gemma"], mesh_of(2)), in_stacks))
+    in_loop = texts(stacked) == texts(Generator(in_stacks(models["gemma"])))
     # files
     spqr_jax.save(folder / "whole", models["gemma"])
     sharded = spqr_jax.load(folder / "whole", mesh_of(4))
     spqr_jax.save(folder / "joined", sharded)
     files = content_digest(folder / "joined") == content_digest(folder / "whole")
     loaded = texts(Generator(sharded)) == expected["gemma"]
-    print(json.dumps({"cases": cases, "xla": same, "drawn": drawn, "files": files, "loaded": loaded}))
+    print(
+        json.dumps({"cases": cases, "xla": same, "drawn": drawn, "in_loop": in_loop, "files": files, "loaded": loaded})
+    )
 
 
 if __name__ == "__main__":

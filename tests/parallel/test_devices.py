@@ -28,6 +28,10 @@ def test_devices_generate_the_same_text_as_one(report):
     assert report["drawn"]
 
 
+def test_layers_in_a_loop_are_shared_alike(report):
+    assert report["in_loop"]
+
+
 def test_logits_differ_by_the_order_of_sums_only(report):
     assert [case for case in report["cases"] if not case["error"] <= MOST_ERROR] == []
 
