@@ -38,6 +38,19 @@ _DEFAULT_TEXT = "wikitext2, or pydoc without a network"
 
 Out = Annotated[Path, option(OUTPUT, "DIR", "Directory to write.")]
 Overwrite = Annotated[bool, flag(OUTPUT, "--overwrite", "Replace the output if it exists.")]
+Resume = Annotated[
+    bool, flag(OUTPUT, "--resume", "Go on with a run that was stopped. Give the other options as before.")
+]
+Restart = Annotated[bool, flag(OUTPUT, "--restart", "Remove what a stopped run has saved, and begin again.")]
+Mesh = Annotated[
+    str | None,
+    option(
+        COMPUTATION,
+        "MESH",
+        "Devices to calibrate on, such as data=4 or data=4,rows=2. auto: all of this machine.",
+        show_default="one device",
+    ),
+]
 Json = Annotated[
     Path | None, option(OUTPUT, "FILE", "Also write the result to this JSON file.", "--json", callback=_checked_file)
 ]
