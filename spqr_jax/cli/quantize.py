@@ -28,6 +28,7 @@ from spqr_jax.cli.options import (
     Windows,
     build_config,
     build_tuning,
+    parse_mesh,
     parse_rule,
     read_calibration,
 )
@@ -40,6 +41,7 @@ from spqr_jax.cli.quantize_options import (
     Fit,
     GroupSize,
     HeadBits,
+    InputShards,
     Method,
     Order,
     OutlierThreshold,
@@ -93,6 +95,7 @@ def quantize(
     stats_group_size: StatsGroupSize = None,
     fit: Fit = None,
     order: Order = None,
+    input_shards: InputShards = None,
     damping: Damping = None,
     drift_correction: DriftCorrection = None,
     sequential: Sequential = None,
@@ -106,7 +109,8 @@ def quantize(
         method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
         stats_group_size=stats_group_size, outlier_threshold=outlier_threshold, damping=damping,
         drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
-        sequential=sequential, steps=steps, rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
+        input_shards=input_shards, sequential=sequential, steps=steps,
+        rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
     )  # fmt: skip
     claim = _claim(context, out, overwrite, resume, restart)
     opened = _open_dense(model, dtype)

@@ -26,6 +26,7 @@ from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
+from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
@@ -205,7 +206,7 @@ def _block_curves(
     for name, unit in zip(names, per_price, strict=True):
         padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
         choices.append([(bits, unit * price) for bits in padded for price in _PRICES])
-    trials = try_choices(weights, hessian, fisher, choices, config)
+    trials = try_choices(weights, hessian, fisher, choices, config.for_inputs(names[0]))
     curves = []
     for name, w, unit, trial in zip(names, weights, per_price, trials, strict=True):
         loss, outliers = (part.reshape(-1, len(_PRICES)) for part in (trial.loss, trial.outliers))
@@ -384,6 +385,7 @@ def plan_budget(
       SpQRError: the target is out of reach.
     """
     assert config.target_bits is not None
+    check_shards(config, source.config)
     some: list[Any] = []
     for batch in batches:
         if sum(np.size(taken) for taken in some) >= _TOKENS:
