@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
@@ -20,7 +21,6 @@ from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger
 from spqr_jax.solver import Hessian, Solved, correct_drift
 from spqr_jax.stream.activations import Activations
-from spqr_jax.stream.stages import stage_groups
 
 _LEAST_DAMPING = 0.01  # that is multiplied for experts which few tokens reach
 _TRIES = 6  # times that weights are solved at most to keep to a budget
@@ -43,6 +43,21 @@ class BlockSolver(Protocol):
         """
         ...
 
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        """Takes the text through a block that an earlier run has finished, exactly as `solve` did.
+
+        Args:
+          activations: the text before the block; afterwards behind it.
+          original: the dense block.
+          finished: what `solve` made of it.
+        """
+        ...
+
+    @property
+    def streams(self) -> tuple[Activations, ...] | None:
+        """Other activations that `solve` takes along, to be saved with the text's; None where there is more to it."""
+        ...
+
 
 class Uncalibrated:
     """Rounds to nearest: no text is needed."""
@@ -52,6 +67,13 @@ class Uncalibrated:
 
     def solve(self, activations: Activations | None, block: Block, prefix: str, last: bool) -> Block:
         return self._weights.solve(block, matrix_names(self._model, block.kind), prefix, None)[0]
+
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        """There is no text."""
+
+    @property
+    def streams(self) -> tuple[Activations, ...]:
+        return ()
 
 
 class Sequential:
@@ -69,12 +91,7 @@ class Sequential:
         assert activations is not None
         original = dense = block  # dense: what the activations run through, quantized weights dequantized
         for stage in range(len(STAGES)):
-            hessians = activations.hessians(stage, dense)
-            drifts: Sequence[jax.Array | None] = [None] * len(hessians)
-            if self._dense is not None:
-                drifts = activations.drifts(stage, dense, self._dense, original, hessians)
-            groups = stage_groups(activations.config, block.kind, stage)
-            for (names, _), hessian, drift in zip(groups, hessians, drifts, strict=True):
+            for names, hessian, drift in activations.calibrate(stage, dense, self._dense, original):
                 block, dense = self._weights.solve(block, names, prefix, hessian, dense, drift)
             if not (last and stage + 1 == len(STAGES)):
                 activations.advance(stage, dense)
@@ -82,6 +99,16 @@ class Sequential:
                     self._dense.advance(stage, original)
         self._weights.warn_of_starved(prefix)
         return block
+
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        advance_as_stored(activations, original, finished, self._weights.by_columns)
+        if self._dense is not None:
+            for stage in range(len(STAGES)):
+                self._dense.advance(stage, original)
+
+    @property
+    def streams(self) -> tuple[Activations, ...]:
+        return () if self._dense is None else (self._dense,)
 
 
 class Parallel:
@@ -92,21 +119,42 @@ class Parallel:
 
     def solve(self, activations: Activations | None, block: Block, prefix: str, last: bool) -> Block:
         assert activations is not None
-        ahead, hessians = activations.copy(), []
-        for stage in range(len(STAGES)):
-            hessians.append(ahead.hessians(stage, block))
-            if stage + 1 < len(STAGES):
-                ahead.advance(stage, block)
+        ahead, original = activations.copy(), block
         dense = block
-        for stage, stage_hessians in enumerate(hessians):
-            groups = stage_groups(activations.config, block.kind, stage)
-            for (names, _), hessian in zip(groups, stage_hessians, strict=True):
+        for stage in range(len(STAGES)):
+            for names, hessian, _ in ahead.calibrate(stage, original):
                 block, dense = self._weights.solve(block, names, prefix, hessian, dense)
+            if stage + 1 < len(STAGES):
+                ahead.advance(stage, original)
         if not last:
             for stage in range(len(STAGES)):
                 activations.advance(stage, dense)
         self._weights.warn_of_starved(prefix)
         return block
+
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        advance_as_stored(activations, original, finished, self._weights.by_columns)
+
+    @property
+    def streams(self) -> tuple[Activations, ...]:
+        return ()
+
+
+def advance_as_stored(activations: Activations | None, original: Block, finished: Block, by_columns: bool) -> None:
+    """Takes text through a finished block's dequantized weights, which have the same bits as when they were solved.
+
+    Args:
+      activations: the text before the block.
+      original: the dense block, for the types of its weights.
+      finished: the block with `SpQRArray`s.
+      by_columns: they come from the column loop; other methods dequantize by `SpQRArray.to_dense`.
+    """
+    assert activations is not None
+    arrays = {name: weight for name, weight in finished.items() if isinstance(weight, SpQRArray)}
+    values = {name: array.to_dense_exactly() if by_columns else array.to_dense() for name, array in arrays.items()}
+    dense = original.replace({name: jnp.asarray(v).astype(original[name].dtype) for name, v in values.items()})
+    for stage in range(len(STAGES)):
+        activations.advance(stage, dense)
 
 
 class GroupSolver:
@@ -120,6 +168,7 @@ class GroupSolver:
 
     def __init__(self, config: SpQRConfig, report: Reporter, ledger: Ledger | None) -> None:
         self._config, self._report, self._ledger = config, report, ledger
+        self.by_columns = config.solver == "columns"
         self.starved: dict[str, int] = {}  # experts of the block at hand that few tokens reached, and how many
 
     def solve(
@@ -164,7 +213,7 @@ class GroupSolver:
 
         With no tokens at all the Hessian is the identity, and its weights are rounded to nearest.
         """
-        tokens, width = float(hessian.tokens), hessian.gram.shape[0]
+        tokens, width = float(hessian.tokens), hessian.width
         if tokens >= width:
             return configs
         self.starved |= {name.split(".")[1]: int(tokens) for name in configs}
