@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spqr_jax.array import SpQRArray
-from spqr_jax.config import SpQRConfig
+from spqr_jax.config import SHARED_INPUTS, SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.layout import check_input_shards
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.weights import block_shapes
 from spqr_jax.solver import Hessian, PanelHessian, Solved, solve
 
 
@@ -42,6 +45,23 @@ def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: S
     return quantize_weights([w], hessian, [config or SpQRConfig()])[0].array
 
 
+def check_shards(config: SpQRConfig, model: DecoderConfig) -> None:
+    """Refuses `input_shards` that cut a group of some weight of a model, before any text is read.
+
+    Raises:
+      SpQRError: names the weight, and the numbers of shards that fit it.
+    """
+    if config.order == "identity" or config.input_shards == 1:
+        return
+    shapes = {name: shape for kind in set(model.kinds) for name, shape in block_shapes(model, kind).items()}
+    for name, shape in shapes.items():
+        if name.endswith(SHARED_INPUTS):
+            try:
+                check_input_shards(shape[1], config.group_size, config.input_shards)
+            except SpQRError as error:
+                raise SpQRError(f"{name}: {error}") from None
+
+
 def quantize_weights(
     weights: Sequence[jax.Array],
     hessian: Hessian | PanelHessian | jax.Array | None,
@@ -54,9 +74,14 @@ def quantize_weights(
     they can be, see `spqr_jax.solver.solve`; with a mesh on all its devices. Other methods use one device.
     """
     if all(config.solver == "columns" for config in configs):
-        return solve.quantize_weights(weights, hessian, configs, mesh)
-    h = solve.checked_hessian(weights, hessian, configs)
-    return [_solve_otherwise(*each, h) for each in zip(weights, configs, strict=True)]
+        solved = solve.quantize_weights(weights, hessian, configs, mesh)
+    else:
+        h = solve.checked_hessian(weights, hessian, configs)
+        solved = [_solve_otherwise(*problem, h) for problem in zip(weights, configs, strict=True)]
+    if not isinstance(hessian, (Hessian, PanelHessian)):
+        return solved
+    tokens = round(float(hessian.tokens))
+    return [result._replace(stats=dataclasses.replace(result.stats, tokens=tokens)) for result in solved]
 
 
 def _solve_otherwise(w: jax.Array, config: SpQRConfig, h: jax.Array | None) -> Solved:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ import numpy as np
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
+from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.weights import abstract_block, matrix_names
-from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
+from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
 
@@ -152,24 +154,42 @@ class Plan:
         return dataclasses.replace(config, target_bits=None, rules=skips + rules)
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an unfinished measuring pass has come to: curves of the blocks that it has seen, and where it goes on."""
+
+    curves: tuple[WeightCurve, ...]
+    place: BackwardPlace
+
+
 def measure_curves(
     source: BlockSource,
     batches: Iterable[Any],
     config: SpQRConfig,
-    progress: Callable[[str], None] | None = None,
+    events: Events = ignore,
+    *,
+    begin: Measured | None = None,
+    keep: Callable[[Measured], None] | None = None,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
     total = 0
     for kind in source.config.kinds:
         shapes = abstract_block(source.config, kind)
         total += sum(math.prod(shapes[name].shape) for name in matrix_names(source.config, kind))
-    curves: list[WeightCurve] = []
-    for block in block_sensitivities(source, batches, progress):
+    curves: list[WeightCurve] = [] if begin is None else list(begin.curves)
+
+    def measure(block: BlockSensitivity) -> None:
         for names, hessian in block.hessians:
             wanted = [name for name in names if config.for_path(f"layers.{block.index}.{name}") is not None]
             for width in dict.fromkeys(getattr(block.block, name).shape[1] for name in wanted):
                 same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
-                curves += _block_curves(block, same, hessian, config, total)
+                curves.extend(_block_curves(block, same, hessian, config, total))
+
+    block_sensitivities(
+        source, batches, measure, events,
+        begin=None if begin is None else begin.place,
+        keep=None if keep is None else lambda place: keep(Measured(tuple(curves), place)),
+    )  # fmt: skip
     return curves
 
 
@@ -186,7 +206,7 @@ def _block_curves(
     for name, unit in zip(names, per_price, strict=True):
         padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
         choices.append([(bits, unit * price) for bits in padded for price in _PRICES])
-    trials = try_choices(weights, hessian, fisher, choices, config)
+    trials = try_choices(weights, hessian, fisher, choices, config.for_inputs(names[0]))
     curves = []
     for name, w, unit, trial in zip(names, weights, per_price, trials, strict=True):
         loss, outliers = (part.reshape(-1, len(_PRICES)) for part in (trial.loss, trial.outliers))
@@ -289,6 +309,18 @@ class Ledger:
             wanted *= self._planned / self._found
         return _for_counts(wanted, _STEEPNESS)
 
+    def state(self) -> dict[str, Any]:
+        """What was spent so far, as JSON; for `restore`."""
+        return {
+            "left": list(self._left), "spent": float(self._spent),
+            "planned": float(self._planned), "found": float(self._found),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a ledger of the same plan was when it gave `state`; all sums have the same bits."""
+        self._left = {path: self._left[path] for path in state["left"]}
+        self._spent, self._planned, self._found = state["spent"], state["planned"], state["found"]
+
     def _ratio(self) -> float:
         """Outliers that the weights to come may have, as a multiple of what was planned for them."""
         fixed = sum(choice.nbytes - choice.outlier_bytes for choice in self._left.values())
@@ -334,17 +366,30 @@ def plan_budget(
     source: BlockSource,
     batches: Sequence[Any],
     config: SpQRConfig,
-    progress: Callable[[str], None] | None = None,
+    events: Events = ignore,
+    *,
+    begin: Measured | None = None,
+    keep: Callable[[Measured], None] | None = None,
 ) -> Plan:
     """Plans how to meet `config.target_bits`; looks at the first 4096 or so tokens only.
+
+    Args:
+      source: the dense model.
+      batches: int32 [batch, seq] of token ids.
+      config: with `target_bits`.
+      events: told of each block, once forward and once backward, as phase "measuring".
+      begin: what an earlier pass over the same text came to; None to begin anew.
+      keep: is given what was measured so far, after each block on the way back.
 
     Raises:
       SpQRError: the target is out of reach.
     """
     assert config.target_bits is not None
+    check_shards(config, source.config)
     some: list[Any] = []
     for batch in batches:
         if sum(np.size(taken) for taken in some) >= _TOKENS:
             break
         some.append(np.asarray(batch))
-    return make_plan(measure_curves(source, some, config, progress), config.target_bits, config)
+    curves = measure_curves(source, some, config, events, begin=begin, keep=keep)
+    return make_plan(curves, config.target_bits, config)

@@ -100,6 +100,30 @@ def _added(gram: jax.Array, x: jax.Array, about: int) -> jax.Array:
     return gram
 
 
+def accumulate_in_stack(hessians: Hessian, index: jax.Array, x: jax.Array) -> Hessian:
+    """Adds inputs to one of several Hessians of one width, without touching the others.
+
+    Args:
+      hessians: stacked: gram [n, in, in], tokens [n].
+      index: int32 scalar, of the Hessian.
+      x: float32 [rows, in]. All-zero rows do not count.
+    """
+    large = partial(_added_in_stack, about=_LARGE_PANEL)
+    small = partial(_added_in_stack, about=_GRAM_PANEL)
+    grams = lax.platform_dependent(hessians.gram, index, x, cpu=small, default=large)
+    return Hessian(grams, hessians.tokens.at[index].add(jnp.sum(jnp.any(x != 0, axis=1), dtype=jnp.float32)))
+
+
+def _added_in_stack(grams: jax.Array, index: jax.Array, x: jax.Array, about: int) -> jax.Array:
+    """As `_added`, to one matrix of a stack."""
+    for first, end in _panels(x.shape[1], about):
+        part = lax.dot_general(x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        begin = (index, jnp.int32(first), jnp.int32(first))
+        before = lax.dynamic_slice(grams, begin, (1, *part.shape))
+        grams = lax.dynamic_update_slice(grams, before + part, begin)
+    return grams
+
+
 @jax.jit
 def mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
     """(2/n) times the symmetric matrix with this upper triangle."""
@@ -152,9 +176,15 @@ class Factor(NamedTuple):
     shift: jax.Array  # f32 [in], what damping added to the diagonal of H, own order
 
 
-@partial(jax.jit, static_argnums=2)
+def falling_order(diagonal: jax.Array, ranges: int = 1) -> jax.Array:
+    """Inputs by falling mean square within each of `ranges` equal ranges, range after range: f32 [in] -> int32 [in]."""
+    within = jnp.argsort(-diagonal.reshape(ranges, -1), axis=1, stable=True)
+    return (within + jnp.arange(ranges)[:, None] * within.shape[1]).reshape(-1)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
 def _damped_factor(
-    h: jax.Array, damping: jax.Array, by_size: bool
+    h: jax.Array, damping: jax.Array, by_size: bool, ranges: int
 ) -> tuple[jax.Array | None, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """(perm, U, shift) of `Factor`, and whether H and U are finite.
 
@@ -166,7 +196,7 @@ def _damped_factor(
     diagonal = jnp.diagonal(h)
     shift = damping_shift(diagonal, damping)
     damped = h + jnp.diag(shift)
-    perm = jnp.argsort(-diagonal, stable=True) if by_size else None
+    perm = falling_order(diagonal, ranges) if by_size else None
     reverse = jnp.arange(h.shape[0])[::-1] if perm is None else perm[::-1]
     rows = jnp.take(damped, reverse, axis=0, mode="clip")
     lower = jnp.linalg.cholesky(jnp.take(rows, reverse, axis=1, mode="clip"))
@@ -176,12 +206,12 @@ def _damped_factor(
 
 
 def _damped_factor_by_blocks(
-    h: jax.Array, damping: jax.Array, by_size: bool, panel: int
+    h: jax.Array, damping: jax.Array, by_size: bool, ranges: int, panel: int
 ) -> tuple[np.ndarray | None, jax.Array, jax.Array, tuple[bool, bool]]:
     """`_damped_factor` through host memory."""
     diagonal = jnp.diagonal(h)
     shift = damping_shift(diagonal, damping)
-    perm = np.asarray(jnp.argsort(-diagonal, stable=True)) if by_size else None
+    perm = np.asarray(falling_order(diagonal, ranges)) if by_size else None
     order = (np.arange(len(diagonal)) if perm is None else perm)[::-1]
     damped = np.array(h)
     np.fill_diagonal(damped, np.asarray(diagonal + shift))
@@ -190,13 +220,14 @@ def _damped_factor_by_blocks(
     return perm, jax.device_put(inverse[::-1, ::-1]), shift, (h_is_finite, bool(np.isfinite(inverse).all()))
 
 
-def factorize(h: jax.Array, damping: float, by_size: bool = False, panel: int | None = None) -> Factor:
+def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int = 1, panel: int | None = None) -> Factor:
     """Orders and factors H, damping it more if that is what it takes.
 
     Args:
       h: float32 [in, in], symmetric.
       damping: share of the mean diagonal that is added to the diagonal.
       by_size: visit inputs by falling mean square, not as they are.
+      ranges: number of equal ranges of inputs that are ordered each by itself and visited one after the other.
       panel: columns that are factored together, through host memory (`blocked_factor.py`). None: all at once, or
         `blocked_factor.PANEL` where the device's free memory does not hold what that takes.
 
@@ -209,7 +240,7 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False, panel: int | 
         panel = PANEL
     factored = _damped_factor if panel is None else partial(_damped_factor_by_blocks, panel=panel)
     for _ in range(_DAMPING_STEPS):
-        perm, u, shift, finite = factored(h, jnp.float32(used), by_size)
+        perm, u, shift, finite = factored(h, jnp.float32(used), by_size, ranges)
         perm, (h_is_finite, u_is_finite) = jax.device_get((perm, finite))  # the only wait
         if not h_is_finite:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,14 @@ from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, plain_linear
 from spqr_jax.solver import Hessian, empty_hessian
-from spqr_jax.stream.stages import accumulate_drift, accumulate_head, accumulate_stage, run_stage, stage_groups
+from spqr_jax.stream.stages import (
+    Part,
+    accumulate_drift,
+    accumulate_head,
+    accumulate_stage,
+    run_stage,
+    stage_parts,
+)
 from spqr_jax.stream.windows import checked_batch
 
 
@@ -42,10 +50,46 @@ class Activations:
             self._states.append(State(embed(config, outer, jnp.asarray(tokens), self._where[-1])))
 
     def hessians(self, stage: int, block: Block) -> tuple[Hessian, ...]:
-        """One Hessian for each of `stage_groups`, over all chunks."""
-        sums = tuple(empty_hessian(width) for _, width in stage_groups(self.config, block.kind, stage))
-        for state, where in zip(self._states, self._where, strict=True):
-            sums = accumulate_stage(self.config, stage, block, state, where, sums)
+        """One Hessian for each of `stage_groups`, over all chunks, all at once."""
+        return tuple(hessian for _, hessian, _ in self.calibrate(stage, block))
+
+    def calibrate(
+        self, stage: int, block: Block, dense: Activations | None = None, original: Block | None = None
+    ) -> Iterator[tuple[tuple[str, ...], Hessian, jax.Array | None]]:
+        """What to know of each input of a stage, over all chunks, in the order of `stage_groups`.
+
+        Hessians are held for one `Part` of the stage at a time.
+
+        Args:
+          stage: of the block.
+          block: with which these activations run.
+          dense: the same text's activations in the dense model, at the same stage; None for no drift.
+          original: the dense model's block.
+
+        Yields:
+          The names of the weights that read the input, its Hessian, and its drift as `drifts` gives it.
+        """
+        states, beside = self._states.copy(), None if dense is None else dense._states.copy()
+        for part in stage_parts(self.config, block.kind, stage):
+            sums = self._hessian_sums(stage, block, states, part)
+            drifts: Iterator[jax.Array | None] = itertools.repeat(None)
+            if beside is not None and original is not None:
+                drifts = part.split(self._drift_sums(stage, block, states, beside, original, part))
+            for (names, _), hessian, total in zip(part.groups, part.split(sums), drifts, strict=False):
+                yield names, hessian, None if total is None else _mean_drift(hessian, total)
+
+    def _hessian_sums(self, stage: int, block: Block, states: list[State], part: Part) -> tuple[Hessian, ...]:
+        sums = part.empty_sums()
+        for state, where in zip(states, self._where, strict=True):
+            sums = accumulate_stage(self.config, stage, block, state, where, sums, part.experts)
+        return sums
+
+    def _drift_sums(
+        self, stage: int, block: Block, states: list[State], dense: list[State], original: Block, part: Part
+    ) -> tuple[jax.Array, ...]:
+        sums = tuple(hessian.gram for hessian in part.empty_sums())
+        for state, aim, where in zip(states, dense, self._where, strict=True):
+            sums = accumulate_drift(self.config, stage, block, original, state, aim, where, sums, part.experts)
         return sums
 
     def drifts(
@@ -63,10 +107,10 @@ class Activations:
         Returns:
           (2/n) Σ (x_dense - x) xᵀ, f32 [in, in], for each of `stage_groups`.
         """
-        sums = tuple(jnp.zeros_like(hessian.gram) for hessian in hessians)
-        for (state, where), (aim, _) in zip(self.chunks(), dense.chunks(), strict=True):
-            sums = accumulate_drift(self.config, stage, block, original, state, aim, where, sums)
-        return tuple(2.0 / hessian.tokens * total for hessian, total in zip(hessians, sums, strict=True))
+        drifts: list[jax.Array] = []
+        for part in stage_parts(self.config, block.kind, stage):
+            drifts += part.split(self._drift_sums(stage, block, self._states, dense._states, original, part))
+        return tuple(map(_mean_drift, hessians, drifts))
 
     def advance(self, stage: int, block: Block) -> None:
         """Takes every chunk through a stage."""
@@ -98,6 +142,11 @@ class Activations:
         twin.config, twin._linear = self.config, self._linear
         twin._states, twin._where = self._states.copy(), self._where
         return twin
+
+
+def _mean_drift(hessian: Hessian, total: jax.Array) -> jax.Array:
+    """2/n times a sum over n tokens; an expert may have none."""
+    return 2.0 / jnp.maximum(hessian.tokens, 1.0) * total
 
 
 def checked_batches(config: DecoderConfig, batches: Iterable[Any]) -> list[np.ndarray]:

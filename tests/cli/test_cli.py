@@ -73,6 +73,8 @@ def test_inspect_reads_everything_back(folder, quantized):
     layer = values["layers"]["layers.1.up_proj"]
     assert layer["shape"] == [96, 64]
     assert 0 < layer["output_error"] < 0.5
+    assert layer["tokens"] == values["layers"]["layers.0.q_proj"]["tokens"] > 0
+    assert layer["damping"] > 0
     assert values["quantization"]["outlier_threshold"] == 0.2
     assert "layers.1.up_proj" in result.stdout
 
@@ -213,7 +215,7 @@ def test_a_swallowed_interrupt_is_raised_again():
     """As when it arrives in a destructor; in a process of its own, since it changes how signals are handled."""
     program = """
 import os, signal
-from spqr_jax.cli import interrupt
+from spqr_jax.terminal import interrupt
 interrupt.install()
 interrupt.check()
 for _ in range(2):
