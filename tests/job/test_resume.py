@@ -43,7 +43,7 @@ CASES = {
     "target and head": (SpQRConfig(target_bits=4.5, head_bits=3), None, [("measuring", 4), ("quantizing", 1)]),
     "drift": (SpQRConfig(drift_correction=0.5), None, [("quantizing", 1)]),
     "all at once": (SpQRConfig(sequential=False), None, [("quantizing", 1)]),
-    "blocks are tuned": (SpQRConfig(), TuneConfig("blocks", epochs=1), [("quantizing", 2)]),
+    "blocks are tuned": (SpQRConfig(), TuneConfig("blocks", epochs=2), [("quantizing", 2)]),
     "round to nearest": (SpQRConfig.rtn(4, 16, head_bits=8), None, [("quantizing", 1)]),
     "brecq": (SpQRConfig.baseline("brecq", 3, 32, steps=4), None, [("quantizing", 1)]),
 }
