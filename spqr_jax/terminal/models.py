@@ -13,6 +13,7 @@ from spqr_jax._compat import give_back_memory
 from spqr_jax.generate import Generator
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.ready import ReadyDecoder, make_ready
+from spqr_jax.parallel import parse_mesh, shard_source
 from spqr_jax.products import default_implementation, why_no_kernels
 from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import open_model
@@ -31,9 +32,15 @@ def describe_products() -> str:
     return f"matrix products dequantize the weights, which is slow: {why_no_kernels()}"
 
 
-def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
-    """Reads a whole model and makes it ready; says so if that is the slow way."""
-    params = collect(source)
+def load_generator(source: BlockSource, int8_activations: bool, mesh: str | None = None) -> Generator:
+    """Reads a whole model and makes it ready; says so if that is the slow way.
+
+    Args:
+      source: of the model.
+      int8_activations: as `Generator` has it.
+      mesh: devices that share the model, as ``--mesh`` has them; None for one device.
+    """
+    params = collect(source) if mesh is None else shard_source(source, parse_mesh(mesh))
     if quantized_leaves(params) and default_implementation() == "xla":
         say(describe_products())
     generator = Generator(params, int8_activations=int8_activations)
