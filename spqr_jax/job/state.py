@@ -33,9 +33,9 @@ class JobState:
     """The entries of a job's state: read when it goes on, saved at its safe points.
 
     Entries: ``phase`` (plan, blocks, tune, done) and ``seconds`` of all runs so far. In phase plan ``measured`` (what
-    `Measured` holds). After it ``plan``, ``blocks`` (part of the result -> digest), ``layers`` (reports), ``ledger``, and
-    ``activations`` (digests of streams, or "remake"). In phase tune ``tuning`` (what `TuningPlace` holds) and ``result``
-    (digests of trained parts).
+    `Measured` holds). After it ``plan``, ``blocks`` (part of the result -> digest), ``layers`` (reports), ``ledger``
+    and ``activations`` (digests of streams, or "remake"). In phase tune ``tuning`` (what `TuningPlace` holds) and
+    ``result`` (digests of trained parts).
 
     Args:
       journal: keeps it; None to keep nothing.
