@@ -160,7 +160,7 @@ def _provenance(opened: OpenedModel, method: str, calibration: dict[str, Any] | 
         "model": opened.label,
         "method": method,
         "calibration": calibration,
-        "command": shlex.join(["spqr", *sys.argv[1:]]),
+        "command": shlex.join(["spqr", *(word for word in sys.argv[1:] if word not in ("--resume", "--restart"))]),
         "source_quantization": opened.quantized_by,
     }
 
