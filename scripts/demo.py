@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from spqr_jax.cli.display import console, number, size, table, tell
+from spqr_jax.terminal.display import console, number, size, table, tell
 
 SPQR = Path(sys.executable).with_name("spqr")
 CALIBRATION = "--calib pydoc --nsamples 16 --seqlen 1024 --seed 0"

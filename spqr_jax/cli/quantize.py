@@ -30,7 +30,6 @@ from spqr_jax.cli.options import (
     build_tuning,
     parse_mesh,
     parse_rule,
-    read_calibration,
 )
 from spqr_jax.cli.outlook import before_quantize
 from spqr_jax.cli.quantize_options import (
@@ -65,6 +64,7 @@ from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal import interrupt
+from spqr_jax.texts import read_calibration
 
 
 def quantize(
@@ -160,7 +160,7 @@ def _provenance(opened: OpenedModel, method: str, calibration: dict[str, Any] | 
         "model": opened.label,
         "method": method,
         "calibration": calibration,
-        "command": shlex.join(["spqr", *sys.argv[1:]]),
+        "command": shlex.join(["spqr", *(word for word in sys.argv[1:] if word not in ("--resume", "--restart"))]),
         "source_quantization": opened.quantized_by,
     }
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from spqr_jax.tune import TuneConfig
 
 _SAVED_ACTIVATIONS = 1 << 30  # bytes beyond which activations are made again, not saved
+SAVE_EVERY = 60.0  # seconds between two saves of a long phase
 _DISK_SHARE = 0.1  # of the free space that they may take
 
 
@@ -122,6 +123,7 @@ class Job:
         self._config, self._tuning, self._plan = config, tuning, plan
         self._kept, self._mesh = kept, mesh
         self._state = JobState(None if kept is None else kept.journal)
+        self._saved_now = False
         needed = config.needs_calibration or tuning is not None
         if needed and batches is None:
             raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")
@@ -294,10 +296,32 @@ class Job:
 
     def _tune(self, quantized: Any, tuning: TuneConfig, events: Events) -> None:
         """Trains the quantized model and puts it."""
-        from spqr_jax.tune.objectives import tune_into  # it needs optax
+        from spqr_jax.tune.objectives import TuningPlace, tune_into  # they need optax
 
         batches = regrouped(self._batches, tuning.batch_tokens)
-        tune_into(as_source(quantized), self._sink, self._source, batches, tuning, events)
+        place, kept = self._state.tuning_place(), self._kept is not None
+        tune_into(
+            as_source(quantized), self._sink, self._source, batches, tuning, self._tuning_events(events),
+            begin=None if place is None else TuningPlace(*place), keep=self._keep_tuning if kept else None,
+        )  # fmt: skip
+
+    def _keep_tuning(self, place: Any) -> None:
+        """Saves a `TuningPlace`: after a block that is finished, else once a minute."""
+        assert self._kept is not None
+        assert self._tuning is not None
+        by_blocks = self._tuning.objective == "blocks"
+        self._saved_now = by_blocks or self._state.since_saved >= SAVE_EVERY
+        if self._saved_now:
+            self._state.save_tuning(place.done, place.arrays, self._kept.result.digests())
+
+    def _tuning_events(self, events: Events) -> Events:
+        """Events that say where a step was saved; where there is nothing to lose, each may stop."""
+
+        def told(event: Event) -> None:
+            safe = self._kept is None or self._saved_now or event.phase == "reading"
+            events(dataclasses.replace(event, detail=SafePoint()) if safe else event)
+
+        return told
 
 
 def regrouped(batches: Sequence[Any], tokens_per_batch: int) -> Sequence[np.ndarray]:
