@@ -19,10 +19,10 @@ from spqr_jax.files.entries import shown
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import KVCache, positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Decoder, embed, logits
-from spqr_jax.models.finite import not_finite
+from spqr_jax.models.decoder import Block, Decoder, Outer, embed, logits
 from spqr_jax.models.ready import ReadyDecoder, empty_cache, make_ready, run_parts
 from spqr_jax.sampling import Draw, Sampling, sample
+from spqr_jax.stream.finite import not_finite
 
 Cache = tuple[KVCache, ...]
 
@@ -227,7 +227,7 @@ class Generator:
 
     def _not_finite(self, row: int, tokens: Sequence[int]) -> SpQRError:
         """The error of a row whose next token cannot be drawn, after `tokens`."""
-        return not_finite(f"the next token of prompt {row}", self._params, np.asarray([tokens], np.int32))
+        return not_finite(f"the next token of prompt {row}", _ReadOnce(self._params), np.asarray([tokens], np.int32))
 
     def _decode_into(
         self, text: _Text, decode: Any, cache: Cache, progress: _Progress, rest: _Rest, steps: int
@@ -254,6 +254,19 @@ class Generator:
         if key not in self._programs:
             self._programs[key] = compile_as_graph(function.lower(self._params, cache, progress, *rest))
         return self._programs[key]
+
+
+class _ReadOnce:
+    """A prepared model as a source of blocks, whose blocks are read once, in order."""
+
+    def __init__(self, params: ReadyDecoder) -> None:
+        self.config, self._outer, self._blocks = params.config, params.outer, iter(params.layers)
+
+    def outer(self) -> Outer:
+        return self._outer
+
+    def block(self, index: int) -> Block:
+        return next(self._blocks)
 
 
 class _Text:

@@ -23,6 +23,7 @@ from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.models.weights import OUTER_NAMES
 from spqr_jax.output import Claim
 from spqr_jax.quantized import is_quantized
+from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import TreeSource
 
 
@@ -167,7 +168,6 @@ def save(
         CheckpointSink(claim, params.config, quantization, tokenizer=tokenizer, provenance=provenance) as sink,
     ):
         claim.need(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
-        for index in range(params.config.num_layers):
-            sink.put_block(index, source.block(index))
+        sweep.forward(source, sink.put_block)
         sink.put_outer(source.outer())
     return sink.path

@@ -18,6 +18,7 @@ from spqr_jax.cli import interrupt
 from spqr_jax.cli.bench import bench
 from spqr_jax.cli.display import (
     QuantizeProgress,
+    counted_bar,
     describe_head,
     number,
     progress_bar,
@@ -183,8 +184,8 @@ def quantize(
     plan = None
     if config.target_bits is not None:
         assert batches is not None
-        with progress_bar("measuring", 2 * opened.source.config.num_layers) as advance:
-            plan = plan_budget(opened.source, batches, config, advance)
+        with counted_bar("measuring") as events:
+            plan = plan_budget(opened.source, batches, config, events)
         show_plan(plan)
         config = plan.config(config)
     paths = quantizable_paths(opened.source, config)
@@ -235,14 +236,8 @@ def quantize(
 def _tune_into(sink: CheckpointSink, memory: TreeSink, opened: OpenedModel, windows: Any, settings: TuneConfig) -> None:
     """Trains a model in memory and writes it."""
     batches = batched(windows, settings.batch_tokens)
-    steps = settings.epochs * len(batches) if settings.objective == "logits" else opened.source.config.num_layers
-    with progress_bar("tuning", steps) as advance:
-
-        def on_step(done: str, loss: float) -> None:
-            interrupt.check()
-            advance(f"{done}  loss {loss:.4f}")
-
-        params = tune_model(memory.params(), opened.source, batches, settings, on_step)
+    with counted_bar("tuning") as events:
+        params = tune_model(memory.params(), opened.source, batches, settings, events)
     for index, block in enumerate(params.layers):
         sink.put_block(index, block)
     sink.put_outer(params.outer)

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from spqr_jax.cli import interrupt
+from spqr_jax.events import Event, Events
 from spqr_jax.job.report import LayerReport
 from spqr_jax.output import write_file
 from spqr_jax.planning.budget import Plan
@@ -78,14 +79,19 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def counted_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with time left; yields a function that takes the steps done and the steps in all."""
+def counted_bar(label: str) -> Iterator[Events]:
+    """A bar with time left, `label` until the first event; yields what shows events in it, one phase after another."""
     with _bar() as bar:
         task = bar.add_task(label, total=None, note="")
+        phase = ""
 
-        def show(done: int, total: int) -> None:
+        def show(event: Event) -> None:
+            nonlocal phase
             interrupt.check()
-            bar.update(task, completed=done, total=total)
+            if event.phase != phase:
+                phase = event.phase
+                bar.reset(task, description=phase)
+            bar.update(task, completed=event.done, total=event.total, note=event.note)
 
         yield show
 

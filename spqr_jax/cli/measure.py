@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import Fidelity
 from spqr_jax.evaluate.fidelity import compare as compare_models
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
+from spqr_jax.events import Event, Events
 from spqr_jax.resolve import MODEL_HELP, OpenedModel, open_model
 from spqr_jax.stream.blocks import collect
 
@@ -61,7 +63,7 @@ def perplexity(
     outlook = before_perplexity(opened, tokens, data, batch_size, dtype)
     params = collect(opened.source)
     with counted_bar("perplexity") as show:
-        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=show)
+        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=_told(show))
     tell(
         "perplexity ",
         (f"{alone.perplexity:.4f}", "bold"),
@@ -146,7 +148,11 @@ def _windows(opened: OpenedModel, data: str, seqlen: int, count: int | None) -> 
 def _compare(dense: OpenedModel, opened: OpenedModel, tokens: np.ndarray, batch_size: int) -> Fidelity:
     models = collect(dense.source), collect(opened.source)
     with counted_bar("comparing") as show:
-        return compare_models(*models, tokens, batch_size=batch_size, progress=show)
+        return compare_models(*models, tokens, batch_size=batch_size, progress=_told(show))
+
+
+def _told(events: Events) -> Callable[[int, int], None]:
+    return lambda done, total: events(Event("scoring", done, total))
 
 
 def _setting(model: str, data: str, tokens: np.ndarray) -> dict[str, Any]:

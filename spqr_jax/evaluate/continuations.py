@@ -27,7 +27,8 @@ from spqr_jax.models.attention import KVCache, Positions, Prefix, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
 from spqr_jax.models.dense import embedding_part, head_part
-from spqr_jax.models.finite import not_finite
+from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.finite import not_finite
 
 _HEAD_CHUNK = 128  # positions whose logits are held at once
 
@@ -96,7 +97,7 @@ def continuation_scores(
             for request, total, is_greedy in zip(batch.requests, totals, greedy, strict=False):  # the rest is padding
                 if not np.isfinite(total):
                     text = np.array([[*request.prefix, *request.suffix]], np.int32)
-                    raise not_finite(f"the log-probability of request {request.index}", params, text)
+                    raise not_finite(f"the log-probability of request {request.index}", TreeSource(params), text)
                 scores[request.index] = ContinuationScore(float(total), bool(is_greedy))
     return [score for score in scores if score is not None]
 

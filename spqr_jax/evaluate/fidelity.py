@@ -25,11 +25,12 @@ from jax import lax
 
 from spqr_jax.errors import DataError, ModelError
 from spqr_jax.evaluate.passes import Steps, final_residuals, window_groups
-from spqr_jax.evaluate.perplexity import checked_windows
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder, Outer, logits
 from spqr_jax.models.dense import head_part
-from spqr_jax.models.finite import not_finite
+from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.finite import not_finite
+from spqr_jax.stream.windows import checked_windows
 
 _HEAD_CHUNK = 128  # positions whose logits, of both models, are held at once
 
@@ -251,7 +252,9 @@ def _refuse_infinite(parts: Sequence[TokenStatistics], models: tuple[Decoder, De
     for name, model, field in zip(("dense", "quantized"), models, ("dense_loss", "loss"), strict=True):
         losses = np.concatenate([getattr(part, field) for part in parts])
         if bad := np.flatnonzero(~np.isfinite(losses).all(axis=1)).tolist():
-            raise not_finite(f"the {name} model's loss of window {bad[0]}", model, windows[bad[0] : bad[0] + 1])
+            raise not_finite(
+                f"the {name} model's loss of window {bad[0]}", TreeSource(model), windows[bad[0] : bad[0] + 1]
+            )
 
 
 def summarize(statistics: TokenStatistics, seconds: float = math.nan) -> Fidelity:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.errors import DataError
 from spqr_jax.evaluate.passes import Steps, final_residuals, window_groups
-from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.dense import head_part
-from spqr_jax.models.finite import not_finite
+from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.finite import not_finite
 from spqr_jax.stream.head import sequence_losses
+from spqr_jax.stream.windows import checked_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +105,4 @@ def _group_losses(params: Decoder, batches: Sequence[np.ndarray], steps: Steps) 
 
 def _refuse_infinite(losses: Sequence[np.ndarray], params: Decoder, windows: np.ndarray) -> None:
     if bad := np.flatnonzero(~np.isfinite(np.concatenate(losses))).tolist():
-        raise not_finite(f"the loss of window {bad[0]}", params, windows[bad[0] : bad[0] + 1])
-
-
-def checked_windows(windows: np.ndarray, config: DecoderConfig) -> np.ndarray:
-    """Windows that the model can take, or a DataError that says why not."""
-    if windows.ndim != 2 or not windows.size or windows.shape[1] < 2:
-        raise DataError(f"expected token ids [windows, length >= 2], got shape {windows.shape}")
-    if windows.shape[1] > config.max_positions:
-        raise DataError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's context of {config.max_positions}; "
-            "use shorter ones (--seqlen)"
-        )
-    if windows.min() < 0 or windows.max() >= config.vocab_size:
-        raise DataError(
-            f"token ids range from {windows.min()} to {windows.max()}, but the model's vocabulary has "
-            f"{config.vocab_size} tokens: was the text tokenized for another model?"
-        )
-    return windows
+        raise not_finite(f"the loss of window {bad[0]}", TreeSource(params), windows[bad[0] : bad[0] + 1])

@@ -24,6 +24,7 @@ import numpy as np
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
@@ -156,7 +157,7 @@ def measure_curves(
     source: BlockSource,
     batches: Iterable[Any],
     config: SpQRConfig,
-    progress: Callable[[str], None] | None = None,
+    events: Events = ignore,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
     total = 0
@@ -164,12 +165,15 @@ def measure_curves(
         shapes = abstract_block(source.config, kind)
         total += sum(math.prod(shapes[name].shape) for name in matrix_names(source.config, kind))
     curves: list[WeightCurve] = []
-    for block in block_sensitivities(source, batches, progress):
+
+    def measure(block: BlockSensitivity) -> None:
         for names, hessian in block.hessians:
             wanted = [name for name in names if config.for_path(f"layers.{block.index}.{name}") is not None]
             for width in dict.fromkeys(getattr(block.block, name).shape[1] for name in wanted):
                 same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
-                curves += _block_curves(block, same, hessian, config, total)
+                curves.extend(_block_curves(block, same, hessian, config, total))
+
+    block_sensitivities(source, batches, measure, events)
     return curves
 
 
@@ -334,9 +338,15 @@ def plan_budget(
     source: BlockSource,
     batches: Sequence[Any],
     config: SpQRConfig,
-    progress: Callable[[str], None] | None = None,
+    events: Events = ignore,
 ) -> Plan:
     """Plans how to meet `config.target_bits`; looks at the first 4096 or so tokens only.
+
+    Args:
+      source: the dense model.
+      batches: int32 [batch, seq] of token ids.
+      config: with `target_bits`.
+      events: told of each block, once forward and once backward, as phase "measuring".
 
     Raises:
       SpQRError: the target is out of reach.
@@ -347,4 +357,4 @@ def plan_budget(
         if sum(np.size(taken) for taken in some) >= _TOKENS:
             break
         some.append(np.asarray(batch))
-    return make_plan(measure_curves(source, some, config, progress), config.target_bits, config)
+    return make_plan(measure_curves(source, some, config, events), config.target_bits, config)

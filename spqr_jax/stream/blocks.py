@@ -56,6 +56,11 @@ class TreeSource:
         return self._params.layers[index]
 
 
+def as_source(model: Decoder | BlockSource) -> BlockSource:
+    """The model as a source of blocks."""
+    return TreeSource(model) if isinstance(model, Decoder) else model
+
+
 class TreeSink:
     """Collects a parameter tree in memory."""
 
@@ -108,8 +113,9 @@ def with_equal_capacities(blocks: Sequence[Block]) -> list[Block]:
 
 def collect(source: BlockSource) -> Decoder:
     """Reads a whole model into memory."""
+    from spqr_jax.stream import sweep  # which imports this module
+
     sink = TreeSink(source.config)
     sink.put_outer(source.outer())
-    for index in range(source.config.num_layers):
-        sink.put_block(index, source.block(index))
+    sweep.forward(source, sink.put_block, read_ahead=False)  # nothing to do meanwhile
     return sink.params()
