@@ -26,10 +26,12 @@ from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
+from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.stages import rounded_linear
 
 _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
@@ -173,7 +175,8 @@ def measure_curves(
                 same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
                 curves.extend(_block_curves(block, same, hessian, config, total))
 
-    block_sensitivities(source, batches, measure, events)
+    linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
+    block_sensitivities(source, batches, measure, events, linear)
     return curves
 
 

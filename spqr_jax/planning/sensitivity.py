@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import BlockKind, DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, plain_linear, run_block
+from spqr_jax.models.decoder import STAGES, Block, Linear, State, matrix_names, plain_linear, run_block
 from spqr_jax.models.finite import refuse_infinite
 from spqr_jax.models.tiles import Tiles, multiply_tiles
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
@@ -33,7 +33,14 @@ from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
-from spqr_jax.stream.stages import Group, InputRecorder, stage_groups
+from spqr_jax.stream.stages import (
+    Group,
+    InputRecorder,
+    rounded_linear,
+    rounded_throughout,
+    run_stage,
+    stage_groups,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +64,18 @@ class BlockSensitivity:
 class _Watching(InputRecorder):
     """A `linear` that applies the weights, notes their inputs and adds to their outputs."""
 
-    def __init__(self, added: dict[str, jax.Array]) -> None:
+    def __init__(self, added: dict[str, jax.Array], linear: Linear) -> None:
         super().__init__()
-        self._added = added
+        self._added, self._linear = added, linear
 
     def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
         super().__call__(name, w, x)
-        return plain_linear(name, w, x) + self._added[name]
+        y = self._linear(name, w, x)
+        return y + self._added[name].astype(y.dtype)
 
     def experts(self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles) -> list[jax.Array]:
         super().experts(block, names, x, tiles)
-        results = multiply_tiles(plain_linear, block, names, x, tiles)
+        results = multiply_tiles(self._linear, block, names, x, tiles)
         return [y + self._added[name] for name, y in zip(names[0], results, strict=True)]
 
 
@@ -96,9 +104,15 @@ def _first_alike(name: str) -> str:
     return re.sub(r"^experts\.\d+\.", "experts.0.", name)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=5)
 def _backward(
-    config: DecoderConfig, block: Block, residual: jax.Array, where: Positions, gradient: jax.Array, sums: _Sums
+    config: DecoderConfig,
+    block: Block,
+    residual: jax.Array,
+    where: Positions,
+    gradient: jax.Array,
+    sums: _Sums,
+    linear: Linear = plain_linear,
 ) -> tuple[jax.Array, _Sums]:
     """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`."""
     # Adding a zero to each output and asking for its gradient gives g.
@@ -110,7 +124,7 @@ def _backward(
     }
 
     def run(residual: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        watching = _Watching(added)
+        watching = _Watching(added, rounded_throughout if linear is rounded_linear else linear)
         after = run_block(config, block, State(residual), where, watching).residual
         return after, [*watching.inputs, *(given.rows for given in watching.pairs)]
 
@@ -120,6 +134,7 @@ def _backward(
         name: sums[0][name] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(g.ndim - 1)))
         for name, g in by_output.items()
     }
+    inputs = [x.astype(jnp.bfloat16) if linear is rounded_linear else x for x in inputs]
     return before, (squares, [accumulate_hessian(h, x) for h, x in zip(sums[1], inputs, strict=True)])
 
 
@@ -142,6 +157,7 @@ def block_sensitivities(
     batches: Iterable[Any],
     visit: Callable[[BlockSensitivity], None],
     events: Events = ignore,
+    linear: Linear = plain_linear,
 ) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
 
@@ -152,6 +168,7 @@ def block_sensitivities(
       batches: int32 [batch, seq] of token ids, few will do.
       visit: is given a :class:`BlockSensitivity` for each block, the last block first.
       events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
+      linear: what multiplies with the weights, as in calibration.
 
     Raises:
       NotFiniteError: activations or gradients are no numbers; says behind which block.
@@ -165,13 +182,17 @@ def block_sensitivities(
     def pass_forward(index: int, block: Block) -> None:
         before.append(list(residuals))
         for chunk, where in enumerate(places):
-            residuals[chunk] = pass_block(config, block, residuals[chunk], where)
+            state = State(residuals[chunk])
+            for stage in range(len(STAGES)):  # calibration's own programs
+                state = run_stage(config, stage, block, state, where, linear)
+            residuals[chunk] = state.residual
         refuse_infinite(residuals, f"activations after block {index}")
         steps.advance(note=f"forward through block {index}", detail=index)
 
     sweep.forward(source, pass_forward)
     gradients = [
-        loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
+        loss_gradient(config, outer, x, jnp.asarray(tokens), linear)
+        for x, tokens in zip(residuals, batches, strict=True)
     ]
     refuse_infinite(gradients, "gradients of the loss after the last block")
     residuals.clear()
@@ -180,7 +201,7 @@ def block_sensitivities(
     def pass_backward(index: int, block: Block) -> None:
         sums = _empty_sums(config, block)
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
-            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums)
+            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums, linear)
         visit(_sensitivity(config, index, block, sums, tokens_seen))
         steps.advance(note=f"backward through block {index}", detail=index)
 

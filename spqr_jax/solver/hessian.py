@@ -67,7 +67,8 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
 
     Args:
       hessian: the sum so far; `empty_hessian` at the start.
-      x: inputs [..., in], any float type.
+      x: inputs [..., in], any float type. Products of bfloat16 inputs are exact in float32, and a processor with
+        instructions for them takes half the time.
 
     Returns:
       The new sum, in float32.
@@ -80,7 +81,8 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
       >>> float(hessian.tokens), hessian.matrix().shape
       (256.0, (32, 32))
     """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
     large = partial(_added, about=_LARGE_PANEL)
     gram = lax.platform_dependent(hessian.gram, x, cpu=partial(_added, about=_GRAM_PANEL), default=large)
     return Hessian(gram, hessian.tokens + jnp.sum(jnp.any(x != 0, axis=1), dtype=jnp.float32))
@@ -88,8 +90,16 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
 
 def _added(gram: jax.Array, x: jax.Array, about: int) -> jax.Array:
     """gram + xᵀ x in panels of about so many columns, each from the diagonal on."""
+    # Without the barrier XLA multiplies x as it stands; on a CPU, bfloat16 then takes as long as float32.
+    transposed = lax.optimization_barrier(x.T) if x.dtype == jnp.bfloat16 else x.T
     for first, end in _panels(x.shape[1], about):
-        part = lax.dot_general(x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        part = lax.dot_general(
+            transposed[first:end],
+            x[:, first:],
+            (((1,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
         gram = lax.dynamic_update_slice(gram, gram[first:end, first:] + part, (first, first))
     return gram
 
