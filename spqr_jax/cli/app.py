@@ -167,7 +167,7 @@ def quantize(
         steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()),
         head_bits=head_bits,
-    )
+    ).resolved()
     claim = context.with_resource(Claim(out, overwrite))
     opened = open_model(model, dtype, say)
     if opened.quantized:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from spqr_jax._compat import few_lapack_threads
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, NotFiniteError
 from spqr_jax.job.block_solver import BlockSolver
@@ -42,6 +43,8 @@ def quantize_blocks(
     are held. Arguments and errors as :func:`quantize`; `plan` is one made before
     for `config.target_bits`, or None to make it now.
     """
+    config = config.resolved()
+    few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
     outer = source.outer()
     report = Reporter(on_layer)
     activations, ledger = None, None

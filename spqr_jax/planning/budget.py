@@ -14,6 +14,7 @@ of its candidates. λ is what makes the total meet the target.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
@@ -32,13 +34,15 @@ from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.windows import batched, checked_batch
 
 _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
 # Prices tried, in nats per token for one bit more on every weight of the model.
 _PRICES = np.geomspace(0.01, 2.0, 5)
 _LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `_STEEPNESS`
-_TOKENS = 4096  # of calibration text that a plan looks at, at least one batch
+_TOKENS = 4096  # of calibration text that a plan looks at, about
+_WINDOW = 512  # tokens of a window that a plan looks at, or more if there are few windows
 _TOLERANCE = 0.005  # bits per weight by which a finished model may miss its target
 _GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
 _STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
@@ -343,7 +347,7 @@ def plan_budget(
     config: SpQRConfig,
     events: Events = ignore,
 ) -> Plan:
-    """Plans how to meet `config.target_bits`; looks at the first 4096 or so tokens only.
+    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, 4096 or so tokens in all.
 
     Args:
       source: the dense model.
@@ -355,9 +359,26 @@ def plan_budget(
       SpQRError: the target is out of reach.
     """
     assert config.target_bits is not None
-    some: list[Any] = []
-    for batch in batches:
-        if sum(np.size(taken) for taken in some) >= _TOKENS:
+    config = config.resolved()
+    few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
+    text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches])
+    curves = measure_curves(source, text, config, events)
+    give_back_memory()
+    return make_plan(curves, config.target_bits, config)
+
+
+def beginnings(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The beginnings of the first windows, about `_TOKENS` tokens: int32 [batch, seq] each, in and out.
+
+    Attention to short windows takes fewer operations, and many windows are more different from each other. Each begins
+    as its window does, so a model that needs a BOS token finds it.
+    """
+    length = max(_WINDOW, -(-_TOKENS // max(1, sum(len(batch) for batch in batches))))
+    by_length: dict[int, list[np.ndarray]] = {}
+    left = _TOKENS
+    for window in itertools.chain.from_iterable(batches):
+        if left <= 0:
             break
-        some.append(np.asarray(batch))
-    return make_plan(measure_curves(source, some, config, events), config.target_bits, config)
+        by_length.setdefault(len(window[:length]), []).append(window[:length])
+        left -= len(window[:length])
+    return [batch for windows in by_length.values() for batch in batched(np.stack(windows))]

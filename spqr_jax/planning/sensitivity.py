@@ -115,6 +115,7 @@ def _backward(
     linear: Linear = plain_linear,
 ) -> tuple[jax.Array, _Sums]:
     """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`."""
+    residual = residual.astype(gradient.dtype)
     # Adding a zero to each output and asking for its gradient gives g.
     tokens = residual.shape[:-1]
     pairs = (tokens[0] * tokens[1] * config.experts_per_token,)
@@ -161,7 +162,8 @@ def block_sensitivities(
 ) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
 
-    Held at once: one block, the next one, and the text's activations before every block.
+    Held at once: one block, the next one, and the text's activations before every block, in bfloat16 if `linear`
+    rounds to it.
 
     Args:
       source: the dense model.
@@ -177,10 +179,11 @@ def block_sensitivities(
     chunks = list(Activations(config, outer, batches).chunks())
     places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
     before: list[list[jax.Array]] = []
+    kept_as = jnp.bfloat16 if linear is rounded_linear else residuals[0].dtype
     steps = Steps("measuring", 2 * config.num_layers, events)
 
     def pass_forward(index: int, block: Block) -> None:
-        before.append(list(residuals))
+        before.append([x.astype(kept_as) for x in residuals])
         for chunk, where in enumerate(places):
             state = State(residuals[chunk])
             for stage in range(len(STAGES)):  # calibration's own programs

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Outer, logits
+from spqr_jax.models.decoder import Linear, Outer, logits, plain_linear
 
 _HEAD_CHUNK = 512  # positions whose logits are held at once
 
 
-@partial(jax.jit, static_argnums=0)
-def sequence_losses(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 4))
+def sequence_losses(
+    config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array, linear: Linear = plain_linear
+) -> jax.Array:
     """Mean next-token loss in nats of each sequence: [batch, tokens, hidden], int32 [batch, tokens] -> f32 [batch].
 
     The logits are never held whole, nor in a gradient.
@@ -29,7 +31,7 @@ def sequence_losses(config: DecoderConfig, outer: Outer, residual: jax.Array, to
 
     @jax.checkpoint
     def body(first: jax.Array) -> jax.Array:
-        scores = logits(config, outer, lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1))
+        scores = logits(config, outer, lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1), linear)
         target = lax.dynamic_slice_in_dim(targets, first, chunk, axis=1)
         picked = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0]
         loss = jax.nn.logsumexp(scores, axis=-1) - picked
@@ -38,11 +40,16 @@ def sequence_losses(config: DecoderConfig, outer: Outer, residual: jax.Array, to
     return jnp.sum(lax.map(body, jnp.arange(0, padded, chunk)), axis=0) / length
 
 
-@partial(jax.jit, static_argnums=0)
-def loss_gradient(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Gradient of the summed next-token loss by the residual stream behind the last block."""
+@partial(jax.jit, static_argnums=(0, 4))
+def loss_gradient(
+    config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array, linear: Linear = plain_linear
+) -> jax.Array:
+    """Gradient of the summed next-token loss by the residual stream behind the last block.
+
+    `linear` multiplies by the head.
+    """
 
     def total(residual: jax.Array) -> jax.Array:
-        return jnp.sum(sequence_losses(config, outer, residual, tokens)) * (tokens.shape[1] - 1)
+        return jnp.sum(sequence_losses(config, outer, residual, tokens, linear)) * (tokens.shape[1] - 1)
 
     return jax.grad(total)(residual)

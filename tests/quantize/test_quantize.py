@@ -99,7 +99,7 @@ def test_the_calibration_dtype_is_the_configurations(tiny_model, tiny_batches):
     )
     assert np.any(exact != rounded)
     np.testing.assert_array_equal(rounded, again)
-    with pytest.raises(SpQRError, match="calibration_dtype must be one of bfloat16, float32"):
+    with pytest.raises(SpQRError, match="calibration_dtype must be one of auto, bfloat16, float32"):
         SpQRConfig(calibration_dtype="float16")
 
 
