@@ -52,8 +52,8 @@ def few_lapack_threads(widest: int) -> None:
     """Lets LAPACK work with one thread where all matrices are small. Call it before the first factorization.
 
     The threads of OpenBLAS, which SciPy brings and JAX calls, wait for work in a busy loop. Between small
-    factorizations this takes more CPU seconds than all of them. A value of OPENBLAS_NUM_THREADS that is set already stays, and once
-    SciPy's library is loaded this has no effect.
+    factorizations this takes more CPU seconds than all of them. A value of OPENBLAS_NUM_THREADS that is set already
+    stays, and once SciPy's library is loaded this has no effect.
 
     Args:
       widest: inputs of the widest matrix.
