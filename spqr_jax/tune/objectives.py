@@ -21,23 +21,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # schedules
-from jax import lax
 
 from spqr_jax.errors import DataError, NotFiniteError, SpQRError
 from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
+from spqr_jax.models.decoder import Block, Decoder, Outer, State, pass_block, run_block
 from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, as_source
+from spqr_jax.stream.head import divergence_gradient
 from spqr_jax.stream.stages import rounded_linear
 from spqr_jax.tune.form import BlockForm, block_form, finished, note_entries, padded_entries, to_block, updated
 
 Tune = Literal["none", "blocks", "logits"]
 
 _WARM_UP = 0.15  # share of steps over which the learning rate rises
-_HEAD_CHUNK = 64  # positions whose logits are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,39 +109,6 @@ def _match_step(
     return updated(form, gradient, rate), value
 
 
-@partial(jax.jit, static_argnums=0)
-def _divergence(
-    config: DecoderConfig, outer: Outer, student: jax.Array, teacher: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Mean KL(p ‖ q) in nats per token, p the teacher's and q the student's, and its gradient by the student.
-
-    Both are residual streams [batch, tokens, hidden]. By the student's logits the
-    gradient is q - p; the norm and head before them are differentiated.
-    """
-    hidden = student.shape[-1]
-    tokens = student.size // hidden
-    chunk = min(_HEAD_CHUNK, tokens)
-    padding = -tokens % chunk
-
-    def by_chunk(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.reshape(tokens, hidden), ((0, padding), (0, 0))).reshape(-1, chunk, hidden)
-
-    # Rounded once, not once a chunk. A tied head is the embedding, which has no part here.
-    head = dataclasses.replace(outer, **{config.head_path: getattr(outer, config.head_path).astype(jnp.bfloat16)})
-
-    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        student, teacher, counted = part
-        scores, back = jax.vjp(lambda x: logits(config, head, x, rounded_linear), student)
-        got, wanted = (jax.nn.log_softmax(each) for each in (scores, logits(config, head, teacher, rounded_linear)))
-        p = jnp.exp(wanted)
-        value = jnp.sum(jnp.where(counted, jnp.sum(p * (wanted - got), axis=-1), 0.0)) / tokens
-        return value, back(jnp.where(counted[:, None], jnp.exp(got) - p, 0.0) / tokens)[0]
-
-    counted = (jnp.arange(tokens + padding) < tokens).reshape(-1, chunk)
-    values, gradients = lax.map(one, (by_chunk(student), by_chunk(teacher), counted))
-    return jnp.sum(values), gradients.reshape(-1, hidden)[:tokens].reshape(student.shape)
-
-
 # ---- the two objectives -----------------------------------------------------------------
 
 
@@ -213,6 +179,12 @@ def _residuals(config: DecoderConfig, outer: Outer, batches: list[np.ndarray]) -
     return [state.residual for state, _ in Activations(config, outer, batches).chunks()]
 
 
+def _rounded_head(config: DecoderConfig, outer: Outer) -> Outer:
+    """The dense model's norm and head, the head in bfloat16: rounded once, not at each step."""
+    norm_only = Outer(None, outer.final_norm, final_norm_bias=outer.final_norm_bias)
+    return dataclasses.replace(norm_only, **{config.head_path: getattr(outer, config.head_path).astype(jnp.bfloat16)})
+
+
 def _forms(source: BlockSource) -> list[BlockForm]:
     """All blocks in the form in which they are trained."""
     longest: dict[str, int] = {}
@@ -242,7 +214,7 @@ def _tune_logits(
         reading.advance(note=f"block {index} of the dense model")
 
     sweep.forward(dense, pass_dense)
-    forms, dense_outer = _forms(source), dense.outer()
+    forms, head = _forms(source), _rounded_head(model, dense.outer())
     orders = _orders(config, len(batches))
     steps = Steps("tuning", len(orders), events)
     for step, (rate, batch) in enumerate(orders):
@@ -251,7 +223,7 @@ def _tune_logits(
         for form in forms:
             inputs.append(x)
             x = _run(model, form, x, where)
-        loss, gradient = _divergence(model, dense_outer, x, teacher[batch])
+        loss, gradient = divergence_gradient(model, head, x, teacher[batch], rounded_linear)
         for index in reversed(range(len(forms))):
             forms[index], gradient = _backward_step(
                 model, forms[index], inputs.pop(), where, gradient, jnp.float32(rate)
