@@ -109,7 +109,7 @@ class BlockSolver:
 
         With no tokens at all the Hessian is the identity, and its weights are rounded to nearest.
         """
-        tokens, width = float(hessian.tokens), hessian.gram.shape[0]
+        tokens, width = float(hessian.tokens), hessian.width
         if tokens >= width:
             return configs
         self.starved |= {name.split(".")[1]: int(tokens) for name in configs}

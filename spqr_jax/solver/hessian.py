@@ -40,13 +40,18 @@ class Hessian:
     gram: jax.Array
     tokens: jax.Array
 
+    @property
+    def width(self) -> int:
+        """Number of inputs."""
+        return int(self.gram.shape[-1])
+
     def matrix(self) -> jax.Array:
         """The Hessian of the squared output error, H = (2/n) X Xᵀ for n tokens (GPTQ, arXiv 2210.17323).
 
         Returns:
           float32 [in, in], symmetric.
         """
-        return _mean_square(self.gram, self.tokens)
+        return mean_square(self.gram, self.tokens)
 
 
 def empty_hessian(in_features: int) -> Hessian:
@@ -90,18 +95,24 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
 
 def _added(gram: jax.Array, x: jax.Array, about: int) -> jax.Array:
     """gram + xᵀ x in panels of about so many columns, each from the diagonal on."""
-    # Without the barrier XLA multiplies x as it stands; on a CPU, bfloat16 then takes as long as float32.
-    transposed = lax.optimization_barrier(x.T) if x.dtype == jnp.bfloat16 else x.T
     for first, end in _panels(x.shape[1], about):
-        part = lax.dot_general(
-            transposed[first:end],
-            x[:, first:],
-            (((1,), (0,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        part = gram_panel(x, first, end)
         gram = lax.dynamic_update_slice(gram, gram[first:end, first:] + part, (first, first))
     return gram
+
+
+def gram_panel(x: jax.Array, first: int, end: int) -> jax.Array:
+    """Rows `first` to `end` of xᵀ x, from column `first` on: x [tokens, in], float32 or bfloat16, summed in float32."""
+    panel = x[:, first:end].T
+    if x.dtype == jnp.bfloat16:  # without the barrier XLA multiplies x as it lies, on a CPU as slowly as float32
+        panel = lax.optimization_barrier(panel)
+    return lax.dot_general(
+        panel,
+        x[:, first:],
+        (((1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def accumulate_in_stack(hessians: Hessian, index: jax.Array, x: jax.Array) -> Hessian:
@@ -129,7 +140,7 @@ def _added_in_stack(grams: jax.Array, index: jax.Array, x: jax.Array, about: int
 
 
 @jax.jit
-def _mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
+def mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
     """(2/n) times the symmetric matrix with this upper triangle."""
     return (jnp.triu(gram) + jnp.triu(gram, 1).T) * (2.0 / jnp.maximum(tokens, 1.0))
 

@@ -168,12 +168,21 @@ def accumulate_stage(
       linear: what takes the text through the stages. With `rounded_linear` the inputs are rounded to bfloat16, as they
         are where the weights read them.
     """
-    recorder = InputRecorder()
-    STAGES[stage](config, block, state, where, recorder)
+    recorder = recorded(config, stage, block, state, where, linear)
     if recorder.pairs:
         return (_accumulate_experts(sums[0], recorder.pairs[0], experts),)
-    inputs = [x.astype(jnp.bfloat16) if linear is rounded_linear else x for x in recorder.inputs]
-    return tuple(accumulate_hessian(h, x) for h, x in zip(sums, inputs, strict=True))
+    return tuple(accumulate_hessian(h, x) for h, x in zip(sums, recorder.inputs, strict=True))
+
+
+def recorded(
+    config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear = plain_linear
+) -> InputRecorder:
+    """What the weights of a stage read, inside a program; in bfloat16 if `linear` is `rounded_linear`."""
+    recorder = InputRecorder()
+    STAGES[stage](config, block, state, where, recorder)
+    if linear is rounded_linear:
+        recorder.inputs = [x.astype(jnp.bfloat16) for x in recorder.inputs]
+    return recorder
 
 
 def _accumulate_experts(sums: Hessian, given: PairInput, experts: np.ndarray) -> Hessian:
@@ -262,7 +271,14 @@ def _experts_drift(
 def run_stage(
     config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear = plain_linear
 ) -> State:
-    """One stage of a block on one chunk.
+    """One stage of a block on one chunk."""
+    return after_stage(config, stage, block, state, where, linear)
+
+
+def after_stage(
+    config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear
+) -> State:
+    """`run_stage` inside a program.
 
     With `rounded_linear`, attention's products are rounded alike, and what the next stage's weights read (`inner`) is
     held in bfloat16: they round it anyway.
