@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax.checkpoint import CheckpointSource
+from spqr_jax.checkpoint import CheckpointSource, content_digest
 from spqr_jax.models.weights import OUTER_NAMES, Weight
 from spqr_jax.quantized import is_quantized
 from spqr_jax.stream import sweep
@@ -22,7 +22,7 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
       blocks' quantized weights; nan if there are none), `head_bits` (stored bits a
       weight of the output head; None if it is dense), `bytes` (all leaves),
       `quantized_bytes`, `dense_bytes` (what all weights would take dense, in the
-      type of the norms), `quantization`, `provenance`, and `layers`: for each
+      type of the norms), `digest` (see `content_digest`), `quantization`, `provenance`, and `layers`: for each
       quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
       `outlier_percent`, `output_error` (nan if it was not recorded), `tokens` and
       `damping` of its calibration (None if they were not recorded).
@@ -75,6 +75,7 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
         "bytes": total,
         "quantized_bytes": quantized,
         "dense_bytes": dense_total,
+        "digest": content_digest(source.path, verify=False),
         "quantization": None if source.quantization is None else source.quantization.to_json(),
         "provenance": source.provenance,
         "layers": layers,

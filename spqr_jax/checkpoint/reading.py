@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ class CheckpointSource:
             raise CheckpointError(
                 f"{path} is not a checkpoint directory of {FORMAT}, which has both model/ and layers/"
             )
-        self._header = header = _read_header(self.path / "model")
+        self._header = header = read_header(self.path / "model")
         quantization = header.raw("quantization")
         label = header.label
         try:
@@ -69,7 +71,7 @@ class CheckpointSource:
         self._config = with_named_tokens(self._config, self.path)  # which an older checkpoint may not know
         self.provenance: dict[str, Any] = header.nested("provenance").to_dict()
         self.layer_stats = _layer_stats(header, "")
-        self._headers = [self._block_header(index) for index in range(self._config.num_layers)]
+        self._headers = [_block_header(self.path, index) for index in range(self._config.num_layers)]
         for index, block_header in enumerate(self._headers):
             self.layer_stats |= _layer_stats(block_header, f"layers.{index}.")
 
@@ -78,44 +80,74 @@ class CheckpointSource:
         return self._config
 
     def outer(self) -> Outer:
-        return Outer(**self._read(self.path / "model", self._header, outer_shapes(self._config)))
+        return Outer(**read_weights(self.path / "model", self._header, outer_shapes(self._config)))
 
     def block(self, index: int) -> Block:
-        kind = self._config.kind(index)
-        expected = block_shapes(self._config, kind)
-        return Block(self._read(self._block_directory(index), self._headers[index], expected), kind)
+        return _block(self.path, index, self._headers[index], self._config)
 
-    def _block_directory(self, index: int) -> Path:
-        return self.path / "layers" / f"{index:05d}"
+    def identity(self) -> str:
+        """SHA-256 of what the checkpoint says of its parts, which has the SHA-256 of each array."""
+        headers = [header.to_dict() for header in (self._header, *self._headers)]
+        return hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest()
 
-    def _block_header(self, index: int) -> Entries:
-        directory = self._block_directory(index)
-        header = _read_header(directory)
-        if header.integer("index") != index:
-            raise CheckpointError(f"{directory} says that it is block {header.integer('index')}, expected {index}")
-        return header
 
-    def _read(self, directory: Path, header: Entries, expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        described = header.nested("weights")
-        for name in {**expected, **described.to_dict()}:
-            if name not in described:
-                raise described.lacks(name, f"a weight of shape {expected[name]}")
-            shape = described.nested(name).integers("shape")
-            if tuple(shape) != expected.get(name):
-                wanted = f"expected {list(expected[name])}" if name in expected else "but the model has no such weight"
-                raise CheckpointError(f"{directory}: weight {shown(name)} has shape {shown(shape)}, {wanted}")
-        specs = {name: WeightSpec.from_json(described.nested(name)) for name in described}
-        tree = _read_tree(directory, specs)
-        weights = {}
-        for name, spec in specs.items():
-            for leaf, value in tree[name].items():
-                if fingerprint(np.asarray(value))["sha256"] != spec.leaves[leaf].sha256:
-                    raise CheckpointError(
-                        f"{directory}: leaf {name}.{leaf} does not match its checksum: "
-                        "the file is damaged or was edited"
-                    )
-            weights[name] = spec.build(tree[name], f"{directory}: {name}")
-        return {name: weights[name] for name in expected}
+def block_part(index: int) -> Path:
+    """The directory of a block inside a checkpoint."""
+    return Path("layers") / f"{index:05d}"
+
+
+def read_outer(folder: Path, config: DecoderConfig) -> Outer:
+    """The outer weights in a checkpoint, which may lack blocks.
+
+    Raises:
+      CheckpointError: as `CheckpointSource`.
+    """
+    return Outer(**read_weights(folder / "model", read_header(folder / "model"), outer_shapes(config)))
+
+
+def read_block(folder: Path, index: int, config: DecoderConfig) -> Block:
+    """One block of a checkpoint, which may lack others.
+
+    Raises:
+      CheckpointError: as `CheckpointSource`.
+    """
+    return _block(folder, index, _block_header(folder, index), config)
+
+
+def _block(folder: Path, index: int, header: Entries, config: DecoderConfig) -> Block:
+    kind = config.kind(index)
+    return Block(read_weights(folder / block_part(index), header, block_shapes(config, kind)), kind)
+
+
+def _block_header(folder: Path, index: int) -> Entries:
+    directory = folder / block_part(index)
+    header = read_header(directory)
+    if header.integer("index") != index:
+        raise CheckpointError(f"{directory} says that it is block {header.integer('index')}, expected {index}")
+    return header
+
+
+def read_weights(directory: Path, header: Entries, expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The weights of a part, verified."""
+    described = header.nested("weights")
+    for name in {**expected, **described.to_dict()}:
+        if name not in described:
+            raise described.lacks(name, f"a weight of shape {expected[name]}")
+        shape = described.nested(name).integers("shape")
+        if tuple(shape) != expected.get(name):
+            wanted = f"expected {list(expected[name])}" if name in expected else "but the model has no such weight"
+            raise CheckpointError(f"{directory}: weight {shown(name)} has shape {shown(shape)}, {wanted}")
+    specs = {name: WeightSpec.from_json(described.nested(name)) for name in described}
+    tree = _read_tree(directory, specs)
+    weights = {}
+    for name, spec in specs.items():
+        for leaf, value in tree[name].items():
+            if fingerprint(np.asarray(value))["sha256"] != spec.leaves[leaf].sha256:
+                raise CheckpointError(
+                    f"{directory}: leaf {name}.{leaf} does not match its checksum: the file is damaged or was edited"
+                )
+        weights[name] = spec.build(tree[name], f"{directory}: {name}")
+    return {name: weights[name] for name in expected}
 
 
 def _layer_stats(header: Entries, prefix: str) -> dict[str, dict[str, float]]:
@@ -129,7 +161,12 @@ def _layer_stats(header: Entries, prefix: str) -> dict[str, dict[str, float]]:
     return {prefix + name: stats.nested(name).to_dict() for name in stats}
 
 
-def _read_header(directory: Path) -> Entries:
+def read_header(directory: Path) -> Entries:
+    """What a checkpoint says of one of its parts.
+
+    Raises:
+      CheckpointError: it is missing, damaged or of another version.
+    """
     ocp = orbax_v1()
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is missing: the checkpoint is incomplete")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import typer
 
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
-from spqr_jax.cli.display import counted_bar, progress_bar, say, size, tell
+from spqr_jax.cli.display import EventView, progress_bar, say, size, tell
 from spqr_jax.cli.help import argument, flag, option
 from spqr_jax.cli.next_step import after_export, after_writing
 from spqr_jax.cli.options import Dtype, Out, Overwrite
@@ -72,7 +72,7 @@ def export(
     source = CheckpointSource(directory)
     claim.need(exported_bytes(source, form, jnp.dtype(dtype).itemsize))
     with HFDirectory(claim) as target:
-        with counted_bar("exporting") as events:
+        with EventView() as events:
             origin = origin_config(directory)
             if form == "dense":
                 export_dense(source, target, jnp.dtype(dtype), events, origin)

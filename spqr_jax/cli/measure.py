@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from spqr_jax.cli.display import counted_bar, number, say, table, tell, write_json
+from spqr_jax.cli.display import EventView, number, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
 from spqr_jax.cli.next_step import after_compare, after_perplexity
 from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
@@ -58,7 +58,7 @@ def perplexity(
         outlook.end(after_compare(against, model))
         return
     outlook = before_perplexity(opened, tokens, data, batch_size, dtype)
-    with counted_bar("perplexity") as events:
+    with EventView() as events:
         alone = measure_perplexity(opened.source, tokens, batch_size=batch_size, events=events)
     tell(
         "perplexity ",
@@ -142,7 +142,7 @@ def _windows(opened: OpenedModel, data: str, seqlen: int, count: int | None) -> 
 
 
 def _compare(dense: OpenedModel, opened: OpenedModel, tokens: np.ndarray, batch_size: int) -> Fidelity:
-    with counted_bar("comparing") as events:
+    with EventView() as events:
         return compare_models(dense.source, opened.source, tokens, batch_size=batch_size, events=events)
 
 

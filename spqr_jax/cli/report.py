@@ -17,7 +17,7 @@ from spqr_jax.analysis import ModelAnalysis
 from spqr_jax.analysis import analyze as analyze_model
 from spqr_jax.atomic import AtomicDirectory
 from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.cli.display import counted_bar, say, table, tell
+from spqr_jax.cli.display import EventView, say, table, tell
 from spqr_jax.cli.help import OUTPUT, argument, option
 from spqr_jax.cli.next_step import after_analyze
 from spqr_jax.cli.options import (
@@ -96,7 +96,7 @@ def analyze(
     }
     outlook = before_analyze(original, calibration, dtype)
     begun = time.perf_counter()
-    with counted_bar("analyzing") as events:
+    with EventView() as events:
         found = analyze_model(original.source, batched(windows), config, maps=maps, events=events)
     setting["seconds"] = time.perf_counter() - begun
     run = Run(model, summary, found, setting, tuple(r for r in measured if str(r.get("model")) == model))

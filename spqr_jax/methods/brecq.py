@@ -112,8 +112,9 @@ class BlockReconstruction:
         self._importance = _output_importance(source, batches)
         self._dense = Activations(source.config, source.outer(), batches, rounded_linear)
 
-    def solve(self, activations: Activations, block: Block, prefix: str) -> Block:
-        """Quantizes one block and takes both streams of activations through it."""
+    def solve(self, activations: Activations | None, block: Block, prefix: str, last: bool) -> Block:
+        """Quantizes one block and takes both streams of activations through it; see `spqr_jax.job.block_solver`."""
+        assert activations is not None
         model, importance = activations.config, self._importance.pop(0)
         for stage in range(len(STAGES)):
             self._dense.advance(stage, block)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.events import LayerReports
 from support.problems import correlated_problem, run_forward, with_dense_weights
 
 from spqr_jax import SpQRConfig, SpQRError, load, perplexity, quantize, save
@@ -234,12 +235,12 @@ def block_error(model, other, batches):
 
 @pytest.mark.slow
 def test_brecq_reconstructs_blocks_better_than_rounding_to_nearest(tiny_model, tiny_batches, tmp_path, text):
-    seen = []
+    reports = LayerReports()
     config = SpQRConfig.baseline("brecq", 3, 32, steps=60)
-    small = quantize(tiny_model, tiny_batches, config, on_layer=lambda report: seen.append(report.path))
+    small = quantize(tiny_model, tiny_batches, config, events=reports)
     plain = quantize(tiny_model, None, SpQRConfig.rtn(3, 32, fit="search"))
     assert block_error(tiny_model, small, tiny_batches) < 0.8 * block_error(tiny_model, plain, tiny_batches)
-    assert len(seen) == 14
+    assert len(reports.layers) == 14
     save(tmp_path / "m", small)
     assert perplexity(load(tmp_path / "m"), text).perplexity == perplexity(small, text).perplexity
 
