@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from spqr_jax._compat import few_lapack_threads
+from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
 from spqr_jax.events import Event, Events, ignore
@@ -144,8 +144,13 @@ class Job:
         def visit(index: int, block: Block) -> None:
             last = index + 1 == model.num_layers and not reads_end
             sink.put_block(index, solver.solve(activations, block, f"layers.{index}.", last))
+            give_back_memory()  # else what the C library keeps grows from block to block
 
         sweep.forward(self._source, visit)
+        del visit, solver
+        if not reads_end:  # the head, the largest matrix, needs their memory
+            activations = None
+            give_back_memory()
         sink.put_outer(quantized_head(model.head_path, outer, activations, config, report))
 
     def _tune(self, params: Decoder, tuning: TuneConfig, events: Events) -> None:

@@ -295,7 +295,8 @@ def after_stage(
 
 def rounded_throughout(name: str, w: Any, x: jax.Array) -> jax.Array:
     """`rounded_linear`, whose queries, keys and values are bfloat16, so that attention multiplies in bfloat16, too."""
-    y = rounded_linear(name, w, x)
+    w = jnp.asarray(w)
+    y = rounded_linear(name, w, x.astype(w.dtype))
     return y.astype(jnp.bfloat16) if name in _ATTENTION else y
 
 
