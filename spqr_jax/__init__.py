@@ -18,6 +18,7 @@ from spqr_jax.methods import quantize_weight
 from spqr_jax.methods.report import LayerReport
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, forward
+from spqr_jax.parallel import ShardedDecoder, shard
 from spqr_jax.products import linear, prepare
 from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model
@@ -43,6 +44,7 @@ __all__ = [
     "NotFiniteError",
     "Perplexity",
     "Sampling",
+    "ShardedDecoder",
     "SpQRArray",
     "SpQRConfig",
     "SpQRError",
@@ -60,4 +62,5 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "save",
+    "shard",
 ]

@@ -26,6 +26,7 @@ LAYERS = [
     ["solver"],
     ["models"],
     ["stream"],
+    ["parallel"],
     ["methods", "evaluate"],
     ["planning", "tune", "analysis"],
     ["checkpoint"],

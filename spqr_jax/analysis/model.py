@@ -152,14 +152,14 @@ def _analyze_block(
     for stage in range(len(STAGES)):
         groups = stage_groups(model, block.kind, stage)
         for (names, _), hessian in zip(groups, activations.hessians(stage, block), strict=True):
-            factors: dict[tuple[str, float], Any] = {}
+            factors: dict[tuple[str, float, int], Any] = {}
             matrix = hessian.matrix()
             for name in names:
                 path = f"layers.{index}.{name}"
                 own = config.for_path(path)
                 if own is None:
                     continue
-                key = (own.order, own.damping)
+                key = (own.order, own.damping, own.input_shards)
                 factor = factors.setdefault(key, None) or factor_hessian(matrix, own)
                 factors[key] = factor
                 w = block[name].astype(jnp.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from spqr_jax.atomic import AtomicDirectory
 from spqr_jax.checkpoint.growing import CheckpointFolder
@@ -18,6 +19,7 @@ from spqr_jax.methods.report import LayerReport
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.output import Claim
+from spqr_jax.parallel import ShardedDecoder, ShardedSource
 from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import TreeSource
 
@@ -57,6 +59,11 @@ class CheckpointSink(AtomicDirectory):
             self._parts = CheckpointFolder(
                 self.partial, config, quantization, provenance=provenance, durable=self._claim.run is not None
             )
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Of the model."""
+        return self._parts.config
 
     @property
     def layer_stats(self) -> dict[str, dict[str, float]]:
@@ -117,7 +124,7 @@ class CheckpointSink(AtomicDirectory):
 
 def save(
     path: Path | str,
-    params: Decoder,
+    params: Decoder | ShardedDecoder,
     quantization: SpQRConfig | None = None,
     *,
     tokenizer: Any = None,
@@ -129,7 +136,8 @@ def save(
 
     Args:
       path: the directory to make.
-      params: the model, dense or quantized.
+      params: the model, dense or quantized. A model on several devices is put together block by block, so that any
+        number of devices can load it. With several processes all must call `save`; the first one writes.
       quantization: how it was quantized, kept with the model; None if it was not.
       tokenizer: a transformers tokenizer to keep with the model, or None.
       provenance: a dictionary of JSON values that tells where the model comes from, or None.
@@ -147,7 +155,13 @@ def save(
       >>> path.name
       'other'
     """
-    source = TreeSource(params)
+    source = ShardedSource(params) if isinstance(params, ShardedDecoder) else TreeSource(params)
+    if isinstance(params, ShardedDecoder) and jax.process_index() > 0:  # it takes part in the exchange of pieces
+        for index in range(params.config.num_layers):
+            source.block(index)
+        source.outer()
+        multihost_utils.sync_global_devices("saved")
+        return Path(path)
     with (
         Claim(path, overwrite) as claim,
         CheckpointSink(claim, params.config, quantization, tokenizer=tokenizer, provenance=provenance) as sink,
@@ -157,4 +171,6 @@ def save(
             sink.record(layer.path, dataclasses.asdict(layer.stats))
         sweep.forward(source, sink.put_block)
         sink.put_outer(source.outer())
+    if isinstance(params, ShardedDecoder) and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("saved")
     return sink.path

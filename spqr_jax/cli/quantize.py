@@ -19,12 +19,16 @@ from spqr_jax.cli.options import (
     CalibrationSeqLen,
     Dtype,
     Json,
+    Mesh,
     Model,
     Out,
     Overwrite,
+    Restart,
+    Resume,
     Windows,
     build_config,
     build_tuning,
+    parse_mesh,
     parse_rule,
     read_calibration,
 )
@@ -37,6 +41,7 @@ from spqr_jax.cli.quantize_options import (
     Fit,
     GroupSize,
     HeadBits,
+    InputShards,
     Method,
     Order,
     OutlierThreshold,
@@ -51,14 +56,15 @@ from spqr_jax.cli.quantize_options import (
     TuneLearningRate,
     TuneObjective,
 )
-from spqr_jax.errors import ModelError
+from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.estimate import quantized_bytes
 from spqr_jax.inspection import summarize
 from spqr_jax.job.directory import quantize_to
 from spqr_jax.job.job import JobReport
-from spqr_jax.output import Claim
+from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
 from spqr_jax.stream.windows import batched
+from spqr_jax.terminal import interrupt
 
 
 def quantize(
@@ -66,6 +72,8 @@ def quantize(
     model: Model,
     out: Out,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    restart: Restart = False,
     json: Json = None,
     preset: Preset = None,
     target_bits: TargetBits = None,
@@ -87,11 +95,13 @@ def quantize(
     stats_group_size: StatsGroupSize = None,
     fit: Fit = None,
     order: Order = None,
+    input_shards: InputShards = None,
     damping: Damping = None,
     drift_correction: DriftCorrection = None,
     sequential: Sequential = None,
     calibration_dtype: CalibrationDtype = None,
     dtype: Dtype = None,
+    mesh: Mesh = None,
 ) -> None:
     """Compress a model and save it."""
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
@@ -99,9 +109,10 @@ def quantize(
         method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
         stats_group_size=stats_group_size, outlier_threshold=outlier_threshold, damping=damping,
         drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
-        sequential=sequential, steps=steps, rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
+        input_shards=input_shards, sequential=sequential, steps=steps,
+        rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
     ).resolved()  # fmt: skip
-    claim = context.with_resource(Claim(out, overwrite))
+    claim = _claim(context, out, overwrite, resume, restart)
     opened = _open_dense(model, dtype)
     claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
     batches, calibration = None, None
@@ -111,10 +122,10 @@ def quantize(
     elif calib:
         say(f"--method {method} uses no calibration text: --calib is ignored")
     outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
-    with EventView() as view:
+    with EventView() as view, interrupt.at_safe_points():
         place, report = quantize_to(
             claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
-            provenance=_provenance(opened, method, calibration),
+            provenance=_provenance(opened, method, calibration), mesh=parse_mesh(mesh),
         )  # fmt: skip
     summary = summarize(CheckpointSource(place))
     _show_result(place, summary, report)
@@ -123,6 +134,17 @@ def quantize(
     if opened.note is not None:
         say(opened.note)
     outlook.end(after_writing(out))
+
+
+def _claim(context: typer.Context, out: Path, overwrite: bool, resume: bool, restart: bool) -> Claim:
+    """The result's name, and what to do with an unfinished run of that name."""
+    if resume and restart:
+        raise SpQRError("--resume goes on with a run, --restart begins again: give one of them")
+    try:
+        return context.with_resource(Claim(out, overwrite, run="resume" if resume else "restart" if restart else "new"))
+    except AlreadyFinished as error:
+        say(str(error))
+        raise typer.Exit from None
 
 
 def _open_dense(model: str, dtype: str | None) -> OpenedModel:

@@ -9,7 +9,7 @@ from typing import Any
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, NotFiniteError
 from spqr_jax.job.block_solver import BlockSolver, GroupSolver, Parallel, Sequential, Uncalibrated
-from spqr_jax.methods import quantize_weights
+from spqr_jax.methods import check_shards, quantize_weights
 from spqr_jax.methods.report import Reporter
 from spqr_jax.models.decoder import Outer, matrix_names
 from spqr_jax.models.finite import advice
@@ -44,6 +44,7 @@ def choose_solver(
       report: told of each weight.
       ledger: keeps to a budget, or None where there is none.
     """
+    check_shards(config, source.config)
     weights = GroupSolver(config, report, ledger)
     if activations is None:
         return Uncalibrated(weights, source.config)

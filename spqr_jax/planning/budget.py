@@ -14,10 +14,9 @@ of its candidates. λ is what makes the total meet the target.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,14 @@ from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
+from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
-from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
+from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.stages import rounded_linear
-from spqr_jax.stream.windows import batched, checked_batch
+from spqr_jax.stream.windows import beginnings, checked_batch
 
 _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
@@ -159,18 +159,29 @@ class Plan:
         return dataclasses.replace(config, target_bits=None, rules=skips + rules)
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an unfinished measuring pass has come to: curves of the blocks that it has seen, and where it goes on."""
+
+    curves: tuple[WeightCurve, ...]
+    place: BackwardPlace
+
+
 def measure_curves(
     source: BlockSource,
     batches: Iterable[Any],
     config: SpQRConfig,
     events: Events = ignore,
+    *,
+    begin: Measured | None = None,
+    keep: Callable[[Measured], None] | None = None,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
     total = 0
     for kind in source.config.kinds:
         shapes = abstract_block(source.config, kind)
         total += sum(math.prod(shapes[name].shape) for name in matrix_names(source.config, kind))
-    curves: list[WeightCurve] = []
+    curves: list[WeightCurve] = [] if begin is None else list(begin.curves)
 
     def measure(block: BlockSensitivity) -> None:
         for names, hessian in block.hessians:
@@ -180,7 +191,11 @@ def measure_curves(
                 curves.extend(_block_curves(block, same, hessian, config, total))
 
     linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-    block_sensitivities(source, batches, measure, events, linear)
+    block_sensitivities(
+        source, batches, measure, events, linear=linear,
+        begin=None if begin is None else begin.place,
+        keep=None if keep is None else lambda place: keep(Measured(tuple(curves), place)),
+    )  # fmt: skip
     return curves
 
 
@@ -197,7 +212,7 @@ def _block_curves(
     for name, unit in zip(names, per_price, strict=True):
         padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
         choices.append([(bits, unit * price) for bits in padded for price in _PRICES])
-    trials = try_choices(weights, hessian, fisher, choices, config)
+    trials = try_choices(weights, hessian, fisher, choices, config.for_inputs(names[0]))
     curves = []
     for name, w, unit, trial in zip(names, weights, per_price, trials, strict=True):
         loss, outliers = (part.reshape(-1, len(_PRICES)) for part in (trial.loss, trial.outliers))
@@ -300,6 +315,18 @@ class Ledger:
             wanted *= self._planned / self._found
         return _for_counts(wanted, _STEEPNESS)
 
+    def state(self) -> dict[str, Any]:
+        """What was spent so far, as JSON; for `restore`."""
+        return {
+            "left": list(self._left), "spent": float(self._spent),
+            "planned": float(self._planned), "found": float(self._found),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a ledger of the same plan was when it gave `state`; all sums have the same bits."""
+        self._left = {path: self._left[path] for path in state["left"]}
+        self._spent, self._planned, self._found = state["spent"], state["planned"], state["found"]
+
     def _ratio(self) -> float:
         """Outliers that the weights to come may have, as a multiple of what was planned for them."""
         fixed = sum(choice.nbytes - choice.outlier_bytes for choice in self._left.values())
@@ -346,39 +373,27 @@ def plan_budget(
     batches: Sequence[Any],
     config: SpQRConfig,
     events: Events = ignore,
+    *,
+    begin: Measured | None = None,
+    keep: Callable[[Measured], None] | None = None,
 ) -> Plan:
     """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, 4096 or so tokens in all.
 
     Args:
-      source: the dense model.
-      batches: int32 [batch, seq] of token ids.
+      source, batches: the dense model; int32 [batch, seq] of token ids.
       config: with `target_bits`.
       events: told of each block, once forward and once backward, as phase "measuring".
+      begin: what an earlier pass over the same text came to; None to begin anew.
+      keep: is given what was measured so far, after each block on the way back.
 
     Raises:
       SpQRError: the target is out of reach.
     """
     assert config.target_bits is not None
+    check_shards(config, source.config)
     config = config.resolved()
     few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
-    text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches])
-    curves = measure_curves(source, text, config, events)
+    text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches], _TOKENS, _WINDOW)
+    curves = measure_curves(source, text, config, events, begin=begin, keep=keep)
     give_back_memory()
     return make_plan(curves, config.target_bits, config)
-
-
-def beginnings(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The beginnings of the first windows, about `_TOKENS` tokens: int32 [batch, seq] each, in and out.
-
-    Attention to short windows takes fewer operations, and many windows are more different from each other. Each begins
-    as its window does, so a model that needs a BOS token finds it.
-    """
-    length = max(_WINDOW, -(-_TOKENS // max(1, sum(len(batch) for batch in batches))))
-    by_length: dict[int, list[np.ndarray]] = {}
-    left = _TOKENS
-    for window in itertools.chain.from_iterable(batches):
-        if left <= 0:
-            break
-        by_length.setdefault(len(window[:length]), []).append(window[:length])
-        left -= len(window[:length])
-    return [batch for windows in by_length.values() for batch in batched(np.stack(windows))]

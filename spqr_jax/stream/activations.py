@@ -69,14 +69,14 @@ class Activations:
         Yields:
           The names of the weights that read the input, its Hessian, and its drift as `drifts` gives it.
         """
-        states, beside = list(self._states), None if dense is None else list(dense._states)
+        states, beside = self._states.copy(), None if dense is None else dense._states.copy()
         for part in stage_parts(self.config, block.kind, stage):
             sums = self._hessian_sums(stage, block, states, part)
             drifts: Iterator[jax.Array | None] = itertools.repeat(None)
             if beside is not None and original is not None:
                 drifts = part.split(self._drift_sums(stage, block, states, beside, original, part))
             for (names, _), hessian, total in zip(part.groups, part.split(sums), drifts, strict=False):
-                yield names, hessian, None if total is None else 2.0 / hessian.tokens * total
+                yield names, hessian, None if total is None else _mean_drift(hessian, total)
 
     def _hessian_sums(self, stage: int, block: Block, states: list[State], part: Part) -> tuple[Hessian, ...]:
         sums = part.empty_sums()
@@ -110,7 +110,7 @@ class Activations:
         drifts: list[jax.Array] = []
         for part in stage_parts(self.config, block.kind, stage):
             drifts += part.split(self._drift_sums(stage, block, self._states, dense._states, original, part))
-        return tuple(2.0 / hessian.tokens * total for hessian, total in zip(hessians, drifts, strict=True))
+        return tuple(map(_mean_drift, hessians, drifts))
 
     def advance(self, stage: int, block: Block) -> None:
         """Takes every chunk through a stage."""
@@ -142,6 +142,11 @@ class Activations:
         twin.config, twin._linear = self.config, self._linear
         twin._states, twin._where = self._states.copy(), self._where
         return twin
+
+
+def _mean_drift(hessian: Hessian, total: jax.Array) -> jax.Array:
+    """2/n times a sum over n tokens; an expert may have none."""
+    return 2.0 / jnp.maximum(hessian.tokens, 1.0) * total
 
 
 def checked_batches(config: DecoderConfig, batches: Iterable[Any]) -> list[np.ndarray]:

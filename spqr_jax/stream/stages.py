@@ -179,7 +179,7 @@ def recorded(
 ) -> InputRecorder:
     """What the weights of a stage read, inside a program; in bfloat16 if `linear` is `rounded_linear`."""
     recorder = InputRecorder()
-    STAGES[stage](config, block, state, where, recorder)
+    STAGES[stage](config, block, _as_wide_as_the_stream(state), where, recorder)
     if linear is rounded_linear:
         recorder.inputs = [x.astype(jnp.bfloat16) for x in recorder.inputs]
     return recorder
@@ -238,9 +238,8 @@ def accumulate_drift(
     experts: np.ndarray,
 ) -> tuple[jax.Array, ...]:
     """Adds one chunk's (x_dense - x) xᵀ to the sums of a `Part`, f32 [in, in] each; experts' sums are stacked."""
-    drifted, dense = InputRecorder(), InputRecorder()
-    STAGES[stage](config, block, state, where, drifted)
-    STAGES[stage](config, original, dense_state, where, dense)
+    drifted = recorded(config, stage, block, state, where)
+    dense = recorded(config, stage, original, dense_state, where)
     if drifted.pairs:
         return (_experts_drift(sums[0], drifted.pairs[0], dense.pairs[0], config.experts_per_token, experts),)
     return tuple(total + cross_gram(aim, x) for total, x, aim in zip(sums, drifted.inputs, dense.inputs, strict=True))
@@ -285,12 +284,17 @@ def after_stage(
     """
     if linear is not rounded_linear:
         return STAGES[stage](config, block, state, where, linear)
-    if state.inner is not None:
-        state = dataclasses.replace(state, inner=state.inner.astype(state.residual.dtype))
-    state = STAGES[stage](config, block, state, where, rounded_throughout)
+    state = STAGES[stage](config, block, _as_wide_as_the_stream(state), where, rounded_throughout)
     if state.inner is not None and state.route is None:
         state = dataclasses.replace(state, inner=state.inner.astype(jnp.bfloat16))
     return state
+
+
+def _as_wide_as_the_stream(state: State) -> State:
+    """`inner` in the residual stream's type. XLA drops the detour where the next product rounds it again."""
+    if state.inner is None:
+        return state
+    return dataclasses.replace(state, inner=state.inner.astype(state.residual.dtype))
 
 
 def rounded_throughout(name: str, w: Any, x: jax.Array) -> jax.Array:

@@ -131,12 +131,15 @@ def test_bytes_of_calibration_and_models():
     assert memory.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 + 96) * 4
     assert memory.calibration_bytes(TINY, SpQRConfig(drift_correction=0.5), TEXT, 4) == 2 * 384 * (64 + 96) * 4
     dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)
-    assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (2 * BLOCK + 2 * HEAD)
+    assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (
+        2 * BLOCK + 2 * HEAD
+    )  # two of two blocks
     assert memory.perplexity_bytes(TINY, TEXT, 2, 4, packed=False) > dense
-    # A packed model: 0.6 bytes a weight, and one block (more weights than the head) in float32.
+    # A packed model: of two blocks 0.6 bytes a weight, and one of them in float32.
     packed = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=True)
-    weights = 2 * BLOCK + 2 * HEAD
-    assert dense - packed == pytest.approx(4 * weights - 0.6 * weights - 4 * max(BLOCK, HEAD))
+    assert dense - packed == pytest.approx((2 * 4 - 2 * 0.6 - 4) * BLOCK)
+    # More blocks take no more memory.
+    assert memory.perplexity_bytes(dataclasses.replace(TINY, num_layers=9), TEXT, 1, 4, packed=True) == packed
     both = memory.compare_bytes(TINY, TINY, TEXT, 1, 4)
     assert both > packed
 
