@@ -111,7 +111,7 @@ def quantize(
         drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
         input_shards=input_shards, sequential=sequential, steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
-    )  # fmt: skip
+    ).resolved()  # fmt: skip
     claim = _claim(context, out, overwrite, resume, restart)
     opened = _open_dense(model, dtype)
     claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))

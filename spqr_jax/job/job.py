@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
 from spqr_jax.events import Event, Events, Remark, SafePoint, ignore
@@ -120,7 +121,7 @@ class Job:
         mesh: Mesh | None = None,
     ) -> None:
         self._source, self._sink = source, sink
-        self._config, self._tuning, self._plan = config, tuning, plan
+        self._config, self._tuning, self._plan = config.resolved(), tuning, plan
         self._kept, self._mesh = kept, mesh
         self._state = JobState(None if kept is None else kept.journal)
         self._saved_now = False
@@ -140,6 +141,7 @@ class Job:
           NotFiniteError: activations are infinite or NaN. The message says at which weight this begins.
           SpQRError: the model or the configuration cannot be used.
         """
+        few_lapack_threads(max(self._source.config.hidden_size, self._source.config.intermediate_size))
         self._adopt()
         plan = self._planned(events)
         config = self._config if plan is None else plan.config(self._config)
@@ -231,12 +233,16 @@ class Job:
         def visit(index: int, block: Block) -> None:
             last = index + 1 == model.num_layers and not reads_end
             store.put_block(index, solver.solve(activations, block, f"layers.{index}.", last))
+            give_back_memory()  # else what the C library keeps grows from block to block
             if self._kept is not None:
                 streams = self._put_streams(activations, solver) if saves and not last else "remake"
                 self._save_blocks(self._kept, report, ledger, streams)
                 events(Event("quantizing", len(report.layers), report.total, f"block {index}", SafePoint()))
 
         sweep.forward(self._source, visit, first=first)
+        if not reads_end:  # the head, the largest matrix, needs their memory
+            activations = None
+            give_back_memory()
         store.put_outer(quantized_head(model.head_path, outer, activations, config, report))
         if self._kept is not None:
             self._save_blocks(self._kept, report, ledger, None)
