@@ -9,8 +9,10 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import itertools
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -110,3 +112,62 @@ def give_back_memory() -> None:
     """Returns what was freed to the system, where the C library keeps it otherwise (glibc's `malloc_trim`)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function; TypeError: Windows
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def start_distributed(timeout: int, **settings: Any) -> None:
+    """`jax.distributed.initialize`, with collective operations between processes on CPUs, too; seconds to wait."""
+    if jax.config._read("jax_cpu_collectives_implementation") in (None, "", "none"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(initialization_timeout=timeout, **settings)
+
+
+def _coordinator() -> Any:
+    from jax._src import distributed  # not public in any version
+
+    return distributed.global_state.client
+
+
+_barriers = itertools.count()
+
+
+def barrier(name: str, timeout: int) -> None:
+    """Returns once all processes are here, or raises after so many seconds."""
+    if jax.process_count() > 1:
+        _coordinator().wait_at_barrier(f"spqr/{name}/{next(_barriers)}", 1000 * timeout)
+
+
+class Watch:
+    """Ends this process once another has told that it failed.
+
+    Args:
+      grace: seconds that the process has to end by itself.
+    """
+
+    _FOLDER = "spqr/failed/"
+
+    def __init__(self, grace: float) -> None:
+        self._grace, self._closed = grace, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="other processes")
+        self._thread.start()
+
+    def tell(self, message: str) -> None:
+        """Tells the others."""
+        with contextlib.suppress(Exception):  # they may be gone
+            _coordinator().key_value_set(f"{self._FOLDER}{jax.process_index()}", message)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        mine = f"{self._FOLDER}{jax.process_index()}"
+        while not self._closed.wait(1.0):
+            try:
+                failed = [text for key, text in _coordinator().key_value_dir_get(self._FOLDER) if key != mine]
+            except Exception as error:  # process 0 is gone, which keeps what is told
+                failed = [f"the first process does not answer: {error}"]
+            if failed:
+                print(f"spqr: {failed[0]}; all processes end", file=sys.stderr, flush=True)
+                if not self._closed.wait(self._grace):
+                    os._exit(1)
+                return

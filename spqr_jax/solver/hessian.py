@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.solver.blocked_factor import PANEL, fits_plainly, inverse_of_cholesky
 
 _DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfold
 _LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
@@ -220,7 +221,22 @@ def _damped_factor(
     return perm, inverse[::-1, ::-1], shift, finite
 
 
-def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int = 1) -> Factor:
+def _damped_factor_by_blocks(
+    h: jax.Array, damping: jax.Array, by_size: bool, ranges: int, panel: int
+) -> tuple[np.ndarray | None, jax.Array, jax.Array, tuple[bool, bool]]:
+    """`_damped_factor` through host memory."""
+    diagonal = jnp.diagonal(h)
+    shift = damping_shift(diagonal, damping)
+    perm = np.asarray(falling_order(diagonal, ranges)) if by_size else None
+    order = (np.arange(len(diagonal)) if perm is None else perm)[::-1]
+    damped = np.array(h)
+    np.fill_diagonal(damped, np.asarray(diagonal + shift))
+    h_is_finite = bool(np.isfinite(damped).all())
+    inverse = inverse_of_cholesky(damped[np.ix_(order, order)], panel)
+    return perm, jax.device_put(inverse[::-1, ::-1]), shift, (h_is_finite, bool(np.isfinite(inverse).all()))
+
+
+def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int = 1, panel: int | None = None) -> Factor:
     """Orders and factors H, damping it more if that is what it takes.
 
     Args:
@@ -228,14 +244,19 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int =
       damping: share of the mean diagonal that is added to the diagonal.
       by_size: visit inputs by falling mean square, not as they are.
       ranges: number of equal ranges of inputs that are ordered each by itself and visited one after the other.
+      panel: columns that are factored together, through host memory (`blocked_factor.py`). None: all at once, or
+        `blocked_factor.PANEL` where the device's free memory does not hold what that takes.
 
     Raises:
       DataError: `h` has values that are not finite.
       SpQRError: no damping made `h` positive definite, so it is no Hessian.
     """
     used = damping
+    if panel is None and not fits_plainly(h.shape[0], next(iter(h.devices()))):
+        panel = PANEL
+    factored = _damped_factor if panel is None else partial(_damped_factor_by_blocks, panel=panel)
     for _ in range(_DAMPING_STEPS):
-        perm, u, shift, finite = _damped_factor(h, jnp.float32(used), by_size, ranges)
+        perm, u, shift, finite = factored(h, jnp.float32(used), by_size, ranges)
         perm, (h_is_finite, u_is_finite) = jax.device_get((perm, finite))  # the only wait
         if not h_is_finite:
             raise DataError(

@@ -64,23 +64,6 @@ class PanelHessian:
         panels, tokens = devices.gather(self.mesh, (self.panels, self.tokens))
         return mean_square(_assembled(panels), tokens)
 
-    def host_matrix(self) -> np.ndarray:
-        """The same in host memory; a device holds one panel more than its own."""
-        width, count = self.width, devices.size(self.mesh)
-        gram = np.zeros((width, width), np.float32)
-        for slot in range(self.panels.shape[1]):
-            rows = devices.gather(self.mesh, self.panels[:, slot])
-            for device in range(count):
-                own = panels_of(width, device, count)
-                if slot < len(own):
-                    first, end = own[slot]
-                    gram[first:end, first:] = np.asarray(rows[device, : end - first, first:])
-        scale = np.float32(2.0) / np.maximum(np.asarray(devices.gather(self.mesh, self.tokens)), np.float32(1))
-        lower = np.tril_indices(width, -1)
-        gram[lower] = gram.T[lower]
-        gram *= scale
-        return gram
-
 
 @jax.jit
 def _assembled(panels: jax.Array) -> jax.Array:
