@@ -16,6 +16,7 @@ from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger, Plan, plan_budget
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource
+from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import rounded_linear
 
 
@@ -35,12 +36,13 @@ def quantize_blocks(
     *,
     on_layer: OnLayer | None = None,
     plan: Plan | None = None,
+    spill: Spill | None = None,
 ) -> None:
     """Takes a model from a source to a sink, block by block, quantizing on the way.
 
     Only one block's dense weights and the activations of the calibration text
     are held. Arguments and errors as :func:`quantize`; `plan` is one made before
-    for `config.target_bits`, or None to make it now.
+    for `config.target_bits`, or None to make it now; `spill` keeps activations on disk.
     """
     outer = source.outer()
     report = Reporter(on_layer)
@@ -54,7 +56,7 @@ def quantize_blocks(
         if plan is not None:
             config, ledger = plan.config(config), Ledger(plan)
         linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-        activations = Activations(source.config, outer, calib_batches, linear)
+        activations = Activations(source.config, outer, calib_batches, linear, spill)
     solver = BlockSolver(config, report, ledger, activations)
     whole_blocks = None
     if config.solver == "brecq":

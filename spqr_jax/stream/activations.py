@@ -14,6 +14,7 @@ from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, plain_linear
 from spqr_jax.solver import Hessian, empty_hessian
+from spqr_jax.stream.spill import Spill, SpilledStates
 from spqr_jax.stream.stages import accumulate_drift, accumulate_head, accumulate_stage, run_stage, stage_groups
 from spqr_jax.stream.windows import checked_batch
 
@@ -26,16 +27,22 @@ class Activations:
       outer: its embedding.
       batches: int32 [batch, seq] each, shapes may differ.
       linear: what takes them through the stages, such as `rounded_linear`.
+      spill: where the activations are kept on disk; None to keep them in memory.
 
     Raises:
       DataError: no batch, or one that the model cannot take.
     """
 
     def __init__(
-        self, config: DecoderConfig, outer: Outer, batches: Iterable[Any], linear: Linear = plain_linear
+        self,
+        config: DecoderConfig,
+        outer: Outer,
+        batches: Iterable[Any],
+        linear: Linear = plain_linear,
+        spill: Spill | None = None,
     ) -> None:
         self.config, self._linear = config, linear
-        self._states: list[State] = []
+        self._states: list[State] | SpilledStates = [] if spill is None else spill.states()
         self._where: list[Positions] = []
         for batch in batches:
             tokens = checked_batch(np.asarray(batch), config)
@@ -95,5 +102,5 @@ class Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
         twin.config, twin._linear = self.config, self._linear
-        twin._states, twin._where = list(self._states), self._where
+        twin._states, twin._where = self._states.copy(), self._where
         return twin
