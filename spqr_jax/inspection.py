@@ -22,7 +22,8 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
       `quantized_bytes`, `dense_bytes` (what all weights would take dense, in the
       type of the norms), `quantization`, `provenance`, and `layers`: for each
       quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
-      `outlier_percent`, `output_error` (nan if it was not recorded).
+      `outlier_percent`, `output_error` (nan if it was not recorded), `tokens` and
+      `damping` of its calibration (None if they were not recorded).
     """
     outer = source.outer()
     itemsize = np.dtype(outer.final_norm.dtype).itemsize
@@ -48,6 +49,8 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
                 "stored_bits": weight.stored_bits,
                 "outlier_percent": 100 * weight.nnz / weight.size,
                 "output_error": stats.get("output_error", math.nan),
+                "tokens": stats.get("tokens"),
+                "damping": stats.get("damping"),
             }
             quantized += num_bytes
             if index < 0:

@@ -262,9 +262,13 @@ def inspect(
     directory: Annotated[Path, argument("MODEL", "A directory that spqr wrote.")],
     json: Json = None,
 ) -> None:
-    """Check a quantized model's files, and show each weight's bits, outliers and error."""
+    """Check a quantized model's files, and show each weight's bits, outliers and error.
+
+    For a model with experts, also show how many calibration tokens each weight read.
+    """
     source = CheckpointSource(directory)
     summary = summarize(source)
+    with_tokens = bool(source.config.num_experts)
     rows = [
         [
             path,
@@ -274,12 +278,12 @@ def inspect(
             number(layer["stored_bits"], 3),
             f"{layer['outlier_percent']:.2f}%",
             number(layer["output_error"], 4),
+            *(["–" if layer["tokens"] is None else f"{layer['tokens']:.0f}"] if with_tokens else []),
         ]
         for path, layer in summary["layers"].items()
     ]
-    table(
-        str(directory), ["weight", "shape", "code bits", "ideal bits", "stored bits", "outliers", "output error"], rows
-    )
+    columns = ["weight", "shape", "code bits", "ideal bits", "stored bits", "outliers", "output error"]
+    table(str(directory), [*columns, "tokens"] if with_tokens else columns, rows)
     tell(
         f"Quantized weights: {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}.\n"

@@ -18,7 +18,6 @@ from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger
 from spqr_jax.solver import Hessian, Solved, correct_drift
 from spqr_jax.stream.activations import Activations
-from spqr_jax.stream.stages import stage_groups
 
 _LEAST_DAMPING = 0.01  # that is multiplied for experts which few tokens reach
 _TRIES = 6  # times that weights are solved at most to keep to a budget
@@ -46,12 +45,7 @@ class BlockSolver:
         """Each stage sees activations that have passed the block's earlier, quantized stages."""
         original = dense = block  # dense: what the activations run through, quantized weights dequantized
         for stage in range(len(STAGES)):
-            hessians = activations.hessians(stage, dense)
-            drifts: Sequence[jax.Array | None] = [None] * len(hessians)
-            if self._dense is not None:
-                drifts = activations.drifts(stage, dense, self._dense, original, hessians)
-            groups = stage_groups(activations.config, block.kind, stage)
-            for (names, _), hessian, drift in zip(groups, hessians, drifts, strict=True):
+            for names, hessian, drift in activations.calibrate(stage, dense, self._dense, original):
                 block, dense = self.solve(block, names, prefix, hessian, dense, drift)
             if not (last and stage + 1 == len(STAGES)):
                 activations.advance(stage, dense)
@@ -61,16 +55,13 @@ class BlockSolver:
 
     def parallel(self, activations: Activations, block: Block, prefix: str, last: bool) -> Block:
         """All of the block's weights see activations of the block as it was."""
-        ahead, hessians = activations.copy(), []
-        for stage in range(len(STAGES)):
-            hessians.append(ahead.hessians(stage, block))
-            if stage + 1 < len(STAGES):
-                ahead.advance(stage, block)
+        ahead, original = activations.copy(), block
         dense = block
-        for stage, stage_hessians in enumerate(hessians):
-            groups = stage_groups(activations.config, block.kind, stage)
-            for (names, _), hessian in zip(groups, stage_hessians, strict=True):
+        for stage in range(len(STAGES)):
+            for names, hessian, _ in ahead.calibrate(stage, original):
                 block, dense = self.solve(block, names, prefix, hessian, dense)
+            if stage + 1 < len(STAGES):
+                ahead.advance(stage, original)
         if not last:
             for stage in range(len(STAGES)):
                 activations.advance(stage, dense)

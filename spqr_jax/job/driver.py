@@ -17,7 +17,7 @@ from spqr_jax.planning.budget import Ledger, Plan, plan_budget
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource
 from spqr_jax.stream.spill import Spill
-from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
 
 
 def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
@@ -37,12 +37,14 @@ def quantize_blocks(
     on_layer: OnLayer | None = None,
     plan: Plan | None = None,
     spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> None:
     """Takes a model from a source to a sink, block by block, quantizing on the way.
 
     Only one block's dense weights and the activations of the calibration text
     are held. Arguments and errors as :func:`quantize`; `plan` is one made before
-    for `config.target_bits`, or None to make it now; `spill` keeps activations on disk.
+    for `config.target_bits`, or None to make it now; `spill` keeps activations on disk, and
+    `hessian_bytes` limits the Hessians of experts that are summed at once.
     """
     outer = source.outer()
     report = Reporter(on_layer)
@@ -56,7 +58,7 @@ def quantize_blocks(
         if plan is not None:
             config, ledger = plan.config(config), Ledger(plan)
         linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-        activations = Activations(source.config, outer, calib_batches, linear, spill)
+        activations = Activations(source.config, outer, calib_batches, linear, spill, hessian_bytes)
     solver = BlockSolver(config, report, ledger, activations)
     whole_blocks = None
     if config.solver == "brecq":

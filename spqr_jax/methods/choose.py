@@ -50,9 +50,14 @@ def quantize_weights(
     they can be, see `spqr_jax.solver.solve`.
     """
     if all(config.solver == "columns" for config in configs):
-        return solve.quantize_weights(weights, hessian, configs)
-    h = solve.checked_hessian(weights, hessian, configs)
-    return [_solve_otherwise(*each, h) for each in zip(weights, configs, strict=True)]
+        solved = solve.quantize_weights(weights, hessian, configs)
+    else:
+        h = solve.checked_hessian(weights, hessian, configs)
+        solved = [_solve_otherwise(*problem, h) for problem in zip(weights, configs, strict=True)]
+    if not isinstance(hessian, Hessian):
+        return solved
+    tokens = round(float(hessian.tokens))
+    return [result._replace(stats=dataclasses.replace(result.stats, tokens=tokens)) for result in solved]
 
 
 def _solve_otherwise(w: jax.Array, config: SpQRConfig, h: jax.Array | None) -> Solved:

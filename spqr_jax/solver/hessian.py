@@ -94,6 +94,30 @@ def _added(gram: jax.Array, x: jax.Array, about: int) -> jax.Array:
     return gram
 
 
+def accumulate_in_stack(hessians: Hessian, index: jax.Array, x: jax.Array) -> Hessian:
+    """Adds inputs to one of several Hessians of one width, without touching the others.
+
+    Args:
+      hessians: stacked: gram [n, in, in], tokens [n].
+      index: int32 scalar, of the Hessian.
+      x: float32 [rows, in]. All-zero rows do not count.
+    """
+    large = partial(_added_in_stack, about=_LARGE_PANEL)
+    small = partial(_added_in_stack, about=_GRAM_PANEL)
+    grams = lax.platform_dependent(hessians.gram, index, x, cpu=small, default=large)
+    return Hessian(grams, hessians.tokens.at[index].add(jnp.sum(jnp.any(x != 0, axis=1), dtype=jnp.float32)))
+
+
+def _added_in_stack(grams: jax.Array, index: jax.Array, x: jax.Array, about: int) -> jax.Array:
+    """As `_added`, to one matrix of a stack."""
+    for first, end in _panels(x.shape[1], about):
+        part = lax.dot_general(x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        begin = (index, jnp.int32(first), jnp.int32(first))
+        before = lax.dynamic_slice(grams, begin, (1, *part.shape))
+        grams = lax.dynamic_update_slice(grams, before + part, begin)
+    return grams
+
+
 @jax.jit
 def _mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
     """(2/n) times the symmetric matrix with this upper triangle."""

@@ -44,6 +44,7 @@ class LayerStats:
       damping: damping that was used, relative to the mean diagonal of the Hessian. It is more than asked for if the
         factorization needed more.
       outlier_threshold: relative threshold that was used; None without outliers.
+      tokens: calibration tokens that the matrix read; None where that is not known.
     """
 
     output_error: float
@@ -52,6 +53,7 @@ class LayerStats:
     stored_bits: float
     damping: float
     outlier_threshold: float | None
+    tokens: int | None = None
 
 
 class Solved(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 from support.problems import TINY
 
 from spqr_jax import SpQRConfig
-from spqr_jax.forecast import Text, Work, measuring, memory, passes, quantizing
+from spqr_jax.forecast import Text, Work, measuring, memory, memory_plan, passes, quantizing
 from spqr_jax.models import prompt_attention
 from spqr_jax.models.config import BlockKind
 from spqr_jax.tune import TuneConfig
@@ -119,7 +119,7 @@ def test_experts_that_inference_skips_are_not_counted():
 def test_more_text_is_never_less_work_or_memory(config):
     texts = [Text(windows, 128) for windows in (1, 4, 16, 64, 256)]
     works = [dataclasses.astuple(quantizing.quantize_work(TINY, config, text, TuneConfig())) for text in texts]
-    peaks = [memory.quantize_bytes(TINY, config, text, TuneConfig(), 4) for text in texts]
+    peaks = [memory_plan.plan_memory(TINY, config, text, TuneConfig(), 4).host_bytes for text in texts]
     for before, after in itertools.pairwise(works):
         assert all(a <= b for a, b in zip(before, after, strict=True))
         assert before != after
@@ -128,8 +128,8 @@ def test_more_text_is_never_less_work_or_memory(config):
 
 def test_bytes_of_calibration_and_models():
     # A token: the residual stream (64) and the widest input between stages (96), float32.
-    assert memory.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 + 96) * 4
-    assert memory.calibration_bytes(TINY, SpQRConfig(drift_correction=0.5), TEXT, 4) == 2 * 384 * (64 + 96) * 4
+    assert memory_plan.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 + 96) * 4
+    assert memory_plan.calibration_bytes(TINY, SpQRConfig(drift_correction=0.5), TEXT, 4) == 2 * 384 * (64 + 96) * 4
     dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)
     assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (2 * BLOCK + 2 * HEAD)
     assert memory.perplexity_bytes(TINY, TEXT, 2, 4, packed=False) > dense

@@ -1,0 +1,144 @@
+"""Seconds of `spqr quantize` on devices that are not here: operations and bytes counted, divided by published rates.
+
+Nothing of this was measured. Each part says how it is shared among devices: the text's chunks and a Hessian's panels
+of columns among all, a matrix's rows in whole pieces of 4096, factorizations not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from spqr_jax.config import SpQRConfig
+from spqr_jax.forecast.machines import Cluster
+from spqr_jax.forecast.memory_plan import CHUNK_TOKENS, PACKED_BYTES
+from spqr_jax.forecast.passes import Text, Work, block_weights, input_groups, model_weights, outer_weights
+from spqr_jax.forecast.quantizing import calibration_work, head_work, plan_work, solver_work, tuning_work
+from spqr_jax.models.config import BlockKind, DecoderConfig
+from spqr_jax.models.weights import block_shapes
+from spqr_jax.tune import TuneConfig
+
+ROWS_AT_ONCE = 4096
+"""Rows of a matrix that an accelerator solves together, as in `spqr_jax.solver.columns`."""
+PANEL = 128
+"""Columns of a panel of the loop, as there."""
+PANEL_LAUNCHES = 258
+"""Kernels of a panel: 8263 for the 32 panels of 4096x4096, counted in the compiled programs (performance.md)."""
+GRAM_PANEL = 2048
+"""Columns of a Gram matrix that an accelerator sums together, as in `spqr_jax.solver.hessian`."""
+
+# Assumed: parts of the published rates that kinds of work reach.
+_REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "attention": 0.15, "factor": 0.1}
+_DISK = 1e9  # bytes per second to and from a host's disk; assumed
+_HOST_SECONDS_A_WEIGHT = 4e-9  # to pack and write a block on the host, beside the disk; see docs/how-to/scale.md
+_SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target, as in `quantizing.py`
+_COMPILE = 1.5  # times as long as a processor compiles for itself; assumed
+
+Costs = dict[str, float]
+"""Seconds by what they are for."""
+
+
+def cluster_costs(
+    model: DecoderConfig, config: SpQRConfig, text: Text, tuning: TuneConfig | None, cluster: Cluster, dtype: str
+) -> tuple[Costs, Costs]:
+    """Seconds of the whole run, and of one of its blocks (the mean), part by part."""
+    itemsize = 4 if dtype == "float32" else 2
+    waves = _waves(text, cluster.devices)
+    blocks: Costs = {}
+    if config.needs_calibration:
+        work = calibration_work(model, config, text)
+        forward = dataclasses.replace(work, gram=0.0)
+        blocks["forward passes"] = waves * _seconds(forward, cluster, dtype)
+        blocks["Hessians"] = _gram_seconds(model, config, text, cluster)
+        solver = solver_work(model, config, text)
+        blocks["factorization"] = _seconds(Work(factor=solver.factor), cluster, dtype)  # every device does all
+        blocks["between devices"] = _exchanged_bytes(model, config, text, cluster, itemsize) / cluster.link
+        blocks["column loop"] = sum(_loop_seconds(model, config, kind, cluster) for kind in model.kinds)
+    weights = sum(block_weights(model, kind) for kind in model.kinds)
+    blocks["reading and writing"] = _host_seconds(weights, itemsize, cluster)
+    whole = dict(blocks)
+    if config.target_bits is not None:
+        plan = dataclasses.replace(plan_work(model, config, text), searched=0.0, plain=0.0)
+        trials = sum(
+            _loop_seconds(model, config, kind, dataclasses.replace(cluster, devices=1)) for kind in model.kinds
+        )
+        again = _SOLVED_AGAIN if config.target_bits is not None else 1.0
+        reading = 2 * weights * itemsize / _DISK
+        whole["planning"] = _seconds(plan, cluster, dtype) + trials / again + reading
+    whole["output head"] = _seconds(head_work(model, config, text), cluster, dtype) + _host_seconds(
+        outer_weights(model), itemsize, cluster
+    )
+    if tuning is not None:
+        whole["tuning"] = waves * _seconds(tuning_work(model, tuning, text), cluster, dtype)
+    return whole, {name: cost / model.num_layers for name, cost in blocks.items()}
+
+
+def _waves(text: Text, devices: int) -> float:
+    """Part of the time of one device that chunks take on several: a device without a chunk waits."""
+    chunks = max(1, math.ceil(text.windows / max(1, CHUNK_TOKENS // max(text.seqlen, 1))))
+    return math.ceil(chunks / devices) / chunks
+
+
+def _seconds(work: Work, cluster: Cluster, dtype: str) -> float:
+    """Of products on one device; weights that are visited, read or written are counted elsewhere."""
+    device = cluster.device
+    rates = {"bfloat16": device.bfloat16, "float32": device.float32}
+    of_weights = rates["float32" if dtype == "float32" else "bfloat16"]
+    by_kind = {"dense": of_weights, "bfloat16": device.bfloat16, "attention": of_weights}
+    return sum(
+        getattr(work, kind) / (reached * by_kind.get(kind, device.float32)) for kind, reached in _REACHED.items()
+    )
+
+
+def _gram_seconds(model: DecoderConfig, config: SpQRConfig, text: Text, cluster: Cluster) -> float:
+    """Panels of columns, each from the diagonal on, shared in pairs: no more devices work than there are pairs."""
+    total = 0.0
+    for kind in model.kinds:
+        for _, width in input_groups(model, kind):
+            panels = max(1, round(width / GRAM_PANEL))
+            share = 1 / min(cluster.devices, max(1, panels // 2)) if panels > 1 else 1.0
+            operations = float(width) * (width + min(width, GRAM_PANEL)) * text.tokens
+            if config.corrects_drift:
+                operations += 2.0 * width**2 * text.tokens
+            total += share * operations / (_REACHED["gram"] * cluster.device.float32)
+    return total
+
+
+def _loop_seconds(model: DecoderConfig, config: SpQRConfig, kind: BlockKind, cluster: Cluster) -> float:
+    """The column loops of a block: kernels that are launched one after the other, and the products of panels."""
+    shapes, total = block_shapes(model, kind), 0.0
+    for names, width in input_groups(model, kind):
+        rows = sum(shapes[name][0] for name in names)
+        pieces = math.ceil(math.ceil(rows / ROWS_AT_ONCE) / cluster.devices)
+        launches = pieces * math.ceil(width / PANEL) * PANEL_LAUNCHES
+        products = 2.0 * pieces * ROWS_AT_ONCE * width**2 / (_REACHED["float32"] * cluster.device.float32)
+        total += launches * cluster.device.launch + products
+    return total * (_SOLVED_AGAIN if config.target_bits is not None else 1.0)
+
+
+def _exchanged_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, cluster: Cluster, itemsize: int) -> float:
+    """What a device receives: inputs of all chunks, panels of Hessians, rows of results; nothing on one device."""
+    total = 0.0
+    for kind in model.kinds:
+        shapes = block_shapes(model, kind)
+        for names, width in input_groups(model, kind):
+            rows = sum(shapes[name][0] for name in names)
+            total += text.tokens * width * itemsize + 4.0 * width**2 + (4 + PACKED_BYTES) * rows * width
+    return total * (cluster.devices - 1) / cluster.devices * (2 if config.corrects_drift else 1)
+
+
+def _host_seconds(weights: float, itemsize: int, cluster: Cluster) -> float:
+    """Weights from the disk to all devices of a host, packed and written to the disk again."""
+    local = max(1, cluster.devices // cluster.hosts)
+    to_devices = itemsize / cluster.device.from_host * local  # every device holds the whole block
+    return weights * ((itemsize + PACKED_BYTES) / _DISK + to_devices + _HOST_SECONDS_A_WEIGHT)
+
+
+def whole_seconds(costs: Costs, compile_seconds: float) -> float:
+    """Of a run that has to compile its programs first."""
+    return sum(costs.values()) + _COMPILE * compile_seconds
+
+
+def model_bytes(model: DecoderConfig, itemsize: int) -> float:
+    """Of a dense model."""
+    return float(model_weights(model) * itemsize)
