@@ -42,7 +42,6 @@ from spqr_jax.cli.options import (
     Dtype,
     Json,
     Model,
-    Out,
     Overwrite,
     Windows,
     build_config,
@@ -59,9 +58,13 @@ from spqr_jax.cli.quantize_options import (
     Fit,
     GroupSize,
     HeadBits,
+    MachineName,
+    MaxMemory,
     Method,
     Order,
     OutlierThreshold,
+    OutUnlessPlanning,
+    PlanOnly,
     Preset,
     Rule,
     Sequential,
@@ -74,11 +77,13 @@ from spqr_jax.cli.quantize_options import (
     TuneObjective,
 )
 from spqr_jax.cli.report import analyze, report
+from spqr_jax.cli.scale import MemoryWatch, Run, dry_run, needed_out, this_layout
 from spqr_jax.cli.stream import describe_products
 from spqr_jax.cli.version import show_version
 from spqr_jax.cli.zero_shot import evaluate
 from spqr_jax.errors import ModelError
 from spqr_jax.estimate import quantized_bytes
+from spqr_jax.forecast import Text
 from spqr_jax.inspection import summarize
 from spqr_jax.job.driver import quantizable_paths, quantize_blocks
 from spqr_jax.output import Claim
@@ -117,7 +122,7 @@ def settings(
 def quantize(
     context: typer.Context,
     model: Model,
-    out: Out,
+    out: OutUnlessPlanning = None,
     overwrite: Overwrite = False,
     json: Json = None,
     preset: Preset = None,
@@ -145,6 +150,9 @@ def quantize(
     sequential: Sequential = None,
     calibration_dtype: CalibrationDtype = None,
     dtype: Dtype = None,
+    max_memory: MaxMemory = None,
+    plan_only: PlanOnly = False,
+    machine: MachineName = None,
 ) -> None:
     """Compress a model and save it."""
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
@@ -167,6 +175,11 @@ def quantize(
         rules=tuple(parse_rule(text) for text in rule or ()),
         head_bits=head_bits,
     )
+    if plan_only:
+        text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
+        dry_run(model, method, config, text, tuning, dtype, machine, None, max_memory, json)
+        return
+    out = needed_out(out, machine)
     claim = context.with_resource(Claim(out, overwrite))
     opened = open_model(model, dtype, say)
     if opened.quantized:
@@ -175,10 +188,15 @@ def quantize(
     batches, calibration, windows = None, None, None
     if config.needs_calibration or tuning is not None:
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
-        batches = batched(windows)
     elif calib:
         say(f"--method {method} uses no calibration text: --calib is ignored")
     outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
+    text = Text(0, 2) if windows is None else Text(*windows.shape)
+    run_shape = Run(opened.source.config, config, text, tuning, dtype or default_dtype(), this_layout())
+    memory_watch = MemoryWatch(run_shape, max_memory)
+    if windows is not None:
+        batches = batched(windows, memory_watch.thrift.chunk_tokens)
+    spill = context.with_resource(memory_watch.spill(out))
     begun = time.perf_counter()
     plan = None
     if config.target_bits is not None:
@@ -210,7 +228,16 @@ def quantize(
                 view(done)
 
             target = sink if tuning is None else memory
-            quantize_blocks(opened.source, target, batches, config, on_layer=on_layer, plan=plan)
+            quantize_blocks(
+                opened.source,
+                target,
+                batches,
+                config,
+                on_layer=on_layer,
+                plan=plan,
+                spill=spill,
+                hessian_bytes=memory_watch.thrift.hessian_bytes,
+            )
             view.finish()
             interrupt.check()
         if tuning is not None:
@@ -223,10 +250,13 @@ def quantize(
         (str(sink.path), "bold"),
         f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in total "
-        f"(dense: {size(summary['dense_bytes'])}); {seconds:.0f} s",
+        f"(dense: {size(summary['dense_bytes'])}); {seconds:.0f} s; {memory_watch.measured()}",
     )
     figures = {k: v for k, v in summary.items() if k != "layers"}
-    write_json(json, {**figures, "seconds": seconds, **outlook.to_json(), "layers": summary["layers"]})
+    write_json(
+        json,
+        {**figures, "seconds": seconds, **outlook.to_json(), **memory_watch.to_json(), "layers": summary["layers"]},
+    )
     if opened.note is not None:
         say(opened.note)
     outlook.end(after_writing(out))

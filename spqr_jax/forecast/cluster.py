@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from typing import NamedTuple
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.forecast.machines import Cluster
 from spqr_jax.forecast.memory_plan import CHUNK_TOKENS, PACKED_BYTES
-from spqr_jax.forecast.passes import Text, Work, block_weights, input_groups, model_weights, outer_weights
+from spqr_jax.forecast.passes import (
+    Text,
+    Work,
+    block_sizes,
+    block_total,
+    expert_share,
+    input_groups,
+    kind_counts,
+    model_weights,
+    outer_weights,
+)
 from spqr_jax.forecast.quantizing import calibration_work, head_work, plan_work, solver_work, tuning_work
-from spqr_jax.models.config import BlockKind, DecoderConfig
-from spqr_jax.models.weights import block_shapes
+from spqr_jax.models.config import DecoderConfig
 from spqr_jax.tune import TuneConfig
 
 ROWS_AT_ONCE = 4096
@@ -32,7 +43,6 @@ _REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "attenti
 _DISK = 1e9  # bytes per second to and from a host's disk; assumed
 _HOST_SECONDS_A_WEIGHT = 4e-9  # to pack and write a block on the host, beside the disk; see docs/how-to/scale.md
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target, as in `quantizing.py`
-_COMPILE = 1.5  # times as long as a processor compiles for itself; assumed
 
 Costs = dict[str, float]
 """Seconds by what they are for."""
@@ -53,18 +63,15 @@ def cluster_costs(
         solver = solver_work(model, config, text)
         blocks["factorization"] = _seconds(Work(factor=solver.factor), cluster, dtype)  # every device does all
         blocks["between devices"] = _exchanged_bytes(model, config, text, cluster, itemsize) / cluster.link
-        blocks["column loop"] = sum(_loop_seconds(model, config, kind, cluster) for kind in model.kinds)
-    weights = sum(block_weights(model, kind) for kind in model.kinds)
+        blocks["column loop"] = _loop_seconds(model, config, cluster)
+    weights = block_total(model)
     blocks["reading and writing"] = _host_seconds(weights, itemsize, cluster)
     whole = dict(blocks)
     if config.target_bits is not None:
         plan = dataclasses.replace(plan_work(model, config, text), searched=0.0, plain=0.0)
-        trials = sum(
-            _loop_seconds(model, config, kind, dataclasses.replace(cluster, devices=1)) for kind in model.kinds
-        )
-        again = _SOLVED_AGAIN if config.target_bits is not None else 1.0
+        trials = _loop_seconds(model, config, dataclasses.replace(cluster, devices=1)) / _SOLVED_AGAIN
         reading = 2 * weights * itemsize / _DISK
-        whole["planning"] = _seconds(plan, cluster, dtype) + trials / again + reading
+        whole["planning"] = _seconds(plan, cluster, dtype) + trials + reading
     whole["output head"] = _seconds(head_work(model, config, text), cluster, dtype) + _host_seconds(
         outer_weights(model), itemsize, cluster
     )
@@ -90,40 +97,56 @@ def _seconds(work: Work, cluster: Cluster, dtype: str) -> float:
     )
 
 
+class _Group(NamedTuple):
+    """Matrices that read one input: `times` that such a group is in the model, their rows together, the input's width,
+    and the part of the tokens that passes them."""
+
+    times: int
+    rows: int
+    width: int
+    share: float
+
+
+def _groups(model: DecoderConfig) -> list[_Group]:
+    counts: Counter[tuple[int, int, float]] = Counter()
+    for kind, count in kind_counts(model):
+        shapes = block_sizes(model, kind)
+        for names, width in input_groups(model, kind):
+            counts[sum(shapes[name][0] for name in names), width, expert_share(model, names[0])] += count
+    return [_Group(count, *group) for group, count in counts.items()]
+
+
 def _gram_seconds(model: DecoderConfig, config: SpQRConfig, text: Text, cluster: Cluster) -> float:
     """Panels of columns, each from the diagonal on, shared in pairs: no more devices work than there are pairs."""
     total = 0.0
-    for kind in model.kinds:
-        for _, width in input_groups(model, kind):
-            panels = max(1, round(width / GRAM_PANEL))
-            share = 1 / min(cluster.devices, max(1, panels // 2)) if panels > 1 else 1.0
-            operations = float(width) * (width + min(width, GRAM_PANEL)) * text.tokens
-            if config.corrects_drift:
-                operations += 2.0 * width**2 * text.tokens
-            total += share * operations / (_REACHED["gram"] * cluster.device.float32)
+    rate = cluster.device.float32 if config.calibration_dtype == "float32" else cluster.device.bfloat16
+    for count, _, width, share in _groups(model):
+        panels = max(1, round(width / GRAM_PANEL))
+        working = min(cluster.devices, max(1, panels // 2))
+        operations = float(width) * (width + min(width, GRAM_PANEL))
+        if config.corrects_drift:
+            operations += 2.0 * width**2
+        total += count * share * text.tokens * operations / working / (_REACHED["gram"] * rate)
     return total
 
 
-def _loop_seconds(model: DecoderConfig, config: SpQRConfig, kind: BlockKind, cluster: Cluster) -> float:
-    """The column loops of a block: kernels that are launched one after the other, and the products of panels."""
-    shapes, total = block_shapes(model, kind), 0.0
-    for names, width in input_groups(model, kind):
-        rows = sum(shapes[name][0] for name in names)
+def _loop_seconds(model: DecoderConfig, config: SpQRConfig, cluster: Cluster) -> float:
+    """The column loops: kernels that are launched one after the other, and the products of panels."""
+    total = 0.0
+    for count, rows, width, _ in _groups(model):
         pieces = math.ceil(math.ceil(rows / ROWS_AT_ONCE) / cluster.devices)
         launches = pieces * math.ceil(width / PANEL) * PANEL_LAUNCHES
         products = 2.0 * pieces * ROWS_AT_ONCE * width**2 / (_REACHED["float32"] * cluster.device.float32)
-        total += launches * cluster.device.launch + products
+        total += count * (launches * cluster.device.launch + products)
     return total * (_SOLVED_AGAIN if config.target_bits is not None else 1.0)
 
 
 def _exchanged_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, cluster: Cluster, itemsize: int) -> float:
     """What a device receives: inputs of all chunks, panels of Hessians, rows of results; nothing on one device."""
     total = 0.0
-    for kind in model.kinds:
-        shapes = block_shapes(model, kind)
-        for names, width in input_groups(model, kind):
-            rows = sum(shapes[name][0] for name in names)
-            total += text.tokens * width * itemsize + 4.0 * width**2 + (4 + PACKED_BYTES) * rows * width
+    for count, rows, width, share in _groups(model):
+        inputs = share * text.tokens * width * itemsize
+        total += count * (inputs + 4.0 * width**2 + (4 + PACKED_BYTES) * rows * width)
     return total * (cluster.devices - 1) / cluster.devices * (2 if config.corrects_drift else 1)
 
 
@@ -132,11 +155,6 @@ def _host_seconds(weights: float, itemsize: int, cluster: Cluster) -> float:
     local = max(1, cluster.devices // cluster.hosts)
     to_devices = itemsize / cluster.device.from_host * local  # every device holds the whole block
     return weights * ((itemsize + PACKED_BYTES) / _DISK + to_devices + _HOST_SECONDS_A_WEIGHT)
-
-
-def whole_seconds(costs: Costs, compile_seconds: float) -> float:
-    """Of a run that has to compile its programs first."""
-    return sum(costs.values()) + _COMPILE * compile_seconds
 
 
 def model_bytes(model: DecoderConfig, itemsize: int) -> float:

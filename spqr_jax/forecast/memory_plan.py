@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterable
 
 from spqr_jax.config import SpQRConfig
-from spqr_jax.forecast.passes import Text, block_weights, outer_weights
+from spqr_jax.forecast.passes import Text, block_sizes, block_total, block_weights, outer_weights
 from spqr_jax.forecast.quantizing import plan_text
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES
-from spqr_jax.models.weights import block_shapes
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, stage_groups
 from spqr_jax.tune import TuneConfig
 
@@ -135,7 +134,7 @@ def plan_memory(
     if thrift.spill and config.needs_calibration:
         disk["activations"] = calibration_bytes(model, config, text, itemsize)
     if tuning is not None:
-        disk["blocks before tuning"] = PACKED_BYTES * sum(block_weights(model, kind) for kind in model.kinds)
+        disk["blocks before tuning"] = PACKED_BYTES * block_total(model)
     phases = _phases(model, config, text, tuning, itemsize, layout, thrift)
     phase = max(phases, key=lambda name: _total(phases[name]))
     programs = _programs(config, tuning)
@@ -260,7 +259,7 @@ def _solving(
 def _stage(
     model: DecoderConfig, config: SpQRConfig, kind: BlockKind, stage: int, layout: Layout, text: Text, thrift: Thrift
 ) -> Parts:
-    shapes, groups = block_shapes(model, kind), stage_groups(model, kind, stage)
+    shapes, groups = block_sizes(model, kind), stage_groups(model, kind, stage)
     parts: Parts = {}
     if config.needs_calibration:
         width = max(width for _, width in groups)
@@ -311,15 +310,14 @@ def _block_hessians(model: DecoderConfig, kind: BlockKind, thrift: Thrift) -> fl
 
 def _gradient_bytes(model: DecoderConfig, tokens: int) -> float:
     """What a block computes of one chunk of text, kept for its gradient, and the gradient."""
-    experts = max(1, model.num_experts)
     attention = model.num_heads + 2 * model.num_kv_heads
-    a_token = 4 * model.hidden_size + 2 * attention * model.head_dim + 4 * experts * widest_inner(model)
+    a_token = 4 * model.hidden_size + 2 * attention * model.head_dim + 4 * widest_inner(model)
     return float(_GRADIENT_COPIES * FLOAT32 * tokens * a_token)
 
 
 def _tuning(model: DecoderConfig, text: Text, itemsize: int) -> Parts:
     """The whole quantized model as it is trained, the text at both ends of both models, one block's gradients."""
-    weights = sum(block_weights(model, kind) for kind in model.kinds)
+    weights = block_total(model)
     tokens = max(text.seqlen, CHUNK_TOKENS)
     inputs = (model.num_layers + 1) * tokens * model.hidden_size * FLOAT32
     return {
