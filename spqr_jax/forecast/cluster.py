@@ -20,6 +20,7 @@ from spqr_jax.forecast.passes import (
     block_sizes,
     block_total,
     expert_share,
+    gram_operations,
     input_groups,
     kind_counts,
     model_weights,
@@ -27,6 +28,7 @@ from spqr_jax.forecast.passes import (
 )
 from spqr_jax.forecast.quantizing import calibration_work, head_work, plan_work, solver_work, tuning_work
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.solver.hessian import gram_panels
 from spqr_jax.tune import TuneConfig
 
 ROWS_AT_ONCE = 4096
@@ -35,13 +37,10 @@ PANEL = 128
 """Columns of a panel of the loop, as there."""
 PANEL_LAUNCHES = 258
 """Kernels of a panel: 8263 for the 32 panels of 4096x4096, counted in the compiled programs (performance.md)."""
-GRAM_PANEL = 2048
-"""Columns of a Gram matrix that an accelerator sums together, as in `spqr_jax.solver.hessian`."""
-
 # Assumed: parts of the published rates that kinds of work reach.
 _REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "attention": 0.15, "factor": 0.1}
 _DISK = 1e9  # bytes per second to and from a host's disk; assumed
-_HOST_SECONDS_A_WEIGHT = 4e-9  # to pack and write a block on the host, beside the disk; see docs/how-to/scale.md
+_HOST_SECONDS_A_WEIGHT = 8.4e-9  # to read (2.3) and to pack and write (6.1) it; measured on one core (AMD, Zen 4)
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target, as in `quantizing.py`
 
 Costs = dict[str, float]
@@ -117,16 +116,14 @@ def _groups(model: DecoderConfig) -> list[_Group]:
 
 
 def _gram_seconds(model: DecoderConfig, config: SpQRConfig, text: Text, cluster: Cluster) -> float:
-    """Panels of columns, each from the diagonal on, shared in pairs: no more devices work than there are pairs."""
+    """Panels of columns, each from the diagonal on; no more devices work than there are panels."""
     total = 0.0
     rate = cluster.device.float32 if config.calibration_dtype == "float32" else cluster.device.bfloat16
     for count, _, width, share in _groups(model):
-        panels = max(1, round(width / GRAM_PANEL))
-        working = min(cluster.devices, max(1, panels // 2))
-        operations = float(width) * (width + min(width, GRAM_PANEL))
-        if config.corrects_drift:
-            operations += 2.0 * width**2
-        total += count * share * text.tokens * operations / working / (_REACHED["gram"] * rate)
+        panels = len(gram_panels(width))
+        of_one = math.ceil(panels / cluster.devices) / panels  # panels of the device that has the most
+        operations = gram_operations(width, 1) + (2.0 * width**2 if config.corrects_drift else 0.0)
+        total += count * share * text.tokens * operations * of_one / (_REACHED["gram"] * rate)
     return total
 
 
