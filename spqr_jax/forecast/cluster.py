@@ -1,6 +1,6 @@
 """Seconds of `spqr quantize` on devices that are not here: operations and bytes counted, divided by published rates.
 
-Nothing of this was measured. Each part says how it is shared among devices: the text's chunks and a Hessian's panels
+No device was measured. Reading and writing on the host was, on one core. Each part says how it is shared among devices: the text's chunks and a Hessian's panels
 of columns among all, a matrix's rows in whole pieces of 4096, factorizations not at all.
 """
 
@@ -38,7 +38,8 @@ PANEL = 128
 PANEL_LAUNCHES = 258
 """Kernels of a panel: 8263 for the 32 panels of 4096x4096, counted in the compiled programs (performance.md)."""
 # Assumed: parts of the published rates that kinds of work reach.
-_REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "attention": 0.15, "factor": 0.1}
+_REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "attention": 0.15}
+_FACTOR_REACHED = {"gpu": 0.3, "tpu": 0.1}
 _DISK = 1e9  # bytes per second to and from a host's disk; assumed
 _HOST_SECONDS_A_WEIGHT = 8.4e-9  # to read (2.3) and to pack and write (6.1) it; measured on one core (AMD, Zen 4)
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target, as in `quantizing.py`
@@ -91,9 +92,8 @@ def _seconds(work: Work, cluster: Cluster, dtype: str) -> float:
     rates = {"bfloat16": device.bfloat16, "float32": device.float32}
     of_weights = rates["float32" if dtype == "float32" else "bfloat16"]
     by_kind = {"dense": of_weights, "bfloat16": device.bfloat16, "attention": of_weights}
-    return sum(
-        getattr(work, kind) / (reached * by_kind.get(kind, device.float32)) for kind, reached in _REACHED.items()
-    )
+    reached = _REACHED | {"factor": _FACTOR_REACHED[device.platform]}
+    return sum(getattr(work, kind) / (part * by_kind.get(kind, device.float32)) for kind, part in reached.items())
 
 
 class _Group(NamedTuple):
