@@ -1,7 +1,8 @@
 """Seconds of `spqr quantize` on devices that are not here: operations and bytes counted, divided by published rates.
 
-No device was measured. Reading and writing on the host was, on one core. Each part says how it is shared among devices: the text's chunks and a Hessian's panels
-of columns among all, a matrix's rows in whole pieces of 4096, factorizations not at all.
+No device was measured. Reading and writing on the host was, on one core. Each part says how it is shared among
+devices: the text's chunks and a Hessian's panels of columns among all, a matrix's rows in whole pieces of 4096,
+factorizations not at all.
 """
 
 from __future__ import annotations
