@@ -11,12 +11,14 @@ from spqr_jax.checkpoint import load, save
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import CheckpointError, DataError, ModelError, NotFiniteError, SpQRError
 from spqr_jax.evaluate.perplexity import Perplexity, perplexity
+from spqr_jax.events import Event
 from spqr_jax.generate import Generation, Generator, generate
 from spqr_jax.job.quantize import quantize
-from spqr_jax.job.report import LayerReport
 from spqr_jax.methods import quantize_weight
+from spqr_jax.methods.report import LayerReport
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, forward
+from spqr_jax.parallel import ShardedDecoder, shard
 from spqr_jax.products import linear, prepare
 from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model
@@ -32,6 +34,7 @@ __all__ = [
     "DataError",
     "Decoder",
     "DecoderConfig",
+    "Event",
     "Generation",
     "Generator",
     "Hessian",
@@ -41,6 +44,7 @@ __all__ = [
     "NotFiniteError",
     "Perplexity",
     "Sampling",
+    "ShardedDecoder",
     "SpQRArray",
     "SpQRConfig",
     "SpQRError",
@@ -58,4 +62,5 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "save",
+    "shard",
 ]

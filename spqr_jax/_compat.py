@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import importlib
 import os
+import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +23,37 @@ def orbax_v1() -> ModuleType:
         return importlib.import_module("orbax.checkpoint.v1")
     except ModuleNotFoundError:
         return importlib.import_module("orbax.checkpoint.experimental.v1")
+
+
+@contextlib.contextmanager
+def orbax_of_one_process(context: Any) -> Iterator[Any]:
+    """An Orbax context in which this process reads and writes for itself, without waiting for others.
+
+    Orbax compares the path that all processes save to, whichever processes the context names as active. It would wait
+    for those that do not save. For the time of the context it counts one process.
+    """
+    if jax.process_count() == 1:
+        with context:
+            yield context
+        return
+    here = jax.process_index()
+    context.multiprocessing.primary_host = here
+    context.multiprocessing.active_processes = {here}
+    context.multiprocessing.barrier_sync_key_prefix = f"process{here}"
+    counting = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("orbax.checkpoint") and name.endswith("synchronization.multihost")
+    ]
+    counts = [module.process_count for module in counting]
+    try:
+        for module in counting:
+            module.process_count = lambda: 1
+        with context:
+            yield context
+    finally:
+        for module, count in zip(counting, counts, strict=True):
+            module.process_count = count
 
 
 _COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"

@@ -29,6 +29,9 @@ UNQUANTIZED_STATS_BITS = 16
 BASELINES = tuple(solver for solver in get_args(Solver) if solver != "columns")
 """Other methods' ways to look for codes, to compare with (`spqr_jax.methods`, `spqr_jax.methods.brecq`)."""
 
+SHARED_INPUTS = ("o_proj", "down_proj")
+"""Ends of the paths of weights whose inputs devices share when several generate together."""
+
 DEFAULT_STEPS = {"adaround": 300, "adaquant": 300, "bit-split": 4, "brecq": 100}
 """Steps of those that go on for as long as one likes."""
 
@@ -84,6 +87,10 @@ class SpQRConfig:
       outlier_threshold: relative threshold tau; a weight above it is kept as an outlier. ``math.inf`` for no outliers.
       order: ``activation`` quantizes inputs in order of falling mean square activation, ``identity`` in their original
         order.
+      input_shards: number of equal ranges of inputs of ``o_proj`` and ``down_proj`` that are ordered each by itself,
+        range after range. Up to so many devices can then share these matrices (`spqr_jax.shard`): their number must
+        divide it. 1 orders all inputs together. It has no effect with ``order="identity"``, which any number of
+        devices can share.
       damping: added to the Hessian's diagonal, relative to the mean of the diagonal.
       compensate: correct each column's rounding error in the columns that are not quantized yet. False is
         round-to-nearest, which needs no calibration text.
@@ -131,6 +138,7 @@ class SpQRConfig:
     stats_group_size: int = 16
     outlier_threshold: float = 0.2
     order: Order = "activation"
+    input_shards: int = 1
     damping: float = 0.1
     compensate: bool = True
     sequential: bool = True
@@ -171,6 +179,8 @@ class SpQRConfig:
             problems.append(f"stats_group_size must be a multiple of 8, got {self.stats_group_size}")
         if not self.outlier_threshold > 0:
             problems.append(f"outlier_threshold must be positive, or inf for no outliers, got {self.outlier_threshold}")
+        if self.input_shards < 1:
+            problems.append(f"input_shards must be at least 1, got {self.input_shards}")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             problems.append(f"damping must be a finite number >= 0, got {self.damping}")
         if not 0 <= self.drift_correction <= 1:
@@ -340,8 +350,14 @@ class SpQRConfig:
                     changes["bits"] = rule.bits
                 if rule.outlier_threshold is not None:
                     changes["outlier_threshold"] = rule.outlier_threshold
-                return dataclasses.replace(self, **changes)
-        return self
+                return dataclasses.replace(self.for_inputs(path), **changes)
+        return self.for_inputs(path)
+
+    def for_inputs(self, path: str) -> SpQRConfig:
+        """The configuration with `input_shards` 1, unless the weight at `path` reads inputs that devices share."""
+        if self.input_shards == 1 or path.endswith(SHARED_INPUTS):
+            return self
+        return dataclasses.replace(self, input_shards=1)
 
     def for_head(self, path: str) -> SpQRConfig | None:
         """The configuration of the output head, after the rules.

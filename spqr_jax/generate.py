@@ -14,15 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax._compat import compile_as_graph
-from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.errors import DataError, NotFiniteError, SpQRError
 from spqr_jax.files.entries import shown
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import KVCache, positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Decoder, embed, logits
-from spqr_jax.models.finite import not_finite
-from spqr_jax.models.ready import ReadyDecoder, empty_cache, make_ready, run_parts
+from spqr_jax.models.decoder import Block, Decoder, Outer, embed, logits
+from spqr_jax.models.ready import ReadyDecoder, run_parts
+from spqr_jax.parallel import (
+    ReadyShards,
+    ShardedDecoder,
+    copied_for,
+    empty_cache_of,
+    ready_anywhere,
+    shard,
+    with_cache,
+)
 from spqr_jax.sampling import Draw, Sampling, sample
+from spqr_jax.stream.finite import not_finite
 
 Cache = tuple[KVCache, ...]
 
@@ -137,6 +146,11 @@ def _decode(
     return cache, progress, made, done
 
 
+# The same on all devices of a mesh, for `ReadyShards`.
+_prefill_shared = jax.jit(with_cache(_step), donate_argnums=1)
+_decode_shared = jax.jit(with_cache(_decode.__wrapped__), donate_argnums=1)
+
+
 class Generator:
     """A model that is ready to generate, with the programs compiled so far.
 
@@ -144,14 +158,17 @@ class Generator:
     compiled programs.
 
     Args:
-      params: the model, dense or quantized, or already prepared by `make_ready`.
+      params: the model, dense or quantized, or already prepared by `make_ready`; or a model on several devices, made
+        by `shard` or by `load` with a mesh.
+      mesh: devices that share the model, along the axis ``model``; as `shard`. None for one device, or for those of
+        ``params``. With several processes, all must make the same calls.
       int8_activations: as in `prepare`.
 
     Attributes:
       config: the model's `DecoderConfig`.
 
     Raises:
-      SpQRError: ``int8_activations`` is set and the native CPU kernels are not available.
+      SpQRError: ``int8_activations`` is set and the native CPU kernels are not available; or as `shard`.
 
     Example:
       >>> generator = spqr_jax.Generator(model)
@@ -161,11 +178,19 @@ class Generator:
       True
     """
 
-    def __init__(self, params: Decoder | ReadyDecoder, *, int8_activations: bool = False) -> None:
+    def __init__(
+        self,
+        params: Decoder | ReadyDecoder | ShardedDecoder,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        int8_activations: bool = False,
+    ) -> None:
         self.config = params.config
-        if not isinstance(params, ReadyDecoder):
-            params = make_ready(params, int8_activations=int8_activations)
-        self._params = params
+        if mesh is not None:
+            if not isinstance(params, Decoder):
+                raise SpQRError("mesh needs a model that is not prepared nor on several devices already")
+            params = shard(params, mesh)
+        self._params = ready_anywhere(params, int8_activations=int8_activations)
         self._programs: dict[Any, Any] = {}
 
     @property
@@ -198,13 +223,15 @@ class Generator:
             tokens[row, padding[row] :] = prompt
 
         begun = time.perf_counter()
-        cache = empty_cache(self._params, len(prompts), _bucket(width + steps), self._params.outer.final_norm.dtype)
+        cache = empty_cache_of(self._params, len(prompts), _bucket(width + steps))
         ends = jnp.array(sorted(stops) or [-1], jnp.int32)
         rest = _Rest(jnp.asarray(padding), jax.random.key(seed), ends, sampling.draw(config.vocab_size))
         progress = _Progress(jnp.asarray(tokens), jnp.int32(0), jnp.ones(len(prompts), bool))
-        prefill = self._program(_prefill, cache, progress, rest)
+        rest, progress = copied_for(self._params, (rest, progress))
+        prefill = self._program(_prefill, _prefill_shared, cache, progress, rest)
         last = dataclasses.replace(progress, tokens=jnp.zeros((len(prompts), 1), jnp.int32))
-        decode = self._program(_decode, cache, last, rest, jnp.int32(1))
+        last, count = copied_for(self._params, (last, jnp.int32(1)))
+        decode = self._program(_decode, _decode_shared, cache, last, rest, count)
         compile_seconds = time.perf_counter() - begun
 
         begun = time.perf_counter()
@@ -227,7 +254,10 @@ class Generator:
 
     def _not_finite(self, row: int, tokens: Sequence[int]) -> SpQRError:
         """The error of a row whose next token cannot be drawn, after `tokens`."""
-        return not_finite(f"the next token of prompt {row}", self._params, np.asarray([tokens], np.int32))
+        result = f"the next token of prompt {row}"
+        if isinstance(self._params, ReadyShards):
+            return NotFiniteError(f"{result} is not a number: generate on one device to be told where this begins")
+        return not_finite(result, _ReadOnce(self._params), np.asarray([tokens], np.int32))
 
     def _decode_into(
         self, text: _Text, decode: Any, cache: Cache, progress: _Progress, rest: _Rest, steps: int
@@ -238,7 +268,8 @@ class Generator:
         while (ordered < steps or coming) and text.running:
             if ordered < steps:
                 count = min(count, steps - ordered)
-                cache, progress, made, done = decode(self._params, cache, progress, rest, jnp.int32(count))
+                limit = copied_for(self._params, jnp.int32(count))
+                cache, progress, made, done = decode(self._params, cache, progress, rest, limit)
                 coming.append((made, done))
                 ordered += count
             if len(coming) > 1 or ordered >= steps:
@@ -246,14 +277,30 @@ class Generator:
                 text.add(np.asarray(made)[:, : int(done)])
                 step_seconds = (time.perf_counter() - begun) / text.steps
                 count = max(1, min(_AT_ONCE, int(_SHOWN_EVERY / step_seconds)))
+                if jax.process_count() > 1:  # processes measure different times, but must order the same steps
+                    count = _AT_ONCE
 
-    def _program(self, function: Any, cache: Cache, progress: _Progress, *rest: Any) -> Any:
-        """A compiled function for arguments of these shapes, apart from its timing."""
+    def _program(self, alone: Any, shared: Any, cache: Cache, progress: _Progress, *rest: Any) -> Any:
+        """A compiled function for arguments of these shapes, apart from its timing; `shared` on several devices."""
+        function = shared if isinstance(self._params, ReadyShards) else alone
         leaves, tree = jax.tree.flatten((cache[0], progress, rest))
         key = (function, tree, *(leaf.shape for leaf in leaves))
         if key not in self._programs:
             self._programs[key] = compile_as_graph(function.lower(self._params, cache, progress, *rest))
         return self._programs[key]
+
+
+class _ReadOnce:
+    """A prepared model as a source of blocks, whose blocks are read once, in order."""
+
+    def __init__(self, params: ReadyDecoder) -> None:
+        self.config, self._outer, self._blocks = params.config, params.outer, iter(params.layers)
+
+    def outer(self) -> Outer:
+        return self._outer
+
+    def block(self, index: int) -> Block:
+        return next(self._blocks)
 
 
 class _Text:
@@ -321,13 +368,13 @@ def _bucket(length: int) -> int:
     return round_up(length, 64 if length <= 256 else 256)
 
 
-def generate(params: Decoder, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
+def generate(params: Decoder | ShardedDecoder, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
     """Continues prompts.
 
     To generate more than once with a model, use a `Generator`: it compiles less.
 
     Args:
-      params: the model, dense or quantized.
+      params: the model, dense or quantized; or a model on several devices, see `shard`.
       prompts: token ids of each prompt; lengths may differ.
       max_new_tokens (int): most new tokens of each prompt, 128 by default. Fewer if the model's context ends.
       sampling (Sampling): how tokens are chosen; greedy by default.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spqr_jax.errors import SpQRError
 from spqr_jax.packing import CODES_PER_RUN, packed_words
 
 MAX_UINT16_COLUMNS = 1 << 16
@@ -62,6 +63,28 @@ def array_layout(shape: tuple[int, int], group_size: int | None, stats_group_siz
     group = group_size if group_size is not None else round_up(inner, CODES_PER_RUN)
     padded_out = out if stats_group_size is None else round_up(out, math.lcm(stats_group_size, CODES_PER_RUN))
     return ArrayLayout(shape, group, padded_out, round_up(inner, math.lcm(group, CODES_PER_RUN)))
+
+
+def check_input_shards(inputs: int, group_size: int | None, shards: int) -> None:
+    """Refuses ranges of inputs that are not whole groups and whole runs of 16 codes.
+
+    Args:
+      inputs: of the matrix.
+      group_size: inputs of a group; None for one group per row, which any range may cut.
+      shards: equal ranges that the inputs are cut into.
+
+    Raises:
+      SpQRError: the ranges are not whole; names the numbers of ranges that fit.
+    """
+    unit = math.lcm(group_size or CODES_PER_RUN, CODES_PER_RUN)
+    if inputs % (shards * unit) == 0:
+        return
+    groups, rest = divmod(inputs, unit)
+    fitting = [1] if rest else [count for count in range(1, groups + 1) if groups % count == 0]
+    raise SpQRError(
+        f"input_shards={shards} cuts {inputs} inputs into ranges that are not whole groups of {unit}: "
+        f"input_shards may be {', '.join(map(str, fitting))} for this matrix"
+    )
 
 
 def leaf_specs(

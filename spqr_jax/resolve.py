@@ -27,7 +27,7 @@ from spqr_jax.models.hf import open_hf
 from spqr_jax.models.packaged import PACKAGED, packaged_model
 from spqr_jax.models.tokenizer import gguf_tokenizer, gguf_tokenizer_files, load_tokenizer, tokenizer_files
 from spqr_jax.output import unfinished_note
-from spqr_jax.stream.blocks import BlockSource, collect
+from spqr_jax.stream.blocks import ModelSource, collect
 
 MODEL_HELP = (
     "'demo' (SmolLM2-135M-Instruct), 'gemma3-270m', a GGUF file, a Hugging Face directory (config.json and "
@@ -57,7 +57,7 @@ class OpenedModel:
     """
 
     label: str
-    source: BlockSource
+    source: ModelSource
     tokenizer: Callable[[], Any]
     quantized: bool = False
     tokenizer_files: Callable[[], dict[str, bytes]] = dict

@@ -192,7 +192,7 @@ def test_save_says_where_the_model_lies(tmp_path, tiny_model, monkeypatch):
         (tmp_path / "q" / "mine").write_text("")
         return []
 
-    monkeypatch.setattr(claim, "_flush", appear)
+    monkeypatch.setattr(claim, "flush_tree", appear)
     with pytest.warns(UserWarning, match="q-2"):
         assert save(tmp_path / "q", tiny_model) == tmp_path / "q-2"
     assert names(tmp_path / "q") == ["mine"]

@@ -14,7 +14,10 @@ checksums after. A checkpoint grows under a temporary name and is renamed when
 it is whole. Nothing is pickled.
 """
 
-from spqr_jax.checkpoint.reading import CheckpointSource, is_checkpoint, load
+from spqr_jax.checkpoint.content import content_digest
+from spqr_jax.checkpoint.growing import CheckpointFolder
+from spqr_jax.checkpoint.loading import load
+from spqr_jax.checkpoint.reading import CheckpointSource, is_checkpoint
 from spqr_jax.checkpoint.writing import CheckpointSink, save
 
-__all__ = ["CheckpointSink", "CheckpointSource", "is_checkpoint", "load", "save"]
+__all__ = ["CheckpointFolder", "CheckpointSink", "CheckpointSource", "content_digest", "is_checkpoint", "load", "save"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax._compat import orbax_v1
+from spqr_jax._compat import orbax_of_one_process, orbax_v1
 from spqr_jax.array import SpQRArray
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries
@@ -43,13 +43,13 @@ def fingerprint(value: np.ndarray) -> dict[str, Any]:
 
 
 def orbax_context() -> Any:
-    """`config` is JSON text, not a tree of arrays."""
+    """`config` is JSON text, not a tree of arrays. Every process reads and writes for itself, without waiting."""
     ocp = orbax_v1()
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
     context = ocp.Context()
     context.checkpointables.registry = registry
-    return context
+    return orbax_of_one_process(context)
 
 
 _DTYPES = ("float32", "float16", "bfloat16", "uint16", "int32")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,10 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries, is_number, plain, shown
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Decoder, Outer
+from spqr_jax.models.decoder import Block, Outer
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
 from spqr_jax.output import unfinished_note
-from spqr_jax.stream.blocks import collect
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
 """Times that arrays are larger in memory than in files; bytes below which that does not matter."""
@@ -54,7 +56,7 @@ class CheckpointSource:
             raise CheckpointError(
                 f"{path} is not a checkpoint directory of {FORMAT}, which has both model/ and layers/"
             )
-        self._header = header = _read_header(self.path / "model")
+        self._header = header = read_header(self.path / "model")
         quantization = header.raw("quantization")
         label = header.label
         try:
@@ -69,7 +71,7 @@ class CheckpointSource:
         self._config = with_named_tokens(self._config, self.path)  # which an older checkpoint may not know
         self.provenance: dict[str, Any] = header.nested("provenance").to_dict()
         self.layer_stats = _layer_stats(header, "")
-        self._headers = [self._block_header(index) for index in range(self._config.num_layers)]
+        self._headers = [_block_header(self.path, index) for index in range(self._config.num_layers)]
         for index, block_header in enumerate(self._headers):
             self.layer_stats |= _layer_stats(block_header, f"layers.{index}.")
 
@@ -78,44 +80,97 @@ class CheckpointSource:
         return self._config
 
     def outer(self) -> Outer:
-        return Outer(**self._read(self.path / "model", self._header, outer_shapes(self._config)))
+        return Outer(**read_weights(self.path / "model", self._header, outer_shapes(self._config)))
 
     def block(self, index: int) -> Block:
-        kind = self._config.kind(index)
-        expected = block_shapes(self._config, kind)
-        return Block(self._read(self._block_directory(index), self._headers[index], expected), kind)
+        return _block(self.path, index, self._headers[index], self._config)
 
-    def _block_directory(self, index: int) -> Path:
-        return self.path / "layers" / f"{index:05d}"
+    def part(self, index: int | None) -> tuple[Path, dict[str, WeightSpec]]:
+        """The directory of a block, or of the outer weights for None, and what it says of its weights."""
+        if index is None:
+            directory, header, expected = self.path / "model", self._header, outer_shapes(self._config)
+        else:
+            directory, header = self.path / block_part(index), self._headers[index]
+            expected = block_shapes(self._config, self._config.kind(index))
+        return directory, weight_specs(directory, header, expected)
 
-    def _block_header(self, index: int) -> Entries:
-        directory = self._block_directory(index)
-        header = _read_header(directory)
-        if header.integer("index") != index:
-            raise CheckpointError(f"{directory} says that it is block {header.integer('index')}, expected {index}")
-        return header
+    def identity(self) -> str:
+        """SHA-256 of what the checkpoint says of its parts, which has the SHA-256 of each array."""
+        headers = [header.to_dict() for header in (self._header, *self._headers)]
+        return hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest()
 
-    def _read(self, directory: Path, header: Entries, expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        described = header.nested("weights")
-        for name in {**expected, **described.to_dict()}:
-            if name not in described:
-                raise described.lacks(name, f"a weight of shape {expected[name]}")
-            shape = described.nested(name).integers("shape")
-            if tuple(shape) != expected.get(name):
-                wanted = f"expected {list(expected[name])}" if name in expected else "but the model has no such weight"
-                raise CheckpointError(f"{directory}: weight {shown(name)} has shape {shown(shape)}, {wanted}")
-        specs = {name: WeightSpec.from_json(described.nested(name)) for name in described}
-        tree = _read_tree(directory, specs)
-        weights = {}
-        for name, spec in specs.items():
-            for leaf, value in tree[name].items():
-                if fingerprint(np.asarray(value))["sha256"] != spec.leaves[leaf].sha256:
-                    raise CheckpointError(
-                        f"{directory}: leaf {name}.{leaf} does not match its checksum: "
-                        "the file is damaged or was edited"
-                    )
-            weights[name] = spec.build(tree[name], f"{directory}: {name}")
-        return {name: weights[name] for name in expected}
+
+def block_part(index: int) -> Path:
+    """The directory of a block inside a checkpoint."""
+    return Path("layers") / f"{index:05d}"
+
+
+def read_outer(folder: Path, config: DecoderConfig) -> Outer:
+    """The outer weights in a checkpoint, which may lack blocks.
+
+    Raises:
+      CheckpointError: as `CheckpointSource`.
+    """
+    return Outer(**read_weights(folder / "model", read_header(folder / "model"), outer_shapes(config)))
+
+
+def read_block(folder: Path, index: int, config: DecoderConfig) -> Block:
+    """One block of a checkpoint, which may lack others.
+
+    Raises:
+      CheckpointError: as `CheckpointSource`.
+    """
+    return _block(folder, index, _block_header(folder, index), config)
+
+
+def _block(folder: Path, index: int, header: Entries, config: DecoderConfig) -> Block:
+    kind = config.kind(index)
+    return Block(read_weights(folder / block_part(index), header, block_shapes(config, kind)), kind)
+
+
+def _block_header(folder: Path, index: int) -> Entries:
+    directory = folder / block_part(index)
+    header = read_header(directory)
+    if header.integer("index") != index:
+        raise CheckpointError(f"{directory} says that it is block {header.integer('index')}, expected {index}")
+    return header
+
+
+def weight_specs(directory: Path, header: Entries, expected: dict[str, tuple[int, ...]]) -> dict[str, WeightSpec]:
+    """What a part says of its weights, which are those that the model has."""
+    described = header.nested("weights")
+    for name in {**expected, **described.to_dict()}:
+        if name not in described:
+            raise described.lacks(name, f"a weight of shape {expected[name]}")
+        shape = described.nested(name).integers("shape")
+        if tuple(shape) != expected.get(name):
+            wanted = f"expected {list(expected[name])}" if name in expected else "but the model has no such weight"
+            raise CheckpointError(f"{directory}: weight {shown(name)} has shape {shown(shape)}, {wanted}")
+    return {name: WeightSpec.from_json(described.nested(name)) for name in described}
+
+
+def read_weights(directory: Path, header: Entries, expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The weights of a part, verified."""
+    specs = weight_specs(directory, header, expected)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tree = read_leaves(directory, specs, {(name, leaf): here for name, spec in specs.items() for leaf in spec.leaves})
+    weights = {}
+    for name, spec in specs.items():
+        for leaf, value in tree[name].items():
+            if damaged(spec, leaf, value):
+                raise damage(directory, f"{name}.{leaf}")
+        weights[name] = spec.build(tree[name], f"{directory}: {name}")
+    return {name: weights[name] for name in expected}
+
+
+def damaged(spec: WeightSpec, leaf: str, value: Any) -> bool:
+    """Whether an array of a weight is another one than was written."""
+    return bool(fingerprint(np.asarray(value))["sha256"] != spec.leaves[leaf].sha256)
+
+
+def damage(directory: Path, leaf: str) -> CheckpointError:
+    """The error of an array that does not match its checksum."""
+    return CheckpointError(f"{directory}: leaf {leaf} does not match its checksum: the file is damaged or was edited")
 
 
 def _layer_stats(header: Entries, prefix: str) -> dict[str, dict[str, float]]:
@@ -129,7 +184,12 @@ def _layer_stats(header: Entries, prefix: str) -> dict[str, dict[str, float]]:
     return {prefix + name: stats.nested(name).to_dict() for name in stats}
 
 
-def _read_header(directory: Path) -> Entries:
+def read_header(directory: Path) -> Entries:
+    """What a checkpoint says of one of its parts.
+
+    Raises:
+      CheckpointError: it is missing, damaged or of another version.
+    """
     ocp = orbax_v1()
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is missing: the checkpoint is incomplete")
@@ -148,17 +208,32 @@ def _read_header(directory: Path) -> Entries:
     return Entries(header, str(directory), error=CheckpointError)
 
 
-def _read_tree(directory: Path, specs: dict[str, WeightSpec]) -> dict[str, dict[str, Any]]:
-    """Reads the arrays; types and shapes are compared with the files' own first."""
+def read_leaves(
+    directory: Path, specs: dict[str, WeightSpec], shardings: Mapping[tuple[str, str], Any]
+) -> dict[str, dict[str, jax.Array]]:
+    """Reads arrays of a part; types and shapes of all are compared with the files' own first.
+
+    Args:
+      directory: of the part.
+      specs: what it says of its weights.
+      shardings: (weight, leaf) -> where the array is put. Of an array on devices of several processes each process
+        reads the slices of its own devices. Arrays that are not named are not read.
+
+    Raises:
+      CheckpointError: arrays are missing, truncated or of another shape or type.
+    """
     ocp = orbax_v1()
     _refuse_bombs(directory, sum(spec.nbytes for spec in specs.values()))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: {
-            leaf: jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=sharding)
+            leaf: jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=shardings.get((name, leaf)))
             for leaf, entry in spec.leaves.items()
         }
         for name, spec in specs.items()
+    }
+    asked = {
+        name: {leaf: struct if (name, leaf) in shardings else ocp.PLACEHOLDER for leaf, struct in leaves.items()}
+        for name, leaves in abstract.items()
     }
     try:
         with orbax_context():
@@ -168,13 +243,17 @@ def _read_tree(directory: Path, specs: dict[str, WeightSpec]) -> dict[str, dict[
     _compare(directory, _flat(abstract), stored)
     try:
         with orbax_context():
-            return ocp.load_checkpointables(directory, {"params": abstract})["params"]
+            read = ocp.load_checkpointables(directory, {"params": asked})["params"]
     except Exception as error:
-        bad = _unreadable_leaves(directory, abstract)
+        bad = _unreadable_leaves(directory, asked)
         raise CheckpointError(
             f"{directory}: {', '.join(bad[:_SHOWN]) or 'the arrays'} cannot be read; the files are truncated or "
             f"damaged: {_first_line(error)}"
         ) from None
+    return {
+        name: {leaf: value for leaf, value in leaves.items() if (name, leaf) in shardings}
+        for name, leaves in read.items()
+    }
 
 
 def _refuse_bombs(directory: Path, claimed: int) -> None:
@@ -217,7 +296,9 @@ def _unreadable_leaves(directory: Path, abstract: dict[str, dict[str, Any]]) -> 
     ocp = orbax_v1()
     bad = []
     for name, leaves in abstract.items():
-        for leaf in leaves:
+        for leaf, struct in leaves.items():
+            if struct is ocp.PLACEHOLDER:
+                continue
             one = {
                 other: {k: (v if (other, k) == (name, leaf) else ocp.PLACEHOLDER) for k, v in entries.items()}
                 for other, entries in abstract.items()
@@ -233,26 +314,3 @@ def _unreadable_leaves(directory: Path, abstract: dict[str, dict[str, Any]]) -> 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0][:300] if text else type(error).__name__
-
-
-def load(path: Path | str) -> Decoder:
-    """Reads a checkpoint into memory and verifies it.
-
-    It needs neither the original model nor a network. To read the tokenizer too, use `load_model`.
-
-    Args:
-      path: a directory that `save` or ``spqr`` wrote.
-
-    Returns:
-      The model.
-
-    Raises:
-      CheckpointError: not a checkpoint, another format version, incomplete, truncated or edited. The message names
-        the array at fault.
-
-    Example:
-      >>> path = spqr_jax.save("small", model)
-      >>> spqr_jax.load("small").config == model.config
-      True
-    """
-    return collect(CheckpointSource(path))

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import tempfile
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
-from spqr_jax._compat import orbax_v1
 from spqr_jax.atomic import AtomicDirectory
-from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, META_FIELDS, fingerprint, leaves_of, orbax_context
+from spqr_jax.checkpoint.growing import CheckpointFolder
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError
 from spqr_jax.files.companions import write_files
+from spqr_jax.methods.report import LayerReport
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
-from spqr_jax.models.weights import OUTER_NAMES
 from spqr_jax.output import Claim
-from spqr_jax.quantized import is_quantized
+from spqr_jax.parallel import ShardedDecoder, ShardedSource
+from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import TreeSource
 
 
@@ -56,98 +54,89 @@ class CheckpointSink(AtomicDirectory):
         if provenance is not None and not isinstance(provenance, dict):
             raise CheckpointError(f"provenance must be a dictionary, got {type(provenance).__name__}")
         super().__init__(path, overwrite)
-        self._config, self._quantization = config, quantization
-        self._tokenizer, self._provenance, self._files = tokenizer, provenance or {}, files or {}
-        self._layer_stats: dict[str, dict[str, float]] = {}
-        self._blocks: set[int] = set()
-        self._has_outer = False
+        self._tokenizer, self._files = tokenizer, files or {}
+        with self._claim.writing():
+            self._parts = CheckpointFolder(
+                self.partial, config, quantization, provenance=provenance, durable=self._claim.run is not None
+            )
+
+    @property
+    def layer_stats(self) -> dict[str, dict[str, float]]:
+        """Path -> what quantizing the weight did, for every weight recorded, also by the run that this one goes on."""
+        return self._parts.layer_stats
 
     def record(self, path: str, stats: dict[str, float]) -> None:
         """Keeps what quantizing the weight at `path` did; call before its block is put."""
-        self._layer_stats[path] = stats
+        self._parts.record(path, stats)
+
+    def describe(self, quantization: SpQRConfig) -> None:
+        """Keeps how the model was quantized, where that is known only now; call before the outer weights are put."""
+        self._parts.describe(quantization)
 
     def put_block(self, index: int, block: Block) -> None:
-        weights = dict(block)
-        stats = {n: s for n in weights if (s := self._layer_stats.get(f"layers.{index}.{n}")) is not None}
-        header = {"index": index, "layer_stats": stats}
-        self._write(Path("layers") / f"{index:05d}", weights, header)
-        self._blocks.add(index)
+        with self._claim.writing():
+            self._parts.put_block(index, block)
 
     def put_outer(self, outer: Outer) -> None:
-        weights = {name: getattr(outer, name) for name in OUTER_NAMES if getattr(outer, name) is not None}
-        header = {
-            "model": self._config.to_json(),
-            "quantization": None if self._quantization is None else self._quantization.to_json(),
-            "layer_stats": {n: s for n in weights if (s := self._layer_stats.get(n)) is not None},
-            "provenance": self._provenance,
-        }
-        self._write(Path("model"), weights, header)
-        self._has_outer = True
+        with self._claim.writing():
+            self._parts.put_outer(outer)
+
+    def block(self, index: int) -> Block:
+        """A block that was put or adopted, verified."""
+        return self._parts.block(index)
+
+    def outer(self) -> Outer:
+        """The outer weights that were put or adopted, verified."""
+        return self._parts.outer()
+
+    def digest(self, part: int | str) -> str:
+        """SHA-256 of a part: the index of a block, or "model"; for the state of a run and `adopt`."""
+        return self._parts.digest(part)
+
+    def digests(self) -> dict[str, str]:
+        """Digests of all parts that were put or adopted: index of a block, or "model" -> SHA-256."""
+        return self._parts.digests()
+
+    def adopt(self, digests: Mapping[Any, str]) -> None:
+        """Takes over the parts that a stopped run finished, verified, and removes everything else that it wrote.
+
+        Args:
+          digests: index of a block, or "model" -> SHA-256, as `digests` gave it.
+
+        Raises:
+          CheckpointError: a part is missing, damaged or another one.
+        """
+        self._parts.adopt(digests)
 
     def finish(self) -> None:
         """Keeps the tokenizer and other files, once every part was put."""
-        missing = sorted(set(range(self._config.num_layers)) - self._blocks)
-        if missing or not self._has_outer:
-            raise CheckpointError(
-                f"the checkpoint is incomplete: blocks {missing} or the outer weights were never written"
-            )
+        if missing := self._parts.missing():
+            raise CheckpointError(f"the checkpoint is incomplete: {', '.join(missing)} were never written")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(self.partial)
         write_files(self.partial, self._files)
 
-    def _write(self, part: Path, weights: dict[str, Any], header: dict[str, Any]) -> None:
-        tree, specs = _describe(weights)
-        config = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "weights": specs}
-        ocp = orbax_v1()
-        with self._claim.writing(), _without_patterns(self.partial) as folder, orbax_context():
-            ocp.save_checkpointables(folder / part, {"params": tree, "config": config})
-
-
-@contextlib.contextmanager
-def _without_patterns(folder: Path) -> Iterator[Path]:
-    """The folder by a name that glob takes literally: Orbax looks for parts by patterns that begin with it."""
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="spqr-") as place:
-        link = Path(place) / "folder"
-        link.symlink_to(folder, target_is_directory=True)
-        yield link
-
-
-def _describe(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of each weight, and what the checkpoint says of them."""
-    tree, specs = {}, {}
-    for name, weight in weights.items():
-        leaves = leaves_of(weight)
-        tree[name] = leaves
-        specs[name] = {
-            "kind": "spqr" if is_quantized(weight) else "dense",
-            "shape": list(weight.shape),
-            "leaves": {leaf: fingerprint(np.asarray(value)) for leaf, value in leaves.items()},
-        }
-        if is_quantized(weight):
-            specs[name] |= {field: getattr(weight, field) for field in META_FIELDS}
-    return tree, specs
-
 
 def save(
     path: Path | str,
-    params: Decoder,
+    params: Decoder | ShardedDecoder,
     quantization: SpQRConfig | None = None,
     *,
     tokenizer: Any = None,
     provenance: dict[str, Any] | None = None,
+    report: Iterable[LayerReport] = (),
     overwrite: bool = False,
 ) -> Path:
     """Writes a model to a directory. It appears under its name only when it is complete.
 
     Args:
       path: the directory to make.
-      params: the model, dense or quantized.
+      params: the model, dense or quantized. A model on several devices is put together block by block, so that any
+        number of devices can load it. With several processes all must call `save`; the first one writes.
       quantization: how it was quantized, kept with the model; None if it was not.
       tokenizer: a transformers tokenizer to keep with the model, or None.
       provenance: a dictionary of JSON values that tells where the model comes from, or None.
+      report: what quantizing each weight did, kept with the model; see `quantize`'s ``events``.
       overwrite: replace an existing directory, once the new one is complete.
 
     Returns:
@@ -161,13 +150,22 @@ def save(
       >>> path.name
       'other'
     """
-    source = TreeSource(params)
+    source = ShardedSource(params) if isinstance(params, ShardedDecoder) else TreeSource(params)
+    if isinstance(params, ShardedDecoder) and jax.process_index() > 0:  # it takes part in the exchange of pieces
+        for index in range(params.config.num_layers):
+            source.block(index)
+        source.outer()
+        multihost_utils.sync_global_devices("saved")
+        return Path(path)
     with (
         Claim(path, overwrite) as claim,
         CheckpointSink(claim, params.config, quantization, tokenizer=tokenizer, provenance=provenance) as sink,
     ):
         claim.need(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
-        for index in range(params.config.num_layers):
-            sink.put_block(index, source.block(index))
+        for layer in report:
+            sink.record(layer.path, dataclasses.asdict(layer.stats))
+        sweep.forward(source, sink.put_block)
         sink.put_outer(source.outer())
+    if isinstance(params, ShardedDecoder) and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("saved")
     return sink.path

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 
-from spqr_jax.cli import interrupt
-from spqr_jax.cli.display import errors, fail, say
 from spqr_jax.compile_cache import keep_programs
 from spqr_jax.errors import SpQRError
+from spqr_jax.terminal import interrupt
+from spqr_jax.terminal.display import errors, fail, say
 
 BAD_INPUT, OUR_FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 """Exit statuses: as sysexits.h has it, and as shells name what SIGINT and SIGPIPE end."""

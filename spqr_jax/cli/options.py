@@ -18,10 +18,10 @@ from spqr_jax.cli.help import CALIBRATION, COMPUTATION, OUTPUT, TEXT, argument, 
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, LayerRule, SpQRConfig
 from spqr_jax.data import DATA_HELP, Split, load_tokens, mixed_windows, shares, split_weight
 from spqr_jax.errors import SpQRError
-from spqr_jax.evaluate.perplexity import checked_windows
 from spqr_jax.models.tokenizer import encode_stream, render_chat
 from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
+from spqr_jax.stream.windows import checked_windows
 from spqr_jax.tune import Tune, TuneConfig
 
 Model = Annotated[str, argument("MODEL", f"The model: {MODEL_HELP}.")]
@@ -142,7 +142,7 @@ def parse_rule(text: str) -> LayerRule:
     raise SpQRError(f"rule {text!r}: expected PATTERN=skip or PATTERN=BITS, such as 'down_proj=4'")
 
 
-_CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "sequential", "target_bits"}
+_CALIBRATED = {"damping", "drift_correction", "calibration_dtype", "order", "input_shards", "sequential", "target_bits"}
 """Options that say how calibration text is used."""
 
 

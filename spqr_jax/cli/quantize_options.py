@@ -142,6 +142,17 @@ Order = Annotated[
         show_default="activation for spqr, gptq and reference, else identity",
     ),
 ]
+InputShards = Annotated[
+    int | None,
+    option(
+        SOLVER,
+        "N",
+        "Order the inputs of o_proj and down_proj within N equal ranges, so that N devices (or a divisor of N) can "
+        "generate with the model together.",
+        min=1,
+        show_default="1",
+    ),
+]
 Fit = Annotated[
     str | None,
     option(

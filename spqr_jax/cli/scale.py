@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from spqr_jax.cli.display import say, table, tell, write_json
 from spqr_jax.cli.outlook import describe_method, itemsize
@@ -131,8 +132,11 @@ class MemoryWatch:
     """The memory plan of a run, said at its start, and what the run really held.
 
     Args:
-      run: what is to be done.
+      model, config, tuning: what is to be done.
+      windows: of calibration text, [windows, tokens]; None for none.
+      dtype: of the dense weights; None for the default.
       limit: of ``--max-memory``, such as 4GiB; None for none.
+      devices: of a mesh; None for one device.
 
     Attributes:
       thrift: what to do to hold less.
@@ -142,7 +146,18 @@ class MemoryWatch:
       SpQRError: the run cannot keep to the limit.
     """
 
-    def __init__(self, run: Run, limit: str | None) -> None:
+    def __init__(
+        self,
+        model: DecoderConfig,
+        config: SpQRConfig,
+        windows: np.ndarray | None,
+        tuning: TuneConfig | None,
+        dtype: str | None,
+        limit: str | None,
+        devices: int | None = None,
+    ) -> None:
+        text = Text(0, 2) if windows is None else Text(*windows.shape)
+        run = Run(model, config, text, tuning, dtype or default_dtype(), this_layout(devices))
         self.thrift, self.plan = run.fitted(None if limit is None else parse_bytes(limit))
         if saving := describe_thrift(self.thrift):
             say(f"to keep to {limit} of memory: {saving}")

@@ -89,6 +89,10 @@ class SafetensorsReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def files(self) -> list[Path]:
+        """The files that tensors are read from."""
+        return sorted({tensor.path for tensor in self._tensors.values()})
+
     def kinds(self) -> dict[str, str]:
         """Each tensor's type, one of `KINDS`."""
         return {name: tensor.kind for name, tensor in self._tensors.items()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from spqr_jax.config import SpQRConfig
-from spqr_jax.evaluate.passes import STREAM_NUMBERS
+from spqr_jax.evaluate.passes import stream_numbers
 from spqr_jax.forecast.memory_plan import FLOAT32, PACKED_BYTES, calibration_bytes, largest_block, widest_inner
-from spqr_jax.forecast.passes import Text, block_weights, input_groups, outer_weights
+from spqr_jax.forecast.passes import Text, input_groups, outer_weights
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.weights import block_shapes
 
@@ -16,18 +16,17 @@ _MAP_BYTES = 36  # a weight whose sensitivity is mapped
 
 
 def perplexity_bytes(model: DecoderConfig, text: Text, batch_size: int, itemsize: int, packed: bool) -> float:
-    """`spqr perplexity`: the model as it is stored, the residual stream, and one batch's activations and logits.
-
-    A quantized model is packed, and its largest part that is dense at a time is added.
+    """`spqr perplexity`: the weights outside of the blocks, two blocks, the residual stream, and one batch's
+    activations and logits. An output head that is packed is counted as a dense one.
     """
-    held = _held_model(model, itemsize, packed) + _stream_bytes(text, model.hidden_size)
+    held = _held_model(model, itemsize, packed) + _stream_bytes(model, text, model.hidden_size)
     return _RUNTIME + held + _window_bytes(model, text, batch_size, 512)
 
 
 def compare_bytes(dense: DecoderConfig, quantized: DecoderConfig, text: Text, batch_size: int, itemsize: int) -> float:
     """As `perplexity_bytes` for both models, with fewer positions' logits, of both with their probabilities."""
     models = _held_model(dense, itemsize, packed=False) + _held_model(quantized, itemsize, packed=True)
-    streams = _stream_bytes(text, dense.hidden_size + quantized.hidden_size)
+    streams = _stream_bytes(dense, text, dense.hidden_size + quantized.hidden_size)
     return _RUNTIME + models + streams + 2 * _window_bytes(dense, text, batch_size, 128)
 
 
@@ -53,16 +52,14 @@ def _mapped_bytes(model: DecoderConfig, kind: BlockKind) -> float:
 
 
 def _held_model(model: DecoderConfig, itemsize: int, packed: bool) -> float:
-    """A dense model, or a packed one with a block or the output head made dense, in float32 at most."""
-    weights = outer_weights(model) + sum(block_weights(model, kind) for kind in model.kinds)
-    if not packed:
-        return weights * itemsize
-    return weights * PACKED_BYTES + FLOAT32 * max(largest_block(model), model.vocab_size * model.hidden_size)
+    """What is outside of the blocks; a block and the next one. A packed block is dense as well, in float32 at most."""
+    a_block = 2 * PACKED_BYTES + FLOAT32 if packed else 2 * itemsize
+    return outer_weights(model) * itemsize + a_block * largest_block(model)
 
 
-def _stream_bytes(text: Text, width: int) -> float:
+def _stream_bytes(model: DecoderConfig, text: Text, width: int) -> float:
     """The residual streams of all windows, or of as many as are read at a time."""
-    return float(FLOAT32 * min(text.tokens * width, STREAM_NUMBERS))
+    return float(FLOAT32 * min(text.tokens * width, stream_numbers(model)))
 
 
 def _window_bytes(model: DecoderConfig, text: Text, batch_size: int, positions: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.files.content import digest_of_files, digest_of_values
 from spqr_jax.files.entries import plain
 from spqr_jax.files.json_file import read_json, read_object
 from spqr_jax.files.safetensors_file import SafetensorsReader
@@ -58,6 +59,12 @@ class HFSpQRSource:
     @property
     def config(self) -> DecoderConfig:
         return self._config
+
+    def identity(self) -> str:
+        """SHA-256 of the files' content, with the model's configuration and the type of the dense weights."""
+        return digest_of_values(
+            [digest_of_files(self._reader.files()), self._config.to_json(), str(np.dtype(self._dtype))]
+        )
 
     def outer(self) -> Outer:
         return Outer(**{name: self._weight(name) for name in outer_shapes(self._config)})

@@ -21,6 +21,7 @@ import numpy as np
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import UNQUANTIZED_STATS_BITS, SpQRConfig
 from spqr_jax.errors import CheckpointError, ModelError, SpQRError
+from spqr_jax.files.content import digest_of_files, digest_of_values
 from spqr_jax.files.entries import Entries, shown
 from spqr_jax.files.json_file import read_object
 from spqr_jax.formats.dense_part import dense_part
@@ -235,6 +236,13 @@ class LegacySource:
                 damping=given.number("percdamp", 1.0),
                 order="activation" if given.maybe_text("permutation_order") == "act_order" else "identity",
             )
+
+    def identity(self) -> str:
+        """SHA-256 of the files' content, with the model's configuration and how they are read."""
+        files = [path for path in self._folder.rglob("*") if path.is_file()]
+        names = [str(path.relative_to(self._folder)) for path in sorted(files)]
+        how = [str(np.dtype(self._dtype)), self._outliers, self._config.to_json()]
+        return digest_of_values([names, digest_of_files(files), how])
 
     def outer(self) -> Outer:
         return Outer(**{name: self._weight(name) for name in outer_shapes(self._config)})

@@ -4,6 +4,6 @@
 SpQR, GPTQ and round-to-nearest by `spqr_jax.solver`, the others by the files here (`table.py` lists them).
 """
 
-from spqr_jax.methods.choose import quantize_weight, quantize_weights
+from spqr_jax.methods.choose import check_shards, quantize_weight, quantize_weights
 
-__all__ = ["quantize_weight", "quantize_weights"]
+__all__ = ["check_shards", "quantize_weight", "quantize_weights"]

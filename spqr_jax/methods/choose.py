@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from spqr_jax.array import SpQRArray
-from spqr_jax.config import SpQRConfig
+from spqr_jax.config import SHARED_INPUTS, SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.layout import check_input_shards
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.weights import block_shapes
 from spqr_jax.solver import Hessian, Solved, solve
 
 
@@ -39,6 +42,23 @@ def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: S
       ((64, 32), 4)
     """
     return quantize_weights([w], hessian, [config or SpQRConfig()])[0].array
+
+
+def check_shards(config: SpQRConfig, model: DecoderConfig) -> None:
+    """Refuses `input_shards` that cut a group of some weight of a model, before any text is read.
+
+    Raises:
+      SpQRError: names the weight, and the numbers of shards that fit it.
+    """
+    if config.order == "identity" or config.input_shards == 1:
+        return
+    shapes = {name: shape for kind in set(model.kinds) for name, shape in block_shapes(model, kind).items()}
+    for name, shape in shapes.items():
+        if name.endswith(SHARED_INPUTS):
+            try:
+                check_input_shards(shape[1], config.group_size, config.input_shards)
+            except SpQRError as error:
+                raise SpQRError(f"{name}: {error}") from None
 
 
 def quantize_weights(

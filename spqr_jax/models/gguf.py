@@ -70,6 +70,10 @@ class GGUFFile:
         value = self.entries.raw(key)
         return default if value is None else value
 
+    def files(self) -> list[Path]:
+        """The file, or all its parts."""
+        return sorted({path for path, _ in self._tensors.values()})
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.entry.shape for name, (_, tensor) in self._tensors.items()}
 

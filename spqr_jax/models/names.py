@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.errors import ModelError
+from spqr_jax.files.content import digest_of_files, digest_of_values
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.finite import advice
 from spqr_jax.models.weights import OUTER_NAMES, Block, Outer, block_shapes, weight_shapes
@@ -136,6 +138,10 @@ class TensorReader(Protocol):
 
     label: str
 
+    def files(self) -> list[Path]:
+        """All files that say what `read` gives."""
+        ...
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor as `read` gives it, without reading it."""
         ...
@@ -166,6 +172,12 @@ class TensorSource:
     @property
     def config(self) -> DecoderConfig:
         return self._config
+
+    def identity(self) -> str:
+        """SHA-256 of the files' content, with the model's configuration and the type of the weights."""
+        return digest_of_values(
+            [digest_of_files(self._reader.files()), self._config.to_json(), str(np.dtype(self._dtype))]
+        )
 
     def outer(self) -> Outer:
         return Outer(**self._read({name: name for name in OUTER_NAMES if name in self._found}))

@@ -13,12 +13,28 @@ from typing import Any, Self
 
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.output import leftovers
+from spqr_jax.output.flush import flush_folder, flush_tree
 from spqr_jax.output.interruptions import interruptions_wait
 from spqr_jax.output.lock import NameLock
+from spqr_jax.output.run_folder import (
+    CHECKPOINT,
+    Run,
+    discard_run,
+    end_finished,
+    has_state,
+    kept_run,
+    note_name,
+    refuse_alive,
+    run_folder,
+    take_run,
+)
 from spqr_jax.output.space import FULL, describe_free, errno_of, free_bytes, readable_size, why_not
 
-_LOSES_DATA = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+
+
+class AlreadyFinished(CheckpointError):
+    """A run is to go on whose result has got its name."""
 
 
 class Claim:
@@ -31,31 +47,34 @@ class Claim:
     Args:
       path: of the directory. A link stands for what it points to.
       overwrite: replace an existing directory, once the new one is whole.
+      run: for work that can go on after it was stopped: what to do with an unfinished run of this name. The
+        directory to write to is then in the run's folder, which stays once a state is in it (`spqr_jax.journal`).
 
     Attributes:
       path: as given; after `give_name`, where the result lies.
       partial: where to write.
+      run: folder of the run, or None.
 
     Raises:
+      AlreadyFinished: `run` is "resume", and the run had given the result its name when it was killed.
       CheckpointError: with the reason.
     """
 
-    def __init__(self, path: Path | str, overwrite: bool = False) -> None:
+    def __init__(self, path: Path | str, overwrite: bool = False, *, run: Run | None = None) -> None:
         self.path, self._overwrite = Path(path), overwrite
         with explained(self.path):
             self._target = Path(os.path.realpath(path))
-        held = _Held()
+        held = self._held = _Held()
         self._finalizer = weakref.finalize(self, held.release)
+        self.run: Path | None = None
         notes: list[str] = []
         try:
             with interruptions_wait(), explained(self.path, self._target):
-                refuse_existing(self.path, overwrite)
+                if not leftovers.are_beside(self._target):  # which are cleaned up first
+                    refuse_existing(self.path, overwrite)
                 _make_folders(self._target.parent, held)
                 held.lock = NameLock(self._target)
-                if held.lock.is_first and held.lock.works:
-                    notes = leftovers.clean_up(self._target)
-                refuse_existing(self.path, overwrite)  # another run may have ended before we got the lock
-                self.partial = held.partial = leftovers.make_hidden(self._target, leftovers.PARTIAL)
+                self._take(run, held, held.lock, notes)
             for note in notes:
                 warnings.warn(note, stacklevel=2)
         except BaseException as error:
@@ -64,6 +83,30 @@ class Claim:
                 raise type(error)("; ".join([str(error), *notes])) from None
             raise
 
+    def _take(self, run: Run | None, held: _Held, lock: NameLock, notes: list[str]) -> None:
+        """Cleans up what killed runs left, and makes the directory to write to."""
+        if run is not None and not lock.is_first:
+            raise CheckpointError(f"this process is writing to {self._target} already: wait until it has ended")
+        if run is not None and not lock.works:
+            refuse_alive(self._target)
+        result = None
+        if lock.is_first and (lock.works or run is not None):
+            result, done = end_finished(self._target)
+            notes += done
+        if lock.is_first and lock.works:
+            notes += leftovers.clean_up(self._target)
+        if result is not None and run == "resume":
+            raise AlreadyFinished(f"{result} is finished already")
+        refuse_existing(self.path, self._overwrite)  # another run may have ended before we got the lock
+        if run is None:
+            if has_state(run_folder(self._target)):
+                notes.append(kept_run(run_folder(self._target), self._target))
+            self.partial = held.partial = leftovers.make_hidden(self._target, leftovers.PARTIAL)
+        else:
+            notes += take_run(self._target, run)
+            self.run = held.run = run_folder(self._target)
+            self.partial = self.run / CHECKPOINT
+
     def __enter__(self) -> Self:
         return self
 
@@ -71,9 +114,13 @@ class Claim:
         self.release()
 
     def release(self) -> None:
-        """Removes what did not get its name, and lets others have the name."""
+        """Removes what did not get its name, and lets others have the name. A run that can go on stays."""
         with interruptions_wait():
             self._finalizer()
+        if self._held.is_kept:
+            self._held.is_kept = False
+            assert self.run is not None
+            warnings.warn(kept_run(self.run, self.path), stacklevel=2)
 
     def need(self, num_bytes: float) -> None:
         """Refuses a result that there is no room for.
@@ -104,14 +151,16 @@ class Claim:
 
     def failure(self, error: BaseException) -> CheckpointError:
         """The error of a result that could not be written."""
-        return CheckpointError(f"cannot write {self.path}: {why_not(error, self.partial)}; nothing was saved")
+        kept = self.run is not None and has_state(self.run)
+        lost = "" if kept else "; nothing was saved"
+        return CheckpointError(f"cannot write {self.path}: {why_not(error, self.partial)}{lost}")
 
     def is_failure(self, error: BaseException | None) -> bool:
         """Whether an error that arose elsewhere is one of writing here."""
         if not isinstance(error, OSError):
             return False
         name = error.filename if isinstance(error.filename, str) else os.fspath(error.filename or "")
-        return errno_of(error) in (*FULL, errno.EFBIG) or str(name).startswith(str(self.partial))
+        return errno_of(error) in (*FULL, errno.EFBIG) or str(name).startswith(str(self.run or self.partial))
 
     def give_name(self) -> Path:
         """Makes the directory appear under its name, with all that was written on the disk.
@@ -127,20 +176,26 @@ class Claim:
         """
         note = ""
         with interruptions_wait(), self.writing():
-            leftovers.remove_mark(self.partial)
+            if self.run is None:
+                leftovers.remove_mark(self.partial)
             self.partial.chmod(0o755)  # mkdtemp's own is for this user alone
-            _flush(self.partial)
+            flush_tree(self.partial)
             if self._overwrite and os.path.lexists(self._target):
                 self._replace()
             else:
                 note = self._take_free_name()
-            _flush_directory(self._target.parent)
+            flush_folder(self._target.parent)
+            if self.run is not None:
+                flush_folder(self.run)
+                discard_run(self.run)
+                self._held.run = None
         if note:
             warnings.warn(note, stacklevel=2)
         return self.path
 
     def _replace(self) -> None:
         old = leftovers.make_hidden(self._target, leftovers.OLD)
+        self._note_name(self._target, old.name)
         try:
             os.rename(self._target, old / "old")
             os.rename(self.partial, self._target)
@@ -149,13 +204,20 @@ class Claim:
                 os.rename(old / "old", self._target)
             leftovers.remove(old)
             raise
+        flush_folder(self._target.parent)
         leftovers.discard_old(self._target, old)
+
+    def _note_name(self, target: Path, old: str | None = None) -> None:
+        """What the next run needs to know if this one is killed while the result gets its name."""
+        if self.run is not None:
+            note_name(self.run, target.name, old)
 
     def _take_free_name(self) -> str:
         target, count = self._target, 1
         while True:
             try:
                 if not os.path.lexists(target):
+                    self._note_name(target)
                     os.rename(self.partial, target)
                     break
             except OSError as error:  # it appeared since
@@ -175,6 +237,8 @@ class _Held:
     def __init__(self) -> None:
         self.lock: NameLock | None = None
         self.partial: Path | None = None
+        self.run: Path | None = None
+        self.is_kept = False
         self.new_folders: list[Path] = []
         self._process = os.getpid()
 
@@ -183,6 +247,10 @@ class _Held:
             return
         if self.partial is not None:
             leftovers.remove(self.partial)
+        if self.run is not None:
+            self.is_kept = has_state(self.run)
+            if not self.is_kept:
+                leftovers.remove(self.run)
         if self.lock is not None:
             self.lock.release()
         for folder in reversed(self.new_folders):
@@ -245,28 +313,5 @@ def _make_folders(folder: Path, held: _Held) -> None:
     for new in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another run was quicker
             new.mkdir()
+            flush_folder(new.parent)
             held.new_folders.append(new)
-
-
-def _flush(directory: Path) -> None:
-    """Everything below a directory is on the disk: a crash after the name was given finds it whole."""
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            _flush_file(os.path.join(folder, file))
-        _flush_directory(Path(folder))
-
-
-def _flush_directory(path: Path) -> None:
-    with contextlib.suppress(PermissionError):  # one that may be written to but not listed
-        _flush_file(str(path))
-
-
-def _flush_file(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # not every file system can; what it says of data that is lost counts
-        if error.errno in _LOSES_DATA:
-            raise
-    finally:
-        os.close(descriptor)

@@ -24,11 +24,14 @@ import numpy as np
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
+from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
+from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.spill import Spill
 
 _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
@@ -156,7 +159,8 @@ def measure_curves(
     source: BlockSource,
     batches: Iterable[Any],
     config: SpQRConfig,
-    progress: Callable[[str], None] | None = None,
+    events: Events = ignore,
+    spill: Spill | None = None,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
     total = 0
@@ -164,12 +168,15 @@ def measure_curves(
         shapes = abstract_block(source.config, kind)
         total += sum(math.prod(shapes[name].shape) for name in matrix_names(source.config, kind))
     curves: list[WeightCurve] = []
-    for block in block_sensitivities(source, batches, progress):
+
+    def measure(block: BlockSensitivity) -> None:
         for names, hessian in block.hessians:
             wanted = [name for name in names if config.for_path(f"layers.{block.index}.{name}") is not None]
             for width in dict.fromkeys(getattr(block.block, name).shape[1] for name in wanted):
                 same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
-                curves += _block_curves(block, same, hessian, config, total)
+                curves.extend(_block_curves(block, same, hessian, config, total))
+
+    block_sensitivities(source, batches, measure, events, spill)
     return curves
 
 
@@ -186,7 +193,7 @@ def _block_curves(
     for name, unit in zip(names, per_price, strict=True):
         padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
         choices.append([(bits, unit * price) for bits in padded for price in _PRICES])
-    trials = try_choices(weights, hessian, fisher, choices, config)
+    trials = try_choices(weights, hessian, fisher, choices, config.for_inputs(names[0]))
     curves = []
     for name, w, unit, trial in zip(names, weights, per_price, trials, strict=True):
         loss, outliers = (part.reshape(-1, len(_PRICES)) for part in (trial.loss, trial.outliers))
@@ -334,17 +341,26 @@ def plan_budget(
     source: BlockSource,
     batches: Sequence[Any],
     config: SpQRConfig,
-    progress: Callable[[str], None] | None = None,
+    events: Events = ignore,
+    spill: Spill | None = None,
 ) -> Plan:
     """Plans how to meet `config.target_bits`; looks at the first 4096 or so tokens only.
+
+    Args:
+      source: the dense model.
+      batches: int32 [batch, seq] of token ids.
+      config: with `target_bits`.
+      events: told of each block, once forward and once backward, as phase "measuring".
+      spill: where the text's activations are kept on disk; None to keep them in memory.
 
     Raises:
       SpQRError: the target is out of reach.
     """
     assert config.target_bits is not None
+    check_shards(config, source.config)
     some: list[Any] = []
     for batch in batches:
         if sum(np.size(taken) for taken in some) >= _TOKENS:
             break
         some.append(np.asarray(batch))
-    return make_plan(measure_curves(source, some, config, progress), config.target_bits, config)
+    return make_plan(measure_curves(source, some, config, events, spill), config.target_bits, config)

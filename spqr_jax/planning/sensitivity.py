@@ -15,22 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, plain_linear, run_block
 from spqr_jax.models.finite import refuse_infinite
 from spqr_jax.models.tiles import Tiles, multiply_tiles
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
+from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
+from spqr_jax.stream.spill import Spill, SpilledStates
 from spqr_jax.stream.stages import Group, InputRecorder, stage_groups
 
 
@@ -136,44 +139,53 @@ def _sensitivity(config: DecoderConfig, index: int, block: Block, sums: _Sums, t
 
 
 def block_sensitivities(
-    source: BlockSource, batches: Iterable[Any], progress: Callable[[str], None] | None = None
-) -> Iterator[BlockSensitivity]:
+    source: BlockSource,
+    batches: Iterable[Any],
+    visit: Callable[[BlockSensitivity], None],
+    events: Events = ignore,
+    spill: Spill | None = None,
+) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
 
-    Held at once: one block and the text's activations before every block.
+    Held at once: one block, the next one, and the text's activations before every block.
 
     Args:
       source: the dense model.
       batches: int32 [batch, seq] of token ids, few will do.
-      progress: told after each block, twice.
+      visit: is given a :class:`BlockSensitivity` for each block, the last block first.
+      events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
+      spill: where the activations before every block are kept on disk; None to keep them in memory.
 
     Raises:
       NotFiniteError: activations or gradients are no numbers; says behind which block.
-
-    Yields:
-      One :class:`BlockSensitivity` a block, the last block first.
     """
     config, outer, batches = source.config, source.outer(), list(batches)
     chunks = list(Activations(config, outer, batches).chunks())
     places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
-    before: list[list[jax.Array]] = []
-    for index in range(config.num_layers):
-        before.append(residuals)
-        block = source.block(index)
-        residuals = [pass_block(config, block, x, where) for x, where in zip(residuals, places, strict=True)]
+    before: list[list[jax.Array] | SpilledStates] = []
+    steps = Steps("measuring", 2 * config.num_layers, events)
+
+    def pass_forward(index: int, block: Block) -> None:
+        before.append([] if spill is None else spill.states())
+        for chunk, where in enumerate(places):
+            before[-1].append(residuals[chunk])
+            residuals[chunk] = pass_block(config, block, residuals[chunk], where)
         refuse_infinite(residuals, f"activations after block {index}")
-        if progress is not None:
-            progress(f"forward through block {index}")
+        steps.advance(note=f"forward through block {index}", detail=index)
+
+    sweep.forward(source, pass_forward)
     gradients = [
         loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
     ]
     refuse_infinite(gradients, "gradients of the loss after the last block")
+    residuals.clear()
     tokens_seen = sum(tokens.size for tokens in batches)
-    for index in reversed(range(config.num_layers)):
-        block = source.block(index)
+
+    def pass_backward(index: int, block: Block) -> None:
         sums = _empty_sums(config, block)
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
             gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums)
-        yield _sensitivity(config, index, block, sums, tokens_seen)
-        if progress is not None:
-            progress(f"backward through block {index}")
+        visit(_sensitivity(config, index, block, sums, tokens_seen))
+        steps.advance(note=f"backward through block {index}", detail=index)
+
+    sweep.backward(source, pass_backward)

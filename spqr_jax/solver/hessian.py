@@ -170,9 +170,15 @@ class Factor(NamedTuple):
     shift: jax.Array  # f32 [in], what damping added to the diagonal of H, own order
 
 
-@partial(jax.jit, static_argnums=2)
+def falling_order(diagonal: jax.Array, ranges: int = 1) -> jax.Array:
+    """Inputs by falling mean square within each of `ranges` equal ranges, range after range: f32 [in] -> int32 [in]."""
+    within = jnp.argsort(-diagonal.reshape(ranges, -1), axis=1, stable=True)
+    return (within + jnp.arange(ranges)[:, None] * within.shape[1]).reshape(-1)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
 def _damped_factor(
-    h: jax.Array, damping: jax.Array, by_size: bool
+    h: jax.Array, damping: jax.Array, by_size: bool, ranges: int
 ) -> tuple[jax.Array | None, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """(perm, U, shift) of `Factor`, and whether H and U are finite.
 
@@ -184,7 +190,7 @@ def _damped_factor(
     diagonal = jnp.diagonal(h)
     shift = damping_shift(diagonal, damping)
     damped = h + jnp.diag(shift)
-    perm = jnp.argsort(-diagonal, stable=True) if by_size else None
+    perm = falling_order(diagonal, ranges) if by_size else None
     reverse = jnp.arange(h.shape[0])[::-1] if perm is None else perm[::-1]
     rows = jnp.take(damped, reverse, axis=0, mode="clip")
     lower = jnp.linalg.cholesky(jnp.take(rows, reverse, axis=1, mode="clip"))
@@ -193,13 +199,14 @@ def _damped_factor(
     return perm, inverse[::-1, ::-1], shift, finite
 
 
-def factorize(h: jax.Array, damping: float, by_size: bool = False) -> Factor:
+def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int = 1) -> Factor:
     """Orders and factors H, damping it more if that is what it takes.
 
     Args:
       h: float32 [in, in], symmetric.
       damping: share of the mean diagonal that is added to the diagonal.
       by_size: visit inputs by falling mean square, not as they are.
+      ranges: number of equal ranges of inputs that are ordered each by itself and visited one after the other.
 
     Raises:
       DataError: `h` has values that are not finite.
@@ -207,7 +214,7 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False) -> Factor:
     """
     used = damping
     for _ in range(_DAMPING_STEPS):
-        perm, u, shift, finite = _damped_factor(h, jnp.float32(used), by_size)
+        perm, u, shift, finite = _damped_factor(h, jnp.float32(used), by_size, ranges)
         perm, (h_is_finite, u_is_finite) = jax.device_get((perm, finite))  # the only wait
         if not h_is_finite:
             raise DataError(

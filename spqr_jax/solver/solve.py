@@ -20,7 +20,7 @@ import numpy as np
 from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
-from spqr_jax.layout import ArrayLayout, array_layout
+from spqr_jax.layout import ArrayLayout, array_layout, check_input_shards
 from spqr_jax.packing import pack_codes
 from spqr_jax.solver.columns import ColumnSpec, RowChoices
 from spqr_jax.solver.grid import GridSpec
@@ -82,7 +82,7 @@ def quantize_weights(
     h = checked_hessian(weights, hessian, configs)
     if others := [config.solver for config in configs if config.solver != "columns"]:
         raise SpQRError(f"the loop over columns does not do {others[0]}: use spqr_jax.quantize_weight")
-    factors: dict[tuple[str, float], Factor] = {}
+    factors: dict[tuple[str, float, int], Factor] = {}
     stacks: dict[SpQRConfig, list[int]] = {}
     for index, config in enumerate(configs):
         stacks.setdefault(_program(config), []).append(index)
@@ -91,7 +91,7 @@ def quantize_weights(
         factor = None
         if config.compensate:
             assert h is not None
-            key = (config.order, config.damping)
+            key = (config.order, config.damping, config.input_shards)
             if key not in factors:
                 factors[key] = factor_hessian(h, config)
             factor = factors[key]
@@ -136,8 +136,15 @@ def column_spec(config: SpQRConfig, group_size: int, outliers: bool) -> ColumnSp
 
 
 def factor_hessian(h: jax.Array, config: SpQRConfig) -> Factor:
-    """Orders, damps and factors H [in, in] as `config` says."""
-    return factorize(h, config.damping, by_size=config.order == "activation")
+    """Orders, damps and factors H [in, in] as `config` says.
+
+    Raises:
+      SpQRError: as `factorize`, or `input_shards` cuts a group.
+    """
+    by_size = config.order == "activation"
+    if by_size and config.input_shards > 1:
+        check_input_shards(h.shape[0], config.group_size, config.input_shards)
+    return factorize(h, config.damping, by_size, config.input_shards if by_size else 1)
 
 
 def _solve_stack(

@@ -11,21 +11,35 @@ from spqr_jax.models.config import DecoderConfig
 
 
 def checked_batch(tokens: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    """Calibration text that the model can take, as int32 [batch, seq], or a DataError that says why not."""
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise DataError(
             f"a calibration batch must be integer token ids [batch, seq], got {tokens.dtype} {tokens.shape}"
         )
+    _refuse_other_models(tokens, config, "calibration sequences", "calibration token ids")
+    return tokens.astype(np.int32)
+
+
+def checked_windows(windows: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    """Text to evaluate on that the model can take, or a DataError that says why not."""
+    if windows.ndim != 2 or not windows.size or windows.shape[1] < 2:
+        raise DataError(f"expected token ids [windows, length >= 2], got shape {windows.shape}")
+    _refuse_other_models(windows, config, "windows", "token ids")
+    return windows
+
+
+def _refuse_other_models(tokens: np.ndarray, config: DecoderConfig, sequences: str, ids: str) -> None:
+    """Refuses text that is too long for the model, or that was tokenized for another one."""
     if tokens.shape[1] > config.max_positions:
         raise DataError(
-            f"calibration sequences of {tokens.shape[1]} tokens are longer than the model's context of "
-            f"{config.max_positions}; use shorter ones (--seqlen)"
+            f"{sequences} of {tokens.shape[1]} tokens are longer than the model's context of {config.max_positions}; "
+            "use shorter ones (--seqlen)"
         )
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise DataError(
-            f"calibration token ids range from {tokens.min()} to {tokens.max()}, but the model's vocabulary has "
+            f"{ids} range from {tokens.min()} to {tokens.max()}, but the model's vocabulary has "
             f"{config.vocab_size} tokens: was the text tokenized for another model?"
         )
-    return tokens.astype(np.int32)
 
 
 def batched(windows: np.ndarray, tokens_per_batch: int = 1024) -> Sequence[np.ndarray]:

@@ -213,7 +213,7 @@ def test_a_swallowed_interrupt_is_raised_again():
     """As when it arrives in a destructor; in a process of its own, since it changes how signals are handled."""
     program = """
 import os, signal
-from spqr_jax.cli import interrupt
+from spqr_jax.terminal import interrupt
 interrupt.install()
 interrupt.check()
 for _ in range(2):

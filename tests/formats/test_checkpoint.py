@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from spqr_jax import CheckpointError, SpQRArray, SpQRConfig, load, quantize, save
-from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
-from spqr_jax.checkpoint.reading import _read_header
+from spqr_jax.checkpoint import CheckpointFolder, CheckpointSink, CheckpointSource, content_digest
+from spqr_jax.checkpoint.reading import read_header, read_weights
+from spqr_jax.quantized import is_quantized
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +163,10 @@ def test_arrays_far_larger_than_their_files_are_not_read(copy):
         values["weights"]["lm_head"]["leaves"]["values"]["shape"] = [size, size]
 
     edit_header(copy / "model", change)
-    header = _read_header(copy / "model")
+    header = read_header(copy / "model")
     expected = {"embed_tokens": (256, 64), "final_norm": (64,), "lm_head": (size, size)}
     with pytest.raises(CheckpointError, match=r"68719.* bytes"):
-        CheckpointSource(copy)._read(copy / "model", header, expected)
+        read_weights(copy / "model", header, expected)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,60 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, quantized, error):
     with pytest.raises(error):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def assert_same_weight(weight, expected):
+    """Apart from unused entries at the end of the outliers."""
+    if is_quantized(weight):
+        weight, expected = weight.trimmed(), expected.trimmed()
+    for a, b in zip(jax.tree.leaves(weight), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_finished_blocks_are_taken_over(tmp_path, quantized):
+    folder = CheckpointFolder(tmp_path / "parts", quantized.config, SpQRConfig())
+    folder.record("layers.1.q_proj", {"output_error": 0.5})
+    for index in (0, 1):
+        folder.put_block(index, quantized.layers[index])
+    (tmp_path / "parts" / "layers" / "00002.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "parts" / "tokenizer.json").write_text("cut")
+    again = CheckpointFolder(tmp_path / "parts", quantized.config, SpQRConfig())
+    again.adopt({"0": folder.digest(0), 1: folder.digest(1)})
+    assert again.digests() == folder.digests()
+    assert again.layer_stats == {"layers.1.q_proj": {"output_error": 0.5}}
+    assert again.missing()[0] == "2" or len(quantized.layers) == 2
+    assert [path.name for path in sorted(tmp_path.glob("parts/layers/*"))] == ["00000", "00001"]
+    for name, weight in again.block(1).items():
+        assert_same_weight(weight, getattr(quantized.layers[1], name))
+    again.put_outer(quantized.outer)
+    again.adopt({0: folder.digest(0)})
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob("parts/*"))] == ["parts/layers"]
+    with pytest.raises(CheckpointError, match=r"block 1, is damaged: .*00001 is missing.*; begin again with --restart"):
+        again.adopt(folder.digests())
+
+
+def test_a_finished_block_that_was_damaged_or_changed_is_refused(tmp_path, quantized):
+    folder = CheckpointFolder(tmp_path / "parts", quantized.config)
+    folder.put_block(0, quantized.layers[0])
+    with pytest.raises(CheckpointError, match="block 0, is damaged: it is not the one that the run wrote"):
+        folder.adopt({0: "0" * 64})
+    largest = max((tmp_path / "parts").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(largest.stat().st_size))
+    with pytest.raises(CheckpointError, match="block 0, is damaged"):
+        folder.adopt(folder.digests())
+
+
+def test_the_digest_is_of_the_content_alone(tmp_path, quantized, saved, copy):
+    save(tmp_path / "again", quantized, SpQRConfig(), provenance={"model": "tiny"})
+    digest = content_digest(saved)
+    assert digest == content_digest(copy) == content_digest(tmp_path / "again")
+    assert digest == content_digest(saved, verify=False)
+    save(tmp_path / "other", quantized, SpQRConfig(), provenance={"model": "other"})
+    (copy / "tokenizer.json").write_text("{}")
+    outer = dataclasses.replace(quantized.outer, final_norm=quantized.outer.final_norm * 2)
+    changed = dataclasses.replace(quantized, outer=outer)
+    save(tmp_path / "changed", changed, SpQRConfig(), provenance={"model": "tiny"})
+    assert len({digest, *map(content_digest, (copy, tmp_path / "other", tmp_path / "changed"))}) == 4
 
 
 def test_an_incomplete_checkpoint_is_not_finished(tmp_path, quantized):

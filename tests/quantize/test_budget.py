@@ -39,7 +39,18 @@ def stored_bits(params):
 def test_the_sensitivity_is_the_gradient_of_the_loss(tiny_model, tiny_batches):
     """Σ_t (∂L/∂y_t)² by JAX through the whole model at once, for a weight of the first block."""
     tokens = jnp.asarray(tiny_batches[0])
-    blocks = {block.index: block for block in block_sensitivities(TreeSource(tiny_model), [tiny_batches[0]])}
+    blocks = {}
+    told = []
+    block_sensitivities(
+        TreeSource(tiny_model), [tiny_batches[0]], lambda block: blocks.update({block.index: block}), told.append
+    )
+    assert [(event.phase, event.done, event.total, event.detail) for event in told] == [
+        ("measuring", 0, 4, None),
+        ("measuring", 1, 4, 0),
+        ("measuring", 2, 4, 1),
+        ("measuring", 3, 4, 1),
+        ("measuring", 4, 4, 0),
+    ]
 
     def loss(bias):
         # ∂L/∂y of v_proj is what adding to its output does; its output is added to by its input's bias

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.events import LayerReports
 from support.problems import divergence, random_tokens, run_forward
 
 import spqr_jax
@@ -22,7 +23,7 @@ from spqr_jax import (
     quantize,
     quantize_weight,
 )
-from spqr_jax.job.driver import quantize_blocks
+from spqr_jax.job.job import Job
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.decoder import plain_linear, random_decoder
 from spqr_jax.stream.activations import Activations
@@ -122,9 +123,9 @@ def test_sequential_inputs_have_passed_the_quantized_weights(tiny_model, tiny_ba
     """Skipping the first stage's weights changes what the second stage is given."""
     errors = {}
     for name, config in {"on": SpQRConfig(bits=2), "off": SpQRConfig(bits=2, sequential=False)}.items():
-        reports = []
-        quantize(tiny_model, tiny_batches, config, on_layer=reports.append)
-        errors[name] = {r.path: r.stats.output_error for r in reports}
+        reports = LayerReports()
+        quantize(tiny_model, tiny_batches, config, events=reports)
+        errors[name] = {report.path: report.stats.output_error for report in reports.layers}
     assert errors["on"]["layers.0.q_proj"] == pytest.approx(errors["off"]["layers.0.q_proj"], rel=1e-6)
     assert errors["on"]["layers.0.o_proj"] != errors["off"]["layers.0.o_proj"]
 
@@ -202,8 +203,14 @@ def test_blocks_are_read_once_and_put_in_order(tiny_model, tiny_batches):
         def put_outer(self, outer):
             events.append(("outer", None))
 
-    quantize_blocks(Source(tiny_model), Sink(), tiny_batches, SpQRConfig())
-    assert events == [("read", 0), ("put", 0), ("read", 1), ("put", 1), ("outer", None)]
+        def record(self, path, stats):
+            pass
+
+        def describe(self, quantization):
+            events.append(("described", quantization.bits))
+
+    Job(Source(tiny_model), Sink(), tiny_batches, SpQRConfig()).run()
+    assert events == [("described", 3), ("read", 0), ("put", 0), ("read", 1), ("put", 1), ("outer", None)]
 
 
 @pytest.mark.parametrize(

@@ -300,3 +300,26 @@ def test_reference_mode_repeats_the_originals_constant_groups():
     config = SpQRConfig.reference(order="identity", outlier_threshold=INF, stats_bits=16)
     flawed = np.asarray(quantize_weight(w, hessian_of(x), config).to_dense())
     assert np.all(np.abs(flawed[:, 0]) > 0.1)
+
+
+# ---- inputs that devices share ----------------------------------------------------------
+
+
+def test_shared_inputs_are_ordered_range_by_range():
+    w, x = correlated_problem(32, 128)
+    hessian = hessian_of(x)
+    config = SpQRConfig(input_shards=4)
+    perm = np.asarray(quantize_weight(w, hessian, config).perm).reshape(4, 32)
+    size = np.diagonal(np.asarray(hessian.matrix()))
+    for shard, order in enumerate(perm):
+        assert sorted(order) == list(range(32 * shard, 32 * (shard + 1)))
+        assert np.all(np.diff(size[order]) <= 0)
+    assert config.for_path("layers.0.q_proj").input_shards == 1
+    assert config.for_path("layers.0.experts.3.down_proj").input_shards == 4
+
+
+def test_ranges_of_inputs_are_whole_groups():
+    w, x = correlated_problem(32, 128)
+    with pytest.raises(SpQRError, match=r"whole groups of 16: input_shards may be 1, 2, 4, 8 for this matrix"):
+        quantize_weight(w, hessian_of(x), SpQRConfig(input_shards=3))
+    quantize_weight(w, hessian_of(x), SpQRConfig(input_shards=3, order="identity"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.problems import random_tokens
+from support.problems import TINY, random_tokens
 
 from spqr_jax import SpQRConfig, SpQRError, batched
-from spqr_jax.job.driver import quantize_blocks
-from spqr_jax.models.decoder import State
+from spqr_jax.job.job import Job
+from spqr_jax.models.decoder import State, random_decoder
 from spqr_jax.output import Claim
 from spqr_jax.stream import spill as spill_module
 from spqr_jax.stream.blocks import TreeSink, TreeSource
@@ -77,15 +78,24 @@ def test_a_copy_goes_its_own_way(tmp_path):
     ids=["sequential", "drift", "parallel", "target"],
 )
 def test_quantizing_gives_the_same_bytes_with_activations_on_disk(tiny_model, tmp_path, config):
+    same(*(quantized(tiny_model, tmp_path, config, on_disk) for on_disk in (False, True)))
+
+
+def test_experts_are_the_same_bytes_a_few_at_a_time(tmp_path):
+    model = random_decoder(dataclasses.replace(TINY, num_experts=4, experts_per_token=2, expert_size=32), seed=1)
+    config = SpQRConfig(bits=3)
+    with pytest.warns(UserWarning, match="few calibration tokens"):
+        same(*(quantized(model, tmp_path, config, *way) for way in ((False, 2**30), (True, 2 * 4 * 64**2))))
+
+
+def quantized(model, tmp_path, config, on_disk, hessian_bytes=2**30):
     batches = batched(random_tokens((6, 32), 3), 64)
-    results = []
-    for on_disk in (False, True):
-        sink = TreeSink(tiny_model.config)
-        with Spill(tmp_path / "out") as spill:
-            quantize_blocks(TreeSource(tiny_model), sink, batches, config, spill=spill if on_disk else None)
-            assert (next(spill._names) > 0) == on_disk
-        results.append(sink.params())
-    same(*results)
+    sink = TreeSink(model.config)
+    with Spill(tmp_path / "out") as spill:
+        kept = spill if on_disk else None
+        Job(TreeSource(model), sink, batches, config, spill=kept, hessian_bytes=hessian_bytes).run()
+        assert (next(spill._names) > 0) == on_disk
+    return sink.params()
 
 
 def test_arrays_come_back_to_the_devices_on_which_they_were():

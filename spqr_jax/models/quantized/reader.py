@@ -67,6 +67,11 @@ class DenseReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
+    def files(self) -> list[Path]:
+        """The files that tensors are read from, and those that say how they are quantized."""
+        directory = Path(self.label)
+        return [*self._reader.files(), *directory.glob("config.json"), *directory.glob("*quant*config.json")]
+
     def read(self, name: str, dtype: Any) -> np.ndarray:
         if name in self._weights:
             return self._weights[name].read(dtype)
