@@ -40,7 +40,7 @@ def orbax_of_one_process(context: Any) -> Iterator[Any]:
     context.multiprocessing.primary_host = here
     context.multiprocessing.active_processes = {here}
     context.multiprocessing.barrier_sync_key_prefix = f"process{here}"
-    counting = [
+    counting: list[Any] = [
         module
         for name, module in list(sys.modules.items())
         if name.startswith("orbax.checkpoint") and name.endswith("synchronization.multihost")

@@ -148,7 +148,7 @@ def _decode(
 
 # The same on all devices of a mesh, for `ReadyShards`.
 _prefill_shared = jax.jit(with_cache(_step), donate_argnums=1)
-_decode_shared = jax.jit(with_cache(_decode.__wrapped__), donate_argnums=1)
+_decode_shared = jax.jit(with_cache(_decode), donate_argnums=1)
 
 
 class Generator:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 # From the bottom up: a module may import from its own layer's earlier entries and
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
-    ["errors", "events", "_compat", "compile_cache", "product_jit"],
+    ["errors", "events", "_compat", "compile_cache", "product_jit", "devices"],
     ["files"],
     ["output"],
     ["atomic"],
@@ -70,7 +70,7 @@ def test_every_module_has_its_place():
 
 
 def test_the_solver_knows_no_model():
-    known = {"array", "config", "errors", "layout", "packing", "product_jit", "quantized", "solver"}
+    known = {"array", "config", "devices", "errors", "layout", "packing", "product_jit", "quantized", "solver"}
     for path in (PACKAGE / "solver").rglob("*.py"):
         assert set(imports_of(path)) <= known, path
 

@@ -61,6 +61,11 @@ class CheckpointSink(AtomicDirectory):
             )
 
     @property
+    def config(self) -> DecoderConfig:
+        """Of the model."""
+        return self._parts.config
+
+    @property
     def layer_stats(self) -> dict[str, dict[str, float]]:
         """Path -> what quantizing the weight did, for every weight recorded, also by the run that this one goes on."""
         return self._parts.layer_stats

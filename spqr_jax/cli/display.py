@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from rich.progress import Progress, TaskID
 
-from spqr_jax.events import Event
+from spqr_jax.events import Event, Remark, SafePoint
 from spqr_jax.forecast.words import short_duration
 from spqr_jax.methods.report import LayerReport
 from spqr_jax.planning.budget import Plan
@@ -63,7 +63,10 @@ class EventView:
             self._event = None
 
     def __call__(self, event: Event) -> None:
-        interrupt.check()
+        (interrupt.at_safe_point if isinstance(event.detail, SafePoint) else interrupt.check)()
+        if isinstance(event.detail, Remark):
+            say(event.detail.text)
+            return
         with self._lock:
             starts = self._event is None or self._event.phase != event.phase
             self._event = event

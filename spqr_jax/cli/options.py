@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
+import jax
 import numpy as np
 
 from spqr_jax.cli.display import say
@@ -38,6 +40,19 @@ _DEFAULT_TEXT = "wikitext2, or pydoc without a network"
 
 Out = Annotated[Path, option(OUTPUT, "DIR", "Directory to write.")]
 Overwrite = Annotated[bool, flag(OUTPUT, "--overwrite", "Replace the output if it exists.")]
+Resume = Annotated[
+    bool, flag(OUTPUT, "--resume", "Go on with a run that was stopped. Give the other options as before.")
+]
+Restart = Annotated[bool, flag(OUTPUT, "--restart", "Remove what a stopped run has saved, and begin again.")]
+Mesh = Annotated[
+    str | None,
+    option(
+        COMPUTATION,
+        "MESH",
+        "Devices to calibrate on, such as data=4 or data=4,rows=2. auto: all of this machine.",
+        show_default="one device",
+    ),
+]
 Json = Annotated[
     Path | None, option(OUTPUT, "FILE", "Also write the result to this JSON file.", "--json", callback=_checked_file)
 ]
@@ -130,6 +145,26 @@ def _mixture(texts: Sequence[tuple[str, float]]) -> str:
     if len(texts) == 1:
         return texts[0][0]
     return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in texts)
+
+
+def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:
+    """Devices by axes: ``data=4,rows=2``, or ``auto`` for all of them along ``data``; None for one device.
+
+    Raises:
+      SpQRError: the text says something else, or there are fewer devices.
+    """
+    if text is None:
+        return None
+    sizes = {"data": len(jax.devices())}
+    if text != "auto":
+        parts = [part.partition("=") for part in text.split(",")]
+        if any(name not in ("data", "rows") or not _DIGITS.fullmatch(size) for name, _, size in parts):
+            raise SpQRError(f"--mesh {text!r}: expected such as data=4 or data=4,rows=2, or auto")
+        sizes = {name: int(size) for name, _, size in parts}
+    count = math.prod(sizes.values())
+    if not 1 <= count <= len(jax.devices()):
+        raise SpQRError(f"--mesh {text} takes {count} devices, but there are {len(jax.devices())}")
+    return jax.sharding.Mesh(np.array(jax.devices()[:count]).reshape(tuple(sizes.values())), tuple(sizes))
 
 
 def parse_rule(text: str) -> LayerRule:

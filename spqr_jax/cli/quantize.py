@@ -19,11 +19,15 @@ from spqr_jax.cli.options import (
     CalibrationSeqLen,
     Dtype,
     Json,
+    Mesh,
     Model,
     Overwrite,
+    Restart,
+    Resume,
     Windows,
     build_config,
     build_tuning,
+    parse_mesh,
     parse_rule,
     read_calibration,
 )
@@ -56,15 +60,16 @@ from spqr_jax.cli.quantize_options import (
     TuneObjective,
 )
 from spqr_jax.cli.scale import MemoryWatch, dry_run, needed_out
-from spqr_jax.errors import ModelError
+from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.estimate import quantized_bytes
 from spqr_jax.forecast import Text
 from spqr_jax.inspection import summarize
 from spqr_jax.job.directory import quantize_to
 from spqr_jax.job.job import JobReport
-from spqr_jax.output import Claim
+from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
 from spqr_jax.stream.windows import batched
+from spqr_jax.terminal import interrupt
 
 
 def quantize(
@@ -72,6 +77,8 @@ def quantize(
     model: Model,
     out: OutUnlessPlanning = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    restart: Restart = False,
     json: Json = None,
     preset: Preset = None,
     target_bits: TargetBits = None,
@@ -102,6 +109,7 @@ def quantize(
     max_memory: MaxMemory = None,
     plan_only: PlanOnly = False,
     machine: MachineName = None,
+    mesh: Mesh = None,
 ) -> None:
     """Compress a model and save it."""
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
@@ -114,10 +122,10 @@ def quantize(
     )  # fmt: skip
     if plan_only:
         text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
-        dry_run(model, method, config, text, tuning, dtype, machine, None, max_memory, json)
+        dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
         return
     out = needed_out(out, machine)
-    claim = context.with_resource(Claim(out, overwrite))
+    claim = _claim(context, out, overwrite, resume, restart)
     opened = _open_dense(model, dtype)
     claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
     windows, calibration = None, None
@@ -126,13 +134,16 @@ def quantize(
     elif calib:
         say(f"--method {method} uses no calibration text: --calib is ignored")
     outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
-    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory)
+    devices = parse_mesh(mesh)
+    count = None if devices is None else devices.size
+    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, count)
     batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
     spill = context.with_resource(watch.spill(out))
-    with EventView() as view:
+    with EventView() as view, interrupt.at_safe_points():
         place, report = quantize_to(
             claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
-            provenance=_provenance(opened, method, calibration), spill=spill, hessian_bytes=watch.thrift.hessian_bytes,
+            provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill,
+            hessian_bytes=watch.thrift.hessian_bytes,
         )  # fmt: skip
     summary = summarize(CheckpointSource(place))
     _show_result(place, summary, report, watch.measured())
@@ -142,6 +153,17 @@ def quantize(
     if opened.note is not None:
         say(opened.note)
     outlook.end(after_writing(out))
+
+
+def _claim(context: typer.Context, out: Path, overwrite: bool, resume: bool, restart: bool) -> Claim:
+    """The result's name, and what to do with an unfinished run of that name."""
+    if resume and restart:
+        raise SpQRError("--resume goes on with a run, --restart begins again: give one of them")
+    try:
+        return context.with_resource(Claim(out, overwrite, run="resume" if resume else "restart" if restart else "new"))
+    except AlreadyFinished as error:
+        say(str(error))
+        raise typer.Exit from None
 
 
 def _open_dense(model: str, dtype: str | None) -> OpenedModel:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spqr_jax._compat import give_back_memory
 from spqr_jax.events import Steps
 from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
@@ -136,7 +137,12 @@ def pass_blocks(
       dtype: of the activations.
       passed: called with each new state once it is computed.
     """
-    sweep.forward(source, lambda index, block: _pass_dense(dense_block(block, dtype), states, step, passed))
+
+    def visit(index: int, block: Block) -> None:
+        _pass_dense(dense_block(block, dtype), states, step, passed)
+        give_back_memory()  # of reading: threads that read leave freed memory behind
+
+    sweep.forward(source, visit)
 
 
 def _pass_dense(block: Block, states: list[T], step: Callable[[Block, T], T], passed: Callable[[T], None]) -> None:

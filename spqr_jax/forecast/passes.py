@@ -20,6 +20,10 @@ QUERY_CHUNK = 128
 """Queries that attention takes at a time, as in `spqr_jax.models.attention`."""
 
 
+TILE_PADDING = 1.2
+"""Rows that experts multiply, padding of their tiles included, for each pair of a token and an expert."""
+
+
 class Text(NamedTuple):
     """Text that is cut into windows of equal length: how many windows, and tokens a window."""
 
@@ -100,8 +104,10 @@ def block_weights(config: DecoderConfig, kind: BlockKind) -> int:
 
 
 def expert_share(config: DecoderConfig, name: str) -> float:
-    """Part of the tokens that pass a weight: a token passes `experts_per_token` of the experts."""
-    return config.experts_per_token / config.num_experts if name.startswith("experts.") else 1.0
+    """Part of the tokens that are multiplied by a weight: a token passes `experts_per_token` of the experts."""
+    if not name.startswith("experts."):
+        return 1.0
+    return min(1.0, TILE_PADDING * config.experts_per_token / config.num_experts)
 
 
 def forward_pass(config: DecoderConfig, text: Text) -> Pass:

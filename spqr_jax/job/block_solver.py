@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
@@ -42,6 +43,21 @@ class BlockSolver(Protocol):
         """
         ...
 
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        """Takes the text through a block that an earlier run has finished, exactly as `solve` did.
+
+        Args:
+          activations: the text before the block; afterwards behind it.
+          original: the dense block.
+          finished: what `solve` made of it.
+        """
+        ...
+
+    @property
+    def streams(self) -> tuple[Activations, ...] | None:
+        """Other activations that `solve` takes along, to be saved with the text's; None where there is more to it."""
+        ...
+
 
 class Uncalibrated:
     """Rounds to nearest: no text is needed."""
@@ -51,6 +67,13 @@ class Uncalibrated:
 
     def solve(self, activations: Activations | None, block: Block, prefix: str, last: bool) -> Block:
         return self._weights.solve(block, matrix_names(self._model, block.kind), prefix, None)[0]
+
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        """There is no text."""
+
+    @property
+    def streams(self) -> tuple[Activations, ...]:
+        return ()
 
 
 class Sequential:
@@ -77,6 +100,16 @@ class Sequential:
         self._weights.warn_of_starved(prefix)
         return block
 
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        advance_as_stored(activations, original, finished, self._weights.by_columns)
+        if self._dense is not None:
+            for stage in range(len(STAGES)):
+                self._dense.advance(stage, original)
+
+    @property
+    def streams(self) -> tuple[Activations, ...]:
+        return () if self._dense is None else (self._dense,)
+
 
 class Parallel:
     """All of the block's weights see activations of the dense block."""
@@ -99,6 +132,30 @@ class Parallel:
         self._weights.warn_of_starved(prefix)
         return block
 
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        advance_as_stored(activations, original, finished, self._weights.by_columns)
+
+    @property
+    def streams(self) -> tuple[Activations, ...]:
+        return ()
+
+
+def advance_as_stored(activations: Activations | None, original: Block, finished: Block, by_columns: bool) -> None:
+    """Takes text through a finished block's dequantized weights, which have the same bits as when they were solved.
+
+    Args:
+      activations: the text before the block.
+      original: the dense block, for the types of its weights.
+      finished: the block with `SpQRArray`s.
+      by_columns: they come from the column loop; other methods dequantize by `SpQRArray.to_dense`.
+    """
+    assert activations is not None
+    arrays = {name: weight for name, weight in finished.items() if isinstance(weight, SpQRArray)}
+    values = {name: array.to_dense_exactly() if by_columns else array.to_dense() for name, array in arrays.items()}
+    dense = original.replace({name: jnp.asarray(v).astype(original[name].dtype) for name, v in values.items()})
+    for stage in range(len(STAGES)):
+        activations.advance(stage, dense)
+
 
 class GroupSolver:
     """Quantizes weights that read one input.
@@ -111,6 +168,7 @@ class GroupSolver:
 
     def __init__(self, config: SpQRConfig, report: Reporter, ledger: Ledger | None) -> None:
         self._config, self._report, self._ledger = config, report, ledger
+        self.by_columns = config.solver == "columns"
         self.starved: dict[str, int] = {}  # experts of the block at hand that few tokens reached, and how many
 
     def solve(
@@ -155,7 +213,7 @@ class GroupSolver:
 
         With no tokens at all the Hessian is the identity, and its weights are rounded to nearest.
         """
-        tokens, width = float(hessian.tokens), hessian.gram.shape[0]
+        tokens, width = float(hessian.tokens), hessian.width
         if tokens >= width:
             return configs
         self.starved |= {name.split(".")[1]: int(tokens) for name in configs}

@@ -14,11 +14,13 @@ from spqr_jax.job.directory import quantize_to
 from spqr_jax.job.forward import Forward, quantize_forward
 from spqr_jax.job.job import Job
 from spqr_jax.models.decoder import Decoder
-from spqr_jax.output import Claim
+from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.planning.budget import Plan
-from spqr_jax.stream.blocks import BlockSource, TreeSink, TreeSource
+from spqr_jax.stream.blocks import ModelSource, TreeSink, TreeSource
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from spqr_jax.tune import TuneConfig
 
 
@@ -32,14 +34,16 @@ def quantize(
     overwrite: bool = False,
     tokenizer: Any = None,
     provenance: dict[str, Any] | None = None,
+    resume: bool = False,
     plan: Plan | None = None,
+    mesh: Mesh | None = None,
     events: Events = ignore,
     forward: Forward | None = None,
 ) -> Any:
     """Quantizes a model's weight matrices.
 
     Args:
-      params: a `Decoder`; a `BlockSource`, which is read one block at a time; or any pytree together with ``forward``.
+      params: a `Decoder`; a `ModelSource`, which is read one block at a time; or any pytree together with ``forward``.
       batches: calibration text: any iterable of token ids, int32 [batch, seq]. With ``forward``: any iterable
         of batches that it takes. Round-to-nearest needs none.
       config: how to quantize; None for `SpQRConfig.preset`'s default, or with ``forward`` for `SpQRConfig` without
@@ -51,7 +55,10 @@ def quantize(
       tokenizer: a transformers tokenizer to keep in ``out``, or None.
       provenance: a dictionary of JSON values, kept in ``out``, that tells where the model comes from. The target and
         the tuning are added.
+      resume: go on with an unfinished run that was to write ``out``. It must be given the same model, text and
+        configuration, and its result has the same bytes as without the stop.
       plan: how to spend ``config.target_bits``, made before; None to measure and plan now.
+      mesh: devices that calibration is spread over; None for one device.
       events: is told of each step: of ``measuring``, ``quantizing`` and ``tuning``. While quantizing, an `Event`'s
         ``detail`` is the `LayerReport` of a weight. It may raise an exception to stop.
       forward: runs a model of your own, ``forward(params, batch, linear)``. It must apply each matrix that you want
@@ -95,17 +102,20 @@ def quantize(
     config = config or SpQRConfig.preset()
     if out is None:
         sink = TreeSink(source.config)
-        Job(source, sink, batches, config, tuning, plan).run(events)
+        Job(source, sink, batches, config, tuning, plan, mesh=mesh).run(events)
         return sink.params()
-    with Claim(out, overwrite) as claim:
-        place, _ = quantize_to(
-            claim, source, batches, config, tuning=tuning, plan=plan,
-            tokenizer=tokenizer, provenance=provenance, events=events,
-        )  # fmt: skip
+    try:
+        with Claim(out, overwrite, run="resume" if resume else "new") as claim:
+            place, _ = quantize_to(
+                claim, source, batches, config, tuning=tuning, plan=plan,
+                tokenizer=tokenizer, provenance=provenance, mesh=mesh, events=events,
+            )  # fmt: skip
+    except AlreadyFinished:  # the run was killed when its result had got its name
+        place = Path(out)
     return load(place)
 
 
-def _as_source(model: Any) -> BlockSource:
+def _as_source(model: Any) -> ModelSource:
     if isinstance(model, Decoder):
         return TreeSource(model)
     if hasattr(model, "block") and hasattr(model, "outer"):

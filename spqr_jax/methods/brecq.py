@@ -138,6 +138,20 @@ class BlockReconstruction:
             activations.advance(stage, dense)
         return quantized
 
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        """Takes both streams through a block that an earlier run has finished; see `spqr_jax.job.block_solver`."""
+        assert activations is not None
+        self._importance.pop(0)
+        arrays = {name: weight for name, weight in finished.items() if isinstance(weight, SpQRArray)}
+        dense = original.replace({name: a.to_dense().astype(original[name].dtype) for name, a in arrays.items()})
+        for stage in range(len(STAGES)):
+            self._dense.advance(stage, original)
+            activations.advance(stage, dense)
+
+    @property
+    def streams(self) -> None:
+        """It also holds g² of the blocks to come: a run that goes on makes all of it again."""
+
     def _learned(self, model: DecoderConfig, rounding: _Rounding, data: list[_Chunk]) -> dict[str, jax.Array]:
         """v of each weight after the last step."""
         choices = _first_choices(rounding)

@@ -86,14 +86,15 @@ def spread(values: Mapping[Any, np.ndarray], mesh: Mesh, axis: str) -> jax.Array
 def spread_pieces(pieces: Mapping[int, Weight], mesh: Mesh, axis: str) -> Weight:
     """A weight's pieces on their devices: piece by its place along the axis; leaves are NumPy arrays."""
     places = own_devices(mesh, axis)
-    leaves = {place: jax.tree.flatten(piece) for place, piece in pieces.items()}
-    tree = next(iter(leaves.values()))[1]
+    leaves = {place: jax.tree.leaves(piece) for place, piece in pieces.items()}
 
     def leaf(number: int) -> jax.Array:
         # Copied: on a CPU the device may otherwise keep a view, and with it the whole weight.
-        return spread({device: np.array(leaves[place][0][number]) for device, place in places}, mesh, axis)
+        return spread({device: np.array(leaves[place][number]) for device, place in places}, mesh, axis)
 
-    return jax.tree.unflatten(tree, [leaf(number) for number in range(tree.num_leaves)])
+    first = places[0][1]
+    spread_leaves = [leaf(number) for number in range(len(leaves[first]))]
+    return jax.tree.unflatten(jax.tree.structure(pieces[first]), spread_leaves)
 
 
 def shard(params: Decoder, mesh: Mesh, axis: str = AXIS) -> ShardedDecoder:

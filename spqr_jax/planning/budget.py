@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.weights import abstract_block, matrix_names
-from spqr_jax.planning.sensitivity import BlockSensitivity, block_sensitivities
+from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.spill import Spill
@@ -155,11 +155,22 @@ class Plan:
         return dataclasses.replace(config, target_bits=None, rules=skips + rules)
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an unfinished measuring pass has come to: curves of the blocks that it has seen, and where it goes on."""
+
+    curves: tuple[WeightCurve, ...]
+    place: BackwardPlace
+
+
 def measure_curves(
     source: BlockSource,
     batches: Iterable[Any],
     config: SpQRConfig,
     events: Events = ignore,
+    *,
+    begin: Measured | None = None,
+    keep: Callable[[Measured], None] | None = None,
     spill: Spill | None = None,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
@@ -167,7 +178,7 @@ def measure_curves(
     for kind in source.config.kinds:
         shapes = abstract_block(source.config, kind)
         total += sum(math.prod(shapes[name].shape) for name in matrix_names(source.config, kind))
-    curves: list[WeightCurve] = []
+    curves: list[WeightCurve] = [] if begin is None else list(begin.curves)
 
     def measure(block: BlockSensitivity) -> None:
         for names, hessian in block.hessians:
@@ -176,7 +187,12 @@ def measure_curves(
                 same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
                 curves.extend(_block_curves(block, same, hessian, config, total))
 
-    block_sensitivities(source, batches, measure, events, spill)
+    block_sensitivities(
+        source, batches, measure, events,
+        begin=None if begin is None else begin.place,
+        keep=None if keep is None else lambda place: keep(Measured(tuple(curves), place)),
+        spill=spill,
+    )  # fmt: skip
     return curves
 
 
@@ -296,6 +312,18 @@ class Ledger:
             wanted *= self._planned / self._found
         return _for_counts(wanted, _STEEPNESS)
 
+    def state(self) -> dict[str, Any]:
+        """What was spent so far, as JSON; for `restore`."""
+        return {
+            "left": list(self._left), "spent": float(self._spent),
+            "planned": float(self._planned), "found": float(self._found),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a ledger of the same plan was when it gave `state`; all sums have the same bits."""
+        self._left = {path: self._left[path] for path in state["left"]}
+        self._spent, self._planned, self._found = state["spent"], state["planned"], state["found"]
+
     def _ratio(self) -> float:
         """Outliers that the weights to come may have, as a multiple of what was planned for them."""
         fixed = sum(choice.nbytes - choice.outlier_bytes for choice in self._left.values())
@@ -342,6 +370,9 @@ def plan_budget(
     batches: Sequence[Any],
     config: SpQRConfig,
     events: Events = ignore,
+    *,
+    begin: Measured | None = None,
+    keep: Callable[[Measured], None] | None = None,
     spill: Spill | None = None,
 ) -> Plan:
     """Plans how to meet `config.target_bits`; looks at the first 4096 or so tokens only.
@@ -351,6 +382,8 @@ def plan_budget(
       batches: int32 [batch, seq] of token ids.
       config: with `target_bits`.
       events: told of each block, once forward and once backward, as phase "measuring".
+      begin: what an earlier pass over the same text came to; None to begin anew.
+      keep: is given what was measured so far, after each block on the way back.
       spill: where the text's activations are kept on disk; None to keep them in memory.
 
     Raises:
@@ -363,4 +396,5 @@ def plan_budget(
         if sum(np.size(taken) for taken in some) >= _TOKENS:
             break
         some.append(np.asarray(batch))
-    return make_plan(measure_curves(source, some, config, events, spill), config.target_bits, config)
+    curves = measure_curves(source, some, config, events, begin=begin, keep=keep, spill=spill)
+    return make_plan(curves, config.target_bits, config)

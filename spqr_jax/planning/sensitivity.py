@@ -55,6 +55,19 @@ class BlockSensitivity:
     fisher: dict[str, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardPlace:
+    """Where a measuring pass is on its way back through the model.
+
+    Attributes:
+      index: of the block that comes next; -1 where none does.
+      gradients: of the loss by the residual stream behind that block, [batch, tokens, hidden] for each batch.
+    """
+
+    index: int
+    gradients: tuple[Any, ...]
+
+
 class _Watching(InputRecorder):
     """A `linear` that applies the weights, notes their inputs and adds to their outputs."""
 
@@ -143,6 +156,9 @@ def block_sensitivities(
     batches: Iterable[Any],
     visit: Callable[[BlockSensitivity], None],
     events: Events = ignore,
+    *,
+    begin: BackwardPlace | None = None,
+    keep: Callable[[BackwardPlace], None] | None = None,
     spill: Spill | None = None,
 ) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
@@ -154,6 +170,8 @@ def block_sensitivities(
       batches: int32 [batch, seq] of token ids, few will do.
       visit: is given a :class:`BlockSensitivity` for each block, the last block first.
       events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
+      begin: where an earlier pass came to on its way back; None to begin with the last block.
+      keep: is given the place after each block on the way back, once `visit` has seen it.
       spill: where the activations before every block are kept on disk; None to keep them in memory.
 
     Raises:
@@ -173,11 +191,17 @@ def block_sensitivities(
         refuse_infinite(residuals, f"activations after block {index}")
         steps.advance(note=f"forward through block {index}", detail=index)
 
-    sweep.forward(source, pass_forward)
-    gradients = [
-        loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
-    ]
-    refuse_infinite(gradients, "gradients of the loss after the last block")
+    left = config.num_layers if begin is None else begin.index + 1  # blocks that are still to be measured
+    if left < config.num_layers:
+        steps.advance(2 * (config.num_layers - left), note=f"{config.num_layers - left} blocks are measured already")
+    sweep.forward(source, pass_forward, end=left)
+    if begin is None:
+        gradients = [
+            loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
+        ]
+        refuse_infinite(gradients, "gradients of the loss after the last block")
+    else:
+        gradients = [jax.device_put(gradient) for gradient in begin.gradients]
     residuals.clear()
     tokens_seen = sum(tokens.size for tokens in batches)
 
@@ -186,6 +210,8 @@ def block_sensitivities(
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
             gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums)
         visit(_sensitivity(config, index, block, sums, tokens_seen))
+        if keep is not None:
+            keep(BackwardPlace(index - 1, tuple(gradients)))
         steps.advance(note=f"backward through block {index}", detail=index)
 
-    sweep.backward(source, pass_backward)
+    sweep.backward(source, pass_backward, first=left - 1)

@@ -95,13 +95,20 @@ class SolvedColumns(NamedTuple):
     """What the loop found, columns first."""
 
     codes: jax.Array  # u8 [in, rows]
-    values: jax.Array  # f32 [in, rows], what codes and residuals dequantize to
+    values: jax.Array  # f32 [in, rows], what codes stand for, without residuals
     residual: jax.Array  # f16 [in, rows], what an outlier adds; 0 elsewhere
     outliers: jax.Array  # bool [in, rows]
     scale_codes: jax.Array  # u8 [groups, rows]
     zero_codes: jax.Array  # u8 [groups, rows]
     stats: jax.Array  # f16 [groups, rows/G, 4] or [groups, rows, 2]
     loss: jax.Array  # f32 [rows], Σ_j e_j² = (w-ŵ) H (w-ŵ)ᵀ with the damped H; 0 for round to nearest
+
+    def dequantized(self) -> jax.Array:
+        """Values with residuals, f32 [in, rows]: bit for bit what the stored matrix dequantizes to.
+
+        For programs that are given this as data: there the product inside of `values` and this sum are each rounded.
+        """
+        return self.values + self.residual.astype(jnp.float32)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -167,15 +174,22 @@ def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, rows: RowChoices, sp
 def _round(
     w: jax.Array, scale: jax.Array, zero: jax.Array, u_diag: jax.Array, rows: RowChoices, spec: ColumnSpec
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Code, dequantized value, residual and outlier flag of weights as they are when their turn comes."""
+    """Code, what it stands for, residual and outlier flag of weights as they are when their turn comes."""
     q = round_to_grid(w, scale, zero, rows.maxq)
     value = dequantize(q, scale, zero)
     if not spec.outliers:
         return q, value, jnp.zeros_like(w), jnp.zeros(w.shape, bool)
     miss = w - value
     is_outlier = jnp.square(miss / u_diag) > rows.threshold
-    residual = jnp.where(is_outlier, miss, 0.0).astype(jnp.float16)
-    return q, value + residual.astype(jnp.float32), residual, is_outlier
+    return q, value, jnp.where(is_outlier, miss, 0.0).astype(jnp.float16), is_outlier
+
+
+def _dequantized(
+    w: jax.Array, scale: jax.Array, zero: jax.Array, u_diag: jax.Array, rows: RowChoices, spec: ColumnSpec
+) -> jax.Array:
+    """What weights become, outliers included."""
+    _, value, residual, _ = _round(w, scale, zero, u_diag, rows, spec)
+    return value + residual.astype(jnp.float32) if spec.outliers else value
 
 
 def _step(
@@ -194,7 +208,7 @@ def _step(
 
     def column(j: jax.Array, errors: jax.Array) -> jax.Array:
         w_j = w[j] - over_columns(jnp.multiply, errors, before[:, j, None])
-        _, value, _, _ = _round(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
+        value = _dequantized(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
         return errors.at[j].set((w_j - value) / u[j, j])
 
     errors = lax.fori_loop(0, w.shape[0], column, jnp.zeros_like(w))
@@ -211,7 +225,7 @@ def _step_at_once(
         w_j = w[j]
         if errors:
             w_j = w_j - functools.reduce(jnp.add, (error * u[k, j] for k, error in enumerate(errors)))
-        value = _round(w_j, fit.scale, fit.zero, u[j, j], rows, spec)[1]
+        value = _dequantized(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
         visited.append(w_j)
         errors.append((w_j - value) / u[j, j])
     # Without the barrier, each row of the stacks is worked out from the first column on.

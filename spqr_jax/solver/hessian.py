@@ -40,13 +40,18 @@ class Hessian:
     gram: jax.Array
     tokens: jax.Array
 
+    @property
+    def width(self) -> int:
+        """Number of inputs."""
+        return int(self.gram.shape[-1])
+
     def matrix(self) -> jax.Array:
         """The Hessian of the squared output error, H = (2/n) X Xᵀ for n tokens (GPTQ, arXiv 2210.17323).
 
         Returns:
           float32 [in, in], symmetric.
         """
-        return _mean_square(self.gram, self.tokens)
+        return mean_square(self.gram, self.tokens)
 
 
 def empty_hessian(in_features: int) -> Hessian:
@@ -119,7 +124,7 @@ def _added_in_stack(grams: jax.Array, index: jax.Array, x: jax.Array, about: int
 
 
 @jax.jit
-def _mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
+def mean_square(gram: jax.Array, tokens: jax.Array) -> jax.Array:
     """(2/n) times the symmetric matrix with this upper triangle."""
     return (jnp.triu(gram) + jnp.triu(gram, 1).T) * (2.0 / jnp.maximum(tokens, 1.0))
 

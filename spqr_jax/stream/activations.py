@@ -58,16 +58,9 @@ class Activations:
         self.config, self._linear, self._hessian_bytes = config, linear, hessian_bytes
         self._states: States = [] if spill is None else spill.states()
         self._where: list[Positions] = []
-        for batch in batches:
-            tokens = checked_batch(np.asarray(batch), config)
-            padding = jnp.zeros(tokens.shape[0], jnp.int32)
-            self._where.append(positions(config, tokens.shape[1], padding, jnp.int32(0)))
+        for tokens in checked_batches(config, batches):
+            self._where.append(places(config, tokens))
             self._states.append(State(embed(config, outer, jnp.asarray(tokens), self._where[-1])))
-        if not self._states:
-            raise DataError(
-                "no calibration batches: give at least one int32 [batch, seq] of token ids "
-                "(a generator that was already used up is empty)"
-            )
 
     def hessians(self, stage: int, block: Block) -> tuple[Hessian, ...]:
         """One Hessian for each of `stage_groups`, over all chunks, all at once."""
@@ -96,7 +89,7 @@ class Activations:
             if beside is not None and original is not None:
                 drifts = part.split(self._drift_sums(stage, block, states, beside, original, part))
             for (names, _), hessian, total in zip(part.groups, part.split(sums), drifts, strict=False):
-                yield names, hessian, None if total is None else 2.0 / hessian.tokens * total
+                yield names, hessian, None if total is None else _mean_drift(hessian, total)
 
     def _hessian_sums(self, stage: int, block: Block, states: States, part: Part) -> tuple[Hessian, ...]:
         sums = part.empty_sums()
@@ -130,7 +123,7 @@ class Activations:
         drifts: list[jax.Array] = []
         for part in stage_parts(self.config, block.kind, stage, self._hessian_bytes):
             drifts += part.split(self._drift_sums(stage, block, self._states, dense._states, original, part))
-        return tuple(2.0 / hessian.tokens * total for hessian, total in zip(hessians, drifts, strict=True))
+        return tuple(map(_mean_drift, hessians, drifts))
 
     def advance(self, stage: int, block: Block) -> None:
         """Takes every chunk through a stage."""
@@ -148,9 +141,38 @@ class Activations:
             total = accumulate_head(self.config, outer, state.residual, total)
         return total
 
+    def residuals(self) -> list[np.ndarray]:
+        """The residual stream of each chunk between two blocks, [batch, tokens, hidden], to be restored one day."""
+        return [np.asarray(state.residual) for state, _ in self.chunks()]
+
+    def restore(self, residuals: Sequence[np.ndarray]) -> None:
+        """Goes to the place between two blocks where `residuals` were taken from the same text."""
+        self._states = [State(jax.device_put(residual)) for residual in residuals]
+
     def copy(self) -> Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
         twin.config, twin._linear, twin._hessian_bytes = self.config, self._linear, self._hessian_bytes
         twin._states, twin._where = self._states.copy(), self._where
         return twin
+
+
+def _mean_drift(hessian: Hessian, total: jax.Array) -> jax.Array:
+    """2/n times a sum over n tokens; an expert may have none."""
+    return 2.0 / jnp.maximum(hessian.tokens, 1.0) * total
+
+
+def checked_batches(config: DecoderConfig, batches: Iterable[Any]) -> list[np.ndarray]:
+    """Batches of token ids that the model can take, at least one; raises `DataError`."""
+    checked = [checked_batch(np.asarray(batch), config) for batch in batches]
+    if not checked:
+        raise DataError(
+            "no calibration batches: give at least one int32 [batch, seq] of token ids "
+            "(a generator that was already used up is empty)"
+        )
+    return checked
+
+
+def places(config: DecoderConfig, tokens: np.ndarray) -> Positions:
+    """Where the tokens [batch, seq] of whole texts stand."""
+    return positions(config, tokens.shape[1], jnp.zeros(tokens.shape[0], jnp.int32), jnp.int32(0))

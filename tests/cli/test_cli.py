@@ -73,6 +73,8 @@ def test_inspect_reads_everything_back(folder, quantized):
     layer = values["layers"]["layers.1.up_proj"]
     assert layer["shape"] == [96, 64]
     assert 0 < layer["output_error"] < 0.5
+    assert layer["tokens"] == values["layers"]["layers.0.q_proj"]["tokens"] > 0
+    assert layer["damping"] > 0
     assert values["quantization"]["outlier_threshold"] == 0.2
     assert "layers.1.up_proj" in result.stdout
 

@@ -109,10 +109,11 @@ def test_experts_that_inference_skips_are_not_counted():
     sparse = dataclasses.replace(TINY, num_experts=4, experts_per_token=1, expert_size=32)
     attention_part = Q + K + V + OUT
     expert = 3 * 32 * 64
-    assert passes.forward_pass(sparse, TEXT).products == 2 * (attention_part + expert) * 384 * 2
-    # A Hessian of an expert's input is summed over the expert's own tokens.
-    alone = passes.hessian_operations(dataclasses.replace(TINY, intermediate_size=32), 384)
-    assert passes.hessian_operations(sparse, 384) == pytest.approx(alone)
+    # One of four experts, and 1.2 rows for each token with the padding of tiles.
+    products = 2 * (attention_part + 1.2 * expert) * 384 * 2
+    assert passes.forward_pass(sparse, TEXT).products == pytest.approx(products)
+    grams = 2 * 2 * (2 * 64**2 + 1.2 * (64**2 + 32**2)) * 384
+    assert passes.hessian_operations(sparse, 384) == pytest.approx(grams)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +134,15 @@ def test_bytes_of_calibration_and_models():
     assert memory_plan.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 + 96) * 4
     assert memory_plan.calibration_bytes(TINY, SpQRConfig(drift_correction=0.5), TEXT, 4) == 2 * 384 * (64 + 96) * 4
     dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)
-    assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (2 * BLOCK + 2 * HEAD)
+    assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (
+        2 * BLOCK + 2 * HEAD
+    )  # two of two blocks
     assert memory.perplexity_bytes(TINY, TEXT, 2, 4, packed=False) > dense
-    # A packed model: 0.6 bytes a weight, and one block (more weights than the head) in float32.
+    # A packed model: of two blocks 0.6 bytes a weight, and one of them in float32.
     packed = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=True)
-    weights = 2 * BLOCK + 2 * HEAD
-    assert dense - packed == pytest.approx(4 * weights - 0.6 * weights - 4 * max(BLOCK, HEAD))
+    assert dense - packed == pytest.approx((2 * 4 - 2 * 0.6 - 4) * BLOCK)
+    # More blocks take no more memory.
+    assert memory.perplexity_bytes(dataclasses.replace(TINY, num_layers=9), TEXT, 1, 4, packed=True) == packed
     both = memory.compare_bytes(TINY, TINY, TEXT, 1, 4)
     assert both > packed
 

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.problems import correlated_problem, divergence, random_tokens
+from support.problems import TINY, correlated_problem, divergence, random_tokens
 
 from spqr_jax import LayerRule, SpQRArray, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.methods import quantize_weights
+from spqr_jax.models import decoder, experts
+from spqr_jax.models.attention import positions
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.planning.budget import Candidate, Ledger, WeightCurve, make_plan, plan_budget
 from spqr_jax.planning.sensitivity import block_sensitivities
@@ -54,9 +56,6 @@ def test_the_sensitivity_is_the_gradient_of_the_loss(tiny_model, tiny_batches):
 
     def loss(bias):
         # ∂L/∂y of v_proj is what adding to its output does; its output is added to by its input's bias
-        from spqr_jax.models import decoder
-        from spqr_jax.models.attention import positions
-
         config = tiny_model.config
         where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
         state = decoder.State(decoder.embed(config, tiny_model.outer, tokens, where))
@@ -79,6 +78,38 @@ def test_the_sensitivity_is_the_gradient_of_the_loss(tiny_model, tiny_batches):
         ("gate_proj", "up_proj"),
         ("down_proj",),
     ]
+
+
+def test_experts_share_their_mean_sensitivity():
+    """Against gradients of a loss in which every expert reads all tokens, and those sent elsewhere count nothing."""
+    config = dataclasses.replace(TINY, num_layers=1, num_experts=3, experts_per_token=2, expert_size=32)
+    model, tokens = random_decoder(config, seed=1), random_tokens((2, 16), seed=5)
+    block, outer = model.layers[0], model.outer
+    where = positions(config, 16, np.zeros(2, np.int32), np.int32(0))
+
+    def loss(added):
+        state = decoder.State(decoder.embed(config, outer, tokens, where))
+        for stage in decoder.STAGES[:2]:
+            state = stage(config, block, state, where, decoder.plain_linear)
+        x = decoder.norm(config, block, "mlp_norm", state.residual)
+        sent, total = experts.route(config, block.router, x), state.residual
+        for expert in range(3):
+            gate, up, down = (block[f"experts.{expert}.{name}_proj"] for name in ("gate", "up", "down"))
+            share = jnp.sum(jnp.where(sent.chosen == expert, sent.shares, 0.0), axis=-1, keepdims=True)
+            total += share * ((jax.nn.silu(x @ gate.T) * (x @ up.T + added[expert])) @ down.T)
+        scores = jax.nn.log_softmax(decoder.logits(config, outer, total))
+        return -jnp.sum(jnp.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=-1))
+
+    gradient = jax.jit(jax.grad(loss))(np.zeros((3, 2, 16, 32), np.float32))
+    (sensitivity,) = block_sensitivities(TreeSource(model), [tokens])
+    for expert in range(3):
+        np.testing.assert_allclose(
+            sensitivity.fisher[f"experts.{expert}.up_proj"], np.mean(np.square(gradient)), rtol=1e-3
+        )
+    reading = {names[0]: hessian for names, hessian in sensitivity.hessians}
+    assert len(reading) == 2 + 2 * 3
+    assert reading["experts.0.down_proj"] is reading["experts.2.down_proj"]
+    assert float(reading["experts.1.gate_proj"].tokens) == 2 * tokens.size
 
 
 def test_a_trial_of_all_rows_is_what_solving_gives():
