@@ -25,7 +25,8 @@ from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, as_source
 from spqr_jax.stream.mesh_activations import text_activations
-from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
 from spqr_jax.stream.windows import batched
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Job:
       plan: made before for `config.target_bits`; None to make it now.
       kept: saves the state at safe points, and goes on with a state that is there; None to save nothing.
       mesh: devices that calibration is spread over; None for one device.
+      spill: where activations are kept on disk; None to keep them in memory.
+      hessian_bytes: of experts' Hessians that are summed at once. It does not change the result.
     """
 
     def __init__(
@@ -119,10 +122,13 @@ class Job:
         *,
         kept: Kept | None = None,
         mesh: Mesh | None = None,
+        spill: Spill | None = None,
+        hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self._source, self._sink = source, sink
         self._config, self._tuning, self._plan = config.resolved(), tuning, plan
         self._kept, self._mesh = kept, mesh
+        self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
         self._saved_now = False
         needed = config.needs_calibration or tuning is not None
@@ -205,6 +211,7 @@ class Job:
             plan = plan_budget(
                 self._source, self._batches, self._config, self._stopping(events),
                 begin=self._state.measured(), keep=self._state.save_measured if self._state.is_kept else None,
+                spill=self._spill,
             )  # fmt: skip
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
@@ -223,7 +230,10 @@ class Job:
         model, outer, activations = self._source.config, self._source.outer(), None
         if config.needs_calibration:
             linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-            activations = text_activations(model, outer, self._batches, linear, mesh=self._mesh)
+            activations = text_activations(
+                model, outer, self._batches, linear, mesh=self._mesh, spill=self._spill,
+                hessian_bytes=self._hessian_bytes,
+            )  # fmt: skip
         ledger = None if plan is None else Ledger(plan)
         solver = choose_solver(self._source, self._batches, activations, config, report, ledger)
         saves = self._saves_activations(activations, solver, events)

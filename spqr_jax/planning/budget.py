@@ -33,6 +33,7 @@ from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import rounded_linear
 from spqr_jax.stream.windows import beginnings, checked_batch
 
@@ -175,6 +176,7 @@ def measure_curves(
     *,
     begin: Measured | None = None,
     keep: Callable[[Measured], None] | None = None,
+    spill: Spill | None = None,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
     total = 0
@@ -195,6 +197,7 @@ def measure_curves(
         source, batches, measure, events, linear=linear,
         begin=None if begin is None else begin.place,
         keep=None if keep is None else lambda place: keep(Measured(tuple(curves), place)),
+        spill=spill,
     )  # fmt: skip
     return curves
 
@@ -376,6 +379,7 @@ def plan_budget(
     *,
     begin: Measured | None = None,
     keep: Callable[[Measured], None] | None = None,
+    spill: Spill | None = None,
 ) -> Plan:
     """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, 4096 or so tokens in all.
 
@@ -385,6 +389,7 @@ def plan_budget(
       events: told of each block, once forward and once backward, as phase "measuring".
       begin: what an earlier pass over the same text came to; None to begin anew.
       keep: is given what was measured so far, after each block on the way back.
+      spill: where the text's activations are kept on disk; None to keep them in memory.
 
     Raises:
       SpQRError: the target is out of reach.
@@ -394,6 +399,6 @@ def plan_budget(
     assert config.target_bits is not None
     few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
     text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches], _TOKENS, _WINDOW)
-    curves = measure_curves(source, text, config, events, begin=begin, keep=keep)
+    curves = measure_curves(source, text, config, events, begin=begin, keep=keep, spill=spill)
     give_back_memory()
     return make_plan(curves, config.target_bits, config)

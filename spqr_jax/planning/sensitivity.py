@@ -33,6 +33,7 @@ from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
+from spqr_jax.stream.spill import Spill, SpilledStates
 from spqr_jax.stream.stages import (
     Group,
     InputRecorder,
@@ -175,6 +176,7 @@ def block_sensitivities(
     linear: Linear = plain_linear,
     begin: BackwardPlace | None = None,
     keep: Callable[[BackwardPlace], None] | None = None,
+    spill: Spill | None = None,
 ) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
 
@@ -189,6 +191,7 @@ def block_sensitivities(
       linear: what multiplies with the weights, as in calibration.
       begin: where an earlier pass came to on its way back; None to begin with the last block.
       keep: is given the place after each block on the way back, once `visit` has seen it.
+      spill: where the activations before every block are kept on disk; None to keep them in memory.
 
     Raises:
       NotFiniteError: activations or gradients are no numbers; says behind which block.
@@ -196,13 +199,14 @@ def block_sensitivities(
     config, outer, batches = source.config, source.outer(), list(batches)
     chunks = list(Activations(config, outer, batches).chunks())
     places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
-    before: list[list[jax.Array]] = []
+    before: list[list[jax.Array] | SpilledStates] = []
     kept_as = jnp.bfloat16 if linear is rounded_linear else residuals[0].dtype
     steps = Steps("measuring", 2 * config.num_layers, events)
 
     def pass_forward(index: int, block: Block) -> None:
-        before.append([x.astype(kept_as) for x in residuals])
+        before.append([] if spill is None else spill.states())
         for chunk, where in enumerate(places):
+            before[-1].append(residuals[chunk].astype(kept_as))
             state = State(residuals[chunk])
             for stage in range(len(STAGES)):  # calibration's own programs
                 state = run_stage(config, stage, block, state, where, linear)

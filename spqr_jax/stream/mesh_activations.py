@@ -27,8 +27,9 @@ from spqr_jax.solver.panel_hessian import (
     empty_panels,
     gathered_inputs,
 )
-from spqr_jax.stream.activations import Activations, checked_batches, places
-from spqr_jax.stream.stages import InputRecorder, after_stage, recorded, stage_groups
+from spqr_jax.stream.activations import Activations, States, checked_batches, places
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, after_stage, recorded, stage_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class MeshActivations(Activations):
     Args:
       config, outer, batches, linear: as `Activations` has them; the same in every process.
       mesh: of all devices that shall work, whatever its axes are.
+      spill: as `Activations` has it.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class MeshActivations(Activations):
         linear: Linear = plain_linear,
         *,
         mesh: Mesh,
+        spill: Spill | None = None,
     ) -> None:
         self.config, self._linear, self._mesh = config, linear, mesh
         self._places = _Places(mesh)
-        self._states, self._waves = [], []
+        self._states: States = [] if spill is None else spill.states()
+        self._waves: list[_Wave] = []
         most, left = devices.size(mesh), checked_batches(config, batches)
         while left:
             count = next((i for i, x in enumerate(left[:most]) if x.shape != left[0].shape), min(most, len(left)))
@@ -166,11 +170,13 @@ def text_activations(
     linear: Linear = plain_linear,
     *,
     mesh: Mesh | None = None,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> Activations:
     """`Activations` on one device, or on all of a mesh."""
     if mesh is None:
-        return Activations(config, outer, batches, linear)
-    return MeshActivations(config, outer, batches, linear, mesh=mesh)
+        return Activations(config, outer, batches, linear, spill, hessian_bytes)
+    return MeshActivations(config, outer, batches, linear, mesh=mesh, spill=spill)
 
 
 class _Places:
