@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import itertools
 import os
@@ -77,6 +78,34 @@ def compile_as_graph(lowered: Any) -> Any:
         if _COMMAND_BUFFERS not in str(error):
             raise
         return lowered.compile()
+
+
+_SMALL_FACTOR = 4096  # inputs of a Hessian from which on several threads factor it noticeably faster
+
+
+def few_lapack_threads(widest: int) -> None:
+    """Lets LAPACK work with one thread where all matrices are small. Call it before the first factorization.
+
+    The threads of OpenBLAS, which SciPy brings and JAX calls, wait for work in a busy loop. Between small
+    factorizations this takes more CPU seconds than all of them. A value of OPENBLAS_NUM_THREADS that is set already
+    stays, and once SciPy's library is loaded this has no effect.
+
+    Args:
+      widest: inputs of the widest matrix.
+    """
+    if widest < _SMALL_FACTOR:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@functools.lru_cache
+def multiplies_bfloat16() -> bool:
+    """Whether JAX's default device has instructions for products of bfloat16 matrices. A CPU's flags tell."""
+    if jax.default_backend() != "cpu":
+        return True
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        flags = next((line.split() for line in lines if line.startswith("flags")), [])
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return False
 
 
 def give_back_memory() -> None:

@@ -263,10 +263,10 @@ def _stack(
         thresholds.append(jnp.full(layout.padded_out, threshold))
     w_t = jnp.concatenate(stacked, axis=1)
     extra = (0, padded[1] - w_t.shape[1])
-    counts = np.array([layout.padded_out for layout in layouts])
+    largest_codes = [jnp.full(layout.padded_out, maxqs[index]) for index, layout in enumerate(layouts)]
     choices = RowChoices(
         jnp.pad(jnp.concatenate(thresholds), extra, constant_values=jnp.inf),
-        jnp.pad(jnp.repeat(maxqs, counts, total_repeat_length=counts.sum()), extra, constant_values=1.0),
+        jnp.pad(jnp.concatenate(largest_codes), extra, constant_values=1.0),
     )
     finite = jnp.stack([jnp.all(jnp.isfinite(w)) for w in weights])
     return jnp.pad(w_t, ((0, padded[0] - w_t.shape[0]), extra)), choices, finite

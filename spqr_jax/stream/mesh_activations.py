@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from spqr_jax import devices
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, Linear, Outer, State, embed, logits, plain_linear
+from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
 from spqr_jax.solver import Hessian, PanelHessian
 from spqr_jax.solver.panel_hessian import add_panels, empty_panels, gathered_inputs
-from spqr_jax.stream.activations import Activations, checked_batches, places
+from spqr_jax.stream.activations import Activations, States, checked_batches, places
 from spqr_jax.stream.mesh_sums import (
     drift_at,
     drift_program,
@@ -32,7 +32,8 @@ from spqr_jax.stream.mesh_sums import (
     mesh_parts,
     mine,
 )
-from spqr_jax.stream.stages import InputRecorder, Part
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, Part, after_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class MeshActivations(Activations):
     Args:
       config, outer, batches, linear: as `Activations` has them; the same in every process.
       mesh: of all devices that shall work, whatever its axes are.
+      spill: as `Activations` has it.
+      hessian_bytes: of experts' Hessians that a device sums at once.
     """
 
     def __init__(
@@ -69,10 +72,14 @@ class MeshActivations(Activations):
         linear: Linear = plain_linear,
         *,
         mesh: Mesh,
+        spill: Spill | None = None,
+        hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self.config, self._linear, self._mesh = config, linear, mesh
+        self._hessian_bytes = hessian_bytes
         self._places, self._dense_places = _Places(mesh), _Places(mesh)
-        self._states, self._waves = [], []
+        self._states: States = [] if spill is None else spill.states()
+        self._waves: list[_Wave] = []
         most, left = devices.size(mesh), checked_batches(config, batches)
         while left:
             count = next((i for i, x in enumerate(left[:most]) if x.shape != left[0].shape), min(most, len(left)))
@@ -93,7 +100,7 @@ class MeshActivations(Activations):
     ) -> Iterator[tuple[tuple[str, ...], Hessian | PanelHessian, jax.Array | None]]:
         """Panels of a Hessian, or whole Hessians of experts, are spread over the devices."""
         states, beside = self._states.copy(), None if dense is None else dense._states.copy()
-        for part in mesh_parts(self._mesh, self.config, block.kind, stage):
+        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
             sums = self._hessian_sums(stage, block, states, part)
             drifts: Any = None
             if beside is not None and original is not None:
@@ -104,7 +111,8 @@ class MeshActivations(Activations):
                 yield names, hessian, drift
 
     def _hessian_sums(self, stage: int, block: Block, states: Any, part: Part) -> Any:
-        program = hessian_program(self._mesh, self.config, stage, bool(len(part.experts)))
+        linear: Any = self._linear
+        program = hessian_program(self._mesh, self.config, stage, linear, bool(len(part.experts)))
         block, which = self._places.put(block), experts_of_devices(self._mesh, part)
         sums = empty_sums(self._mesh, part)
         for state, wave in zip(states, self._waves, strict=True):
@@ -125,7 +133,7 @@ class MeshActivations(Activations):
     ) -> tuple[jax.Array, ...]:
         """As `Activations.drifts`: f32 [in, in] each, on this process's first device."""
         found: list[jax.Array] = []
-        for part in mesh_parts(self._mesh, self.config, block.kind, stage):
+        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
             sums = self._drift_sums(stage, block, self._states, dense._states, original, part)
             for index in range(len(part.groups)):
                 found.append(drift_at(self._mesh, part, hessians[len(found)], sums, index))
@@ -184,11 +192,13 @@ def text_activations(
     linear: Linear = plain_linear,
     *,
     mesh: Mesh | None = None,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> Activations:
     """`Activations` on one device, or on all of a mesh."""
     if mesh is None:
-        return Activations(config, outer, batches, linear)
-    return MeshActivations(config, outer, batches, linear, mesh=mesh)
+        return Activations(config, outer, batches, linear, spill, hessian_bytes)
+    return MeshActivations(config, outer, batches, linear, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes)
 
 
 class _Places:
@@ -216,7 +226,7 @@ def _counts(chunks: int, device: int) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
     def run(block: Block, state: State, where: Positions) -> State:
-        state = STAGES[stage](config, block, mine(state), where, linear)
+        state = after_stage(config, stage, block, mine(state), where, linear)
         return jax.tree.map(lambda leaf: leaf[None], state)
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE

@@ -16,9 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from spqr_jax import devices
-from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import BlockKind, DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, State
 from spqr_jax.models.tiles import NO_EXPERT
 from spqr_jax.solver import Hessian, PanelHessian
 from spqr_jax.solver.panel_hessian import (
@@ -29,12 +27,11 @@ from spqr_jax.solver.panel_hessian import (
     gathered_inputs,
 )
 from spqr_jax.stream.stages import (
-    EXPERT_HESSIAN_BYTES,
-    InputRecorder,
     PairInput,
     Part,
     accumulate_experts,
     experts_drift,
+    recorded,
     stage_parts,
 )
 
@@ -47,9 +44,9 @@ def mine(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def mesh_parts(mesh: Mesh, config: DecoderConfig, kind: BlockKind, stage: int) -> list[Part]:
-    """`stage_parts` for the memory of all devices."""
-    return stage_parts(config, kind, stage, EXPERT_HESSIAN_BYTES * devices.size(mesh))
+def mesh_parts(mesh: Mesh, config: DecoderConfig, kind: BlockKind, stage: int, bytes_each: int) -> list[Part]:
+    """`stage_parts`, where each device may hold so many bytes of experts' Hessians."""
+    return stage_parts(config, kind, stage, bytes_each * devices.size(mesh))
 
 
 def experts_of_devices(mesh: Mesh, part: Part) -> jax.Array:
@@ -110,10 +107,9 @@ def _picked(mesh: Mesh) -> Any:
 # ---- programs -----------------------------------------------------------------------------
 
 
-def _recorded(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> InputRecorder:
-    recorder = InputRecorder()
-    STAGES[stage](config, block, mine(state), where, recorder)
-    return recorder
+def _inputs(config: DecoderConfig, stage: int, block: Any, state: Any, where: Any) -> list[jax.Array]:
+    """What drift is a difference of: never rounded."""
+    return [x.astype(jnp.float32) for x in recorded(config, stage, block, mine(state), where).inputs]
 
 
 def _gathered_pairs(mesh: Mesh, given: PairInput, counts: jax.Array) -> tuple[Any, Any]:
@@ -127,16 +123,17 @@ def _gathered_pairs(mesh: Mesh, given: PairInput, counts: jax.Array) -> tuple[An
 
 
 @lru_cache(maxsize=64)
-def hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, of_experts: bool) -> Any:
+def hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any, of_experts: bool) -> Any:
     """(block, wave's state, where, counts, sums, experts of the devices) -> sums with one wave more."""
 
     def dense(block: Any, state: Any, where: Any, counts: jax.Array, sums: Sums, which: jax.Array) -> Sums:
-        inputs = [gathered_inputs(mesh, x, counts[0]) for x in _recorded(config, stage, block, state, where).inputs]
+        read = recorded(config, stage, block, mine(state), where, linear).inputs
+        inputs = [gathered_inputs(mesh, x, counts[0]) for x in read]
         pairs = [add_panels(mesh, panels, tokens, x) for panels, tokens, x in zip(*sums, inputs, strict=True)]
         return [panels for panels, _ in pairs], [tokens for _, tokens in pairs]
 
     def experts(block: Any, state: Any, where: Any, counts: jax.Array, sums: Sums, which: jax.Array) -> Sums:
-        given = _recorded(config, stage, block, state, where).pairs[0]
+        given = recorded(config, stage, block, mine(state), where, linear).pairs[0]
 
         def add(sums: Hessian, chunk: Any) -> tuple[Hessian, None]:
             return accumulate_experts(sums, PairInput(given.names, *chunk), which[0]), None
@@ -157,15 +154,15 @@ def drift_program(mesh: Mesh, config: DecoderConfig, stage: int, of_experts: boo
     def dense(
         block: Any, original: Any, state: Any, aim: Any, where: Any, counts: Any, sums: Any, which: jax.Array
     ) -> Any:
-        drifted = [gathered_inputs(mesh, x, counts[0]) for x in _recorded(config, stage, block, state, where).inputs]
-        aims = [gathered_inputs(mesh, x, counts[0]) for x in _recorded(config, stage, original, aim, where).inputs]
+        drifted = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, block, state, where)]
+        aims = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, original, aim, where)]
         return [add_cross_panels(mesh, *each) for each in zip(sums, drifted, aims, strict=True)]
 
     def experts(
         block: Any, original: Any, state: Any, aim: Any, where: Any, counts: Any, sums: Any, which: jax.Array
     ) -> Any:
-        drifted = _recorded(config, stage, block, state, where).pairs[0]
-        aims = _recorded(config, stage, original, aim, where).pairs[0]
+        drifted = recorded(config, stage, block, mine(state), where).pairs[0]
+        aims = recorded(config, stage, original, mine(aim), where).pairs[0]
 
         def add(sums: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
             x, given = (PairInput(drifted.names, *each) for each in chunk)
