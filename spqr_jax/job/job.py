@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
 from spqr_jax.events import Event, Events, Remark, SafePoint, ignore
@@ -24,7 +25,8 @@ from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, as_source
 from spqr_jax.stream.mesh_activations import text_activations
-from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
 from spqr_jax.stream.windows import batched
 
 if TYPE_CHECKING:
@@ -105,6 +107,8 @@ class Job:
       plan: made before for `config.target_bits`; None to make it now.
       kept: saves the state at safe points, and goes on with a state that is there; None to save nothing.
       mesh: devices that calibration is spread over; None for one device.
+      spill: where activations are kept on disk; None to keep them in memory.
+      hessian_bytes: of experts' Hessians that are summed at once. It does not change the result.
     """
 
     def __init__(
@@ -118,10 +122,13 @@ class Job:
         *,
         kept: Kept | None = None,
         mesh: Mesh | None = None,
+        spill: Spill | None = None,
+        hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self._source, self._sink = source, sink
-        self._config, self._tuning, self._plan = config, tuning, plan
+        self._config, self._tuning, self._plan = config.resolved(), tuning, plan
         self._kept, self._mesh = kept, mesh
+        self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
         self._saved_now = False
         needed = config.needs_calibration or tuning is not None
@@ -140,6 +147,7 @@ class Job:
           NotFiniteError: activations are infinite or NaN. The message says at which weight this begins.
           SpQRError: the model or the configuration cannot be used.
         """
+        few_lapack_threads(max(self._source.config.hidden_size, self._source.config.intermediate_size))
         self._adopt()
         plan = self._planned(events)
         config = self._config if plan is None else plan.config(self._config)
@@ -203,6 +211,7 @@ class Job:
             plan = plan_budget(
                 self._source, self._batches, self._config, self._stopping(events),
                 begin=self._state.measured(), keep=self._state.save_measured if self._state.is_kept else None,
+                spill=self._spill,
             )  # fmt: skip
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
@@ -221,7 +230,10 @@ class Job:
         model, outer, activations = self._source.config, self._source.outer(), None
         if config.needs_calibration:
             linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-            activations = text_activations(model, outer, self._batches, linear, mesh=self._mesh)
+            activations = text_activations(
+                model, outer, self._batches, linear, mesh=self._mesh, spill=self._spill,
+                hessian_bytes=self._hessian_bytes,
+            )  # fmt: skip
         ledger = None if plan is None else Ledger(plan)
         solver = choose_solver(self._source, self._batches, activations, config, report, ledger)
         saves = self._saves_activations(activations, solver, events)
@@ -231,12 +243,16 @@ class Job:
         def visit(index: int, block: Block) -> None:
             last = index + 1 == model.num_layers and not reads_end
             store.put_block(index, solver.solve(activations, block, f"layers.{index}.", last))
+            give_back_memory()  # else what the C library keeps grows from block to block
             if self._kept is not None:
                 streams = self._put_streams(activations, solver) if saves and not last else "remake"
                 self._save_blocks(self._kept, report, ledger, streams)
                 events(Event("quantizing", len(report.layers), report.total, f"block {index}", SafePoint()))
 
         sweep.forward(self._source, visit, first=first)
+        if not reads_end:  # the head, the largest matrix, needs their memory
+            activations = None
+            give_back_memory()
         store.put_outer(quantized_head(model.head_path, outer, activations, config, report))
         if self._kept is not None:
             self._save_blocks(self._kept, report, ledger, None)

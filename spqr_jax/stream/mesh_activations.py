@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from spqr_jax import devices
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, Linear, Outer, State, embed, logits, plain_linear
+from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
 from spqr_jax.solver import Hessian, PanelHessian
 from spqr_jax.solver.panel_hessian import (
     add_cross_panels,
@@ -27,8 +27,9 @@ from spqr_jax.solver.panel_hessian import (
     empty_panels,
     gathered_inputs,
 )
-from spqr_jax.stream.activations import Activations, checked_batches, places
-from spqr_jax.stream.stages import InputRecorder, stage_groups
+from spqr_jax.stream.activations import Activations, States, checked_batches, places
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, after_stage, recorded, stage_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class MeshActivations(Activations):
     Args:
       config, outer, batches, linear: as `Activations` has them; the same in every process.
       mesh: of all devices that shall work, whatever its axes are.
+      spill: as `Activations` has it.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class MeshActivations(Activations):
         linear: Linear = plain_linear,
         *,
         mesh: Mesh,
+        spill: Spill | None = None,
     ) -> None:
         self.config, self._linear, self._mesh = config, linear, mesh
         self._places = _Places(mesh)
-        self._states, self._waves = [], []
+        self._states: States = [] if spill is None else spill.states()
+        self._waves: list[_Wave] = []
         most, left = devices.size(mesh), checked_batches(config, batches)
         while left:
             count = next((i for i, x in enumerate(left[:most]) if x.shape != left[0].shape), min(most, len(left)))
@@ -87,7 +91,8 @@ class MeshActivations(Activations):
     def hessians(self, stage: int, block: Block) -> tuple[PanelHessian, ...]:  # type: ignore[override]
         """One Hessian for each of `stage_groups`, over all chunks."""
         groups = stage_groups(self.config, block.kind, stage)
-        program = _hessian_program(self._mesh, self.config, stage)
+        linear: Any = self._linear
+        program = _hessian_program(self._mesh, self.config, stage, linear)
         block = self._places.put(block)
         empty = [empty_panels(self._mesh, width) for _, width in groups]
         sums = [hessian.panels for hessian in empty], [hessian.tokens for hessian in empty]
@@ -165,11 +170,13 @@ def text_activations(
     linear: Linear = plain_linear,
     *,
     mesh: Mesh | None = None,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> Activations:
     """`Activations` on one device, or on all of a mesh."""
     if mesh is None:
-        return Activations(config, outer, batches, linear)
-    return MeshActivations(config, outer, batches, linear, mesh=mesh)
+        return Activations(config, outer, batches, linear, spill, hessian_bytes)
+    return MeshActivations(config, outer, batches, linear, mesh=mesh, spill=spill)
 
 
 class _Places:
@@ -202,7 +209,7 @@ def _mine(tree: Any) -> Any:
 @lru_cache(maxsize=64)
 def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
     def run(block: Block, state: State, where: Positions) -> State:
-        state = STAGES[stage](config, block, _mine(state), where, linear)
+        state = after_stage(config, stage, block, _mine(state), where, linear)
         return jax.tree.map(lambda leaf: leaf[None], state)
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
@@ -210,9 +217,7 @@ def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any)
 
 
 def _inputs(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> list[jax.Array]:
-    recorder = InputRecorder()
-    STAGES[stage](config, block, _mine(state), where, recorder)
-    return recorder.inputs
+    return [x.astype(jax.numpy.float32) for x in recorded(config, stage, block, _mine(state), where).inputs]
 
 
 _Sums = tuple[list[jax.Array], list[jax.Array]]
@@ -220,9 +225,10 @@ _Sums = tuple[list[jax.Array], list[jax.Array]]
 
 
 @lru_cache(maxsize=64)
-def _hessian_program(mesh: Mesh, config: DecoderConfig, stage: int) -> Any:
+def _hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
     def accumulate(block: Block, state: State, where: Positions, counts: jax.Array, sums: _Sums) -> _Sums:
-        inputs = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, block, state, where)]
+        read = recorded(config, stage, block, _mine(state), where, linear).inputs
+        inputs = [gathered_inputs(mesh, x, counts[0]) for x in read]
         each = zip(*sums, inputs, strict=True)
         pairs = [add_panels(mesh, panels, tokens, x) for panels, tokens, x in each]
         return [panels for panels, _ in pairs], [tokens for _, tokens in pairs]

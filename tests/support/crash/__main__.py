@@ -30,7 +30,7 @@ COMMAND = [
     "--seqlen", "32", "--tune", "logits", "--tune-epochs", "2",
 ]  # fmt: skip
 MOST_KILLS = 4  # of one run
-_FINISHED_BLOCK = re.compile(r"\.q\.run/[a-z]+/layers/\d{5}")
+_FINISHED_BLOCK = re.compile(r"\.q\.run/untuned/layers/\d{5}")  # those of the result come all at once, at the end
 
 
 @dataclasses.dataclass
