@@ -26,16 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from timings import QuantizeRow, add_csv_options, check_csv, save
 
-import spqr_jax.job.driver
 import spqr_jax.solver.solve
 import spqr_jax.stream.activations
 from spqr_jax import SpQRConfig, accumulate_hessian, empty_hessian
-from spqr_jax.cli.display import console, say, table
-from spqr_jax.job.driver import quantize_blocks
+from spqr_jax.job.job import Job
 from spqr_jax.methods import quantize_weight
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import TreeSink, TreeSource, collect
 from spqr_jax.stream.windows import batched
+from spqr_jax.terminal.display import console, say, table
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward": [(spqr_jax.stream.activations, "run_stage")],
@@ -118,7 +117,7 @@ def model_time(model: str, windows: np.ndarray) -> list[dict[str, Any]]:
 
     def run() -> Any:
         sink = TreeSink(params.config)
-        quantize_blocks(TreeSource(params), sink, batched(windows), SpQRConfig())
+        Job(TreeSource(params), sink, batched(windows), SpQRConfig()).run()
         return sink.params()
 
     title = f"{model}: {windows.shape[0]} x {windows.shape[1]} tokens, model in memory {size:.2f} GiB"

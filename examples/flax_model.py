@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spqr_jax import LayerRule, SpQRConfig
+from spqr_jax import LayerReport, LayerRule, SpQRConfig
 from spqr_jax.integrations import nnx as spqr_nnx
 
 
@@ -25,14 +25,16 @@ class Classifier(nnx.Module):
         return self.head(x + self.down(jax.nn.gelu(self.up(self.norm(x)))))
 
 
-def show(layer):
-    print(f"{layer.path:6} {layer.stats.stored_bits:.2f} stored bits per weight, error {layer.stats.output_error:.3f}")
+def show(event):
+    if isinstance(event.detail, LayerReport):
+        stats = event.detail.stats
+        print(f"{event.note:6} {stats.stored_bits:.2f} stored bits per weight, error {stats.output_error:.3f}")
 
 
 model = Classifier(width=64, classes=16, rngs=nnx.Rngs(0))
 batches = [jax.random.normal(jax.random.key(i), (128, 64)) for i in range(8)]  # whatever your model takes
 config = SpQRConfig(bits=3, rules=(LayerRule("head", bits=8),))  # 3 bits, and 8 for the last layer
-small = spqr_nnx.quantize(model, batches, config, on_layer=show)
+small = spqr_nnx.quantize(model, batches, config, events=show)
 
 run = nnx.jit(lambda model, x: model(x))
 x = jax.random.normal(jax.random.key(100), (32, 64))  # inputs that calibration did not see

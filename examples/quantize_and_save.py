@@ -27,14 +27,17 @@ def encode(text):
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 
-def show(layer):
-    print(
-        f"{layer.path:24} {layer.bits} bits, {layer.stats.stored_bits:.2f} stored, error {layer.stats.output_error:.3f}"
-    )
+def show(event):
+    if isinstance(layer := event.detail, spqr_jax.LayerReport):
+        stats = layer.stats
+        print(f"{layer.path:24} {layer.bits} bits, {stats.stored_bits:.2f} stored, error {stats.output_error:.3f}")
 
 
 length = min(1024, params.config.max_positions)  # tokens in one window of calibration text
 windows = calibration_windows(load_tokens(options.text, "calibration", encode), length, count=16, seed=0)
 config = spqr_jax.SpQRConfig.preset(options.preset)
-small = spqr_jax.quantize(params, spqr_jax.batched(windows), config, on_layer=show)
-print("saved in", spqr_jax.save(options.out, small, config, tokenizer=tokenizer))
+spqr_jax.quantize(
+    params, spqr_jax.batched(windows), config, out=options.out, tokenizer=tokenizer, events=show,
+    provenance={"model": options.model},
+)  # fmt: skip
+print("saved in", options.out)

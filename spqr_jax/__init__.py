@@ -11,10 +11,11 @@ from spqr_jax.checkpoint import load, save
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import CheckpointError, DataError, ModelError, NotFiniteError, SpQRError
 from spqr_jax.evaluate.perplexity import Perplexity, perplexity
+from spqr_jax.events import Event
 from spqr_jax.generate import Generation, Generator, generate
 from spqr_jax.job.quantize import quantize
-from spqr_jax.job.report import LayerReport
 from spqr_jax.methods import quantize_weight
+from spqr_jax.methods.report import LayerReport
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, forward
 from spqr_jax.parallel import ShardedDecoder, shard
@@ -33,6 +34,7 @@ __all__ = [
     "DataError",
     "Decoder",
     "DecoderConfig",
+    "Event",
     "Generation",
     "Generator",
     "Hessian",

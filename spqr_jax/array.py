@@ -175,6 +175,30 @@ class SpQRArray(QuantizedMatrix):
         """
         return _dense_jit(self, np.dtype(dtype))
 
+    def to_dense_exactly(self) -> np.ndarray:
+        """Dequantizes the whole matrix on the host, with every product and sum rounded by itself.
+
+        `to_dense` may fuse a product and a sum, as the compiler likes, and then differs from this in the last bit. The
+        solver gives calibration text exactly these values, so a run that goes on can make them again.
+
+        Returns:
+          float32 [out, in], its columns in the original order.
+        """
+        array = jax.tree.map(np.asarray, self)
+        (out, inner), (scale, zero) = self.shape, array.statistics()
+        groups = scale.shape[1]
+        codes = unpack_codes(array.codes, self.bits)[:, : groups * self.group_size].astype(np.float32)
+        dense = codes.reshape(out, groups, self.group_size)
+        dense -= zero[..., None]
+        dense *= scale[..., None]
+        dense = dense.reshape(out, -1)[:, :inner]
+        dense[self._host_rows(), array.outlier_cols[: self.nnz]] += array.outlier_values[: self.nnz].astype(np.float32)
+        if array.perm is None:
+            return dense
+        original = np.empty_like(dense)
+        original[:, array.perm] = dense
+        return original
+
     def multiply(self, x: jax.Array) -> jax.Array:
         """y = x Wᵀ through the dense matrix, in the type of `x`: [..., in] -> [..., out]."""
         self._check_input(x)

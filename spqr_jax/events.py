@@ -28,6 +28,17 @@ class Event:
     detail: Any = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Remark:
+    """An event's `detail` that is a line for people."""
+
+    text: str
+
+
+class SafePoint:
+    """An event's `detail` where all work so far is saved, so that a run that is stopped here loses nothing."""
+
+
 Events = Callable[[Event], None]
 """Is told of each step. It may raise to stop the work: nothing is then half-written."""
 

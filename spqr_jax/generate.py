@@ -16,8 +16,7 @@ from spqr_jax._compat import compile_as_graph
 from spqr_jax.errors import DataError, NotFiniteError, SpQRError
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import KVCache, positions
-from spqr_jax.models.decoder import Decoder, embed, logits
-from spqr_jax.models.finite import not_finite
+from spqr_jax.models.decoder import Block, Decoder, Outer, embed, logits
 from spqr_jax.models.prompts import checked_prompts
 from spqr_jax.models.ready import ReadyDecoder, run_parts
 from spqr_jax.parallel import (
@@ -30,6 +29,7 @@ from spqr_jax.parallel import (
     with_cache,
 )
 from spqr_jax.sampling import Draw, Sampling, sample
+from spqr_jax.stream.finite import not_finite
 
 Cache = tuple[KVCache, ...]
 
@@ -255,7 +255,7 @@ class Generator:
         result = f"the next token of prompt {row}"
         if isinstance(self._params, ReadyShards):
             return NotFiniteError(f"{result} is not a number: generate on one device to be told where this begins")
-        return not_finite(result, self._params, np.asarray([tokens], np.int32))
+        return not_finite(result, _ReadOnce(self._params), np.asarray([tokens], np.int32))
 
     def _decode_into(
         self, text: _Text, decode: Any, cache: Cache, progress: _Progress, rest: _Rest, steps: int
@@ -286,6 +286,19 @@ class Generator:
         if key not in self._programs:
             self._programs[key] = compile_as_graph(function.lower(self._params, cache, progress, *rest))
         return self._programs[key]
+
+
+class _ReadOnce:
+    """A prepared model as a source of blocks, whose blocks are read once, in order."""
+
+    def __init__(self, params: ReadyDecoder) -> None:
+        self.config, self._outer, self._blocks = params.config, params.outer, iter(params.layers)
+
+    def outer(self) -> Outer:
+        return self._outer
+
+    def block(self, index: int) -> Block:
+        return next(self._blocks)
 
 
 class _Text:

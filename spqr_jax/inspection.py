@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from spqr_jax.checkpoint import CheckpointSource, content_digest
-from spqr_jax.models.weights import OUTER_NAMES
+from spqr_jax.models.weights import OUTER_NAMES, Weight
 from spqr_jax.quantized import is_quantized
+from spqr_jax.stream import sweep
 
 
 def summarize(source: CheckpointSource) -> dict[str, Any]:
@@ -22,16 +24,19 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
       `quantized_bytes`, `dense_bytes` (what all weights would take dense, in the
       type of the norms), `digest` (see `content_digest`), `quantization`, `provenance`, and `layers`: for each
       quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
-      `outlier_percent`, `output_error` (nan if it was not recorded).
+      `outlier_percent`, `output_error` (nan if it was not recorded), `tokens` and
+      `damping` of its calibration (None if they were not recorded).
     """
     outer = source.outer()
     itemsize = np.dtype(outer.final_norm.dtype).itemsize
     layers: dict[str, Any] = {}
     total = dense_total = quantized = in_blocks = weights = outliers = 0
     ideal, head_bits = 0.0, None
-    for index in range(-1, source.config.num_layers):
-        part = {n: getattr(outer, n) for n in OUTER_NAMES} if index < 0 else dict(source.block(index))
-        prefix = "" if index < 0 else f"layers.{index}."
+
+    def count(index: int | None, part: Mapping[str, Weight | None]) -> None:
+        """Adds a block's weights, or with None those outside of the blocks."""
+        nonlocal total, dense_total, quantized, in_blocks, weights, outliers, ideal, head_bits
+        prefix = "" if index is None else f"layers.{index}."
         for name, weight in part.items():
             if weight is None:
                 continue
@@ -48,15 +53,20 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
                 "stored_bits": weight.stored_bits,
                 "outlier_percent": 100 * weight.nnz / weight.size,
                 "output_error": stats.get("output_error", math.nan),
+                "tokens": stats.get("tokens"),
+                "damping": stats.get("damping"),
             }
             quantized += num_bytes
-            if index < 0:
+            if index is None:
                 head_bits = weight.stored_bits
                 continue
             in_blocks += num_bytes
             weights += weight.size
             outliers += weight.nnz
             ideal += weight.ideal_bits * weight.size
+
+    count(None, {name: getattr(outer, name) for name in OUTER_NAMES})
+    sweep.forward(source, count)
     return {
         "ideal_bits": ideal / weights if weights else math.nan,
         "stored_bits": 8 * in_blocks / weights if weights else math.nan,

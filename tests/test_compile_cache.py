@@ -45,7 +45,7 @@ def test_the_second_run_compiles_nothing(folder):
     status, first, errors = measure(folder, root)
     assert status == 0, errors
     kept = entries(root)
-    assert {"jit_pass_block", "jit_sequence_losses"} <= {name.partition("-")[0] for name in kept}
+    assert {"jit_pass_block", "jit__see_piece"} <= {name.partition("-")[0] for name in kept}
     status, second, errors = measure(folder, root)
     assert status == 0, errors
     assert entries(root) == kept

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 
 # From the bottom up: a module may import from its own layer's earlier entries and
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
-    ["errors", "events", "_compat", "compile_cache", "product_jit"],
+    ["errors", "events", "_compat", "compile_cache", "product_jit", "devices"],
     ["files"],
     ["output"],
     ["atomic"],
@@ -29,11 +31,13 @@ LAYERS = [
     ["parallel"],
     ["methods", "evaluate"],
     ["planning", "tune", "analysis"],
+    ["checkpoint"],
     ["job", "generate"],
     ["speed", "integrations", "estimate", "forecast"],
-    ["checkpoint", "formats"],
+    ["formats"],
     ["resolve", "inspection"],
-    ["report"],
+    ["report", "terminal"],
+    ["texts"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -69,7 +73,7 @@ def test_every_module_has_its_place():
 
 
 def test_the_solver_knows_no_model():
-    known = {"array", "config", "errors", "layout", "packing", "product_jit", "quantized", "solver"}
+    known = {"array", "config", "devices", "errors", "layout", "packing", "product_jit", "quantized", "solver"}
     for path in (PACKAGE / "solver").rglob("*.py"):
         assert set(imports_of(path)) <= known, path
 
@@ -93,6 +97,18 @@ def test_importing_needs_jax_and_numpy_only():
     code = f"import sys, spqr_jax; print([m for m in {heavy!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks"])
+def test_programs_beside_the_package_import_no_command(folder):
+    """What they share with commands is in `spqr_jax.terminal` and `spqr_jax.texts`."""
+    paths = list((PACKAGE.parent / folder).rglob("*.py"))
+    assert len(paths) > 5
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith("spqr_jax.cli")], path
 
 
 def test_no_test_file_imports_another():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,13 +14,15 @@ import numpy as np
 from spqr_jax.analysis.sensitivity_map import line_pooled, sensitivity_map
 from spqr_jax.analysis.structure import HeadAxis, Structures, find_structures
 from spqr_jax.config import SpQRConfig
+from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES
+from spqr_jax.models.decoder import STAGES, Block, matrix_names
 from spqr_jax.solver.hessian import quadratic_form
 from spqr_jax.solver.solve import factor_hessian
+from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
-from spqr_jax.stream.stages import rounded_linear, stage_groups
+from spqr_jax.stream.stages import rounded_linear
 
 _MAP_CELLS = 192  # cells of a map's longer side
 _quadratic_form = jax.jit(quadratic_form)
@@ -105,7 +107,7 @@ def analyze(
     config: SpQRConfig,
     *,
     maps: str = "",
-    progress: Callable[[str], None] | None = None,
+    events: Events = ignore,
 ) -> ModelAnalysis:
     """Sensitivities and patterns of every matrix that `config` would quantize, on the dense model's activations.
 
@@ -115,18 +117,22 @@ def analyze(
       config: how it would be quantized.
       maps: regular expression; matrices whose path it matches get a map. The first, middle
         and last block's if empty.
-      progress: told after each matrix.
+      events: told of each matrix, as phase "analyzing".
     """
     model = source.config
     activations = Activations(model, source.outer(), batches, rounded_linear)
-    wanted = re.compile(maps or default_maps(model.num_layers))
-    found: list[WeightAnalysis] = []
-    for index in range(model.num_layers):
-        for weight in _analyze_block(source, activations, index, config, wanted):
-            found.append(weight)
-            if progress is not None:
-                progress(weight.path)
-    return ModelAnalysis(tuple(found))
+    with_map = re.compile(maps or default_maps(model.num_layers))
+    paths = [f"layers.{index}.{name}" for index, kind in enumerate(model.kinds) for name in matrix_names(model, kind)]
+    steps = Steps("analyzing", sum(config.for_path(path) is not None for path in paths), events)
+    weights: list[WeightAnalysis] = []
+
+    def visit(index: int, block: Block) -> None:
+        for weight in _analyze_block(model, activations, index, block, config, with_map):
+            weights.append(weight)
+            steps.advance(note=weight.path)
+
+    sweep.forward(source, visit)
+    return ModelAnalysis(tuple(weights))
 
 
 def default_maps(blocks: int) -> str:
@@ -136,12 +142,15 @@ def default_maps(blocks: int) -> str:
 
 
 def _analyze_block(
-    source: BlockSource, activations: Activations, index: int, config: SpQRConfig, wanted: re.Pattern[str]
+    model: DecoderConfig,
+    activations: Activations,
+    index: int,
+    block: Block,
+    config: SpQRConfig,
+    with_map: re.Pattern[str],
 ) -> Iterator[WeightAnalysis]:
-    model, block = source.config, source.block(index)
     for stage in range(len(STAGES)):
-        groups = stage_groups(model, block.kind, stage)
-        for (names, _), hessian in zip(groups, activations.hessians(stage, block), strict=True):
+        for names, hessian, _ in activations.calibrate(stage, block):
             factors: dict[tuple[str, float, int], Any] = {}
             matrix = hessian.matrix()
             for name in names:
@@ -163,7 +172,7 @@ def _analyze_block(
                     float(costs.sum(dtype=np.float64)) / dense if dense > 0 else 0.0,
                     find_structures(costs, head_dim=model.head_dim, head_axis=axis, rotary=rotary),
                     _by_column(ordered),
-                    _map(costs) if wanted.search(path) else None,
+                    _map(costs) if with_map.search(path) else None,
                 )
         activations.advance(stage, block)
 

@@ -69,6 +69,10 @@ class CheckpointFolder:
         """Keeps what quantizing the weight at `path` did; call before its block is put."""
         self.layer_stats[path] = stats
 
+    def describe(self, quantization: SpQRConfig) -> None:
+        """Keeps how the model was quantized, where that is known only now; call before the outer weights are put."""
+        self._quantization = quantization
+
     def put_block(self, index: int, block: Block) -> None:
         weights = dict(block)
         stats = {n: s for n in weights if (s := self.layer_stats.get(f"layers.{index}.{n}")) is not None}

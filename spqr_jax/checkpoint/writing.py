@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from spqr_jax.checkpoint.growing import CheckpointFolder
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError
 from spqr_jax.files.companions import write_files
+from spqr_jax.methods.report import LayerReport
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
 from spqr_jax.output import Claim
 from spqr_jax.parallel import ShardedDecoder, ShardedSource
+from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import TreeSource
 
 
@@ -58,6 +61,11 @@ class CheckpointSink(AtomicDirectory):
             )
 
     @property
+    def config(self) -> DecoderConfig:
+        """Of the model."""
+        return self._parts.config
+
+    @property
     def layer_stats(self) -> dict[str, dict[str, float]]:
         """Path -> what quantizing the weight did, for every weight recorded, also by the run that this one goes on."""
         return self._parts.layer_stats
@@ -65,6 +73,10 @@ class CheckpointSink(AtomicDirectory):
     def record(self, path: str, stats: dict[str, float]) -> None:
         """Keeps what quantizing the weight at `path` did; call before its block is put."""
         self._parts.record(path, stats)
+
+    def describe(self, quantization: SpQRConfig) -> None:
+        """Keeps how the model was quantized, where that is known only now; call before the outer weights are put."""
+        self._parts.describe(quantization)
 
     def put_block(self, index: int, block: Block) -> None:
         with self._claim.writing():
@@ -117,6 +129,7 @@ def save(
     *,
     tokenizer: Any = None,
     provenance: dict[str, Any] | None = None,
+    report: Iterable[LayerReport] = (),
     overwrite: bool = False,
 ) -> Path:
     """Writes a model to a directory. It appears under its name only when it is complete.
@@ -128,6 +141,7 @@ def save(
       quantization: how it was quantized, kept with the model; None if it was not.
       tokenizer: a transformers tokenizer to keep with the model, or None.
       provenance: a dictionary of JSON values that tells where the model comes from, or None.
+      report: what quantizing each weight did, kept with the model; see `quantize`'s ``events``.
       overwrite: replace an existing directory, once the new one is complete.
 
     Returns:
@@ -153,8 +167,9 @@ def save(
         CheckpointSink(claim, params.config, quantization, tokenizer=tokenizer, provenance=provenance) as sink,
     ):
         claim.need(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
-        for index in range(params.config.num_layers):
-            sink.put_block(index, source.block(index))
+        for layer in report:
+            sink.record(layer.path, dataclasses.asdict(layer.stats))
+        sweep.forward(source, sink.put_block)
         sink.put_outer(source.outer())
     if isinstance(params, ShardedDecoder) and jax.process_count() > 1:
         multihost_utils.sync_global_devices("saved")

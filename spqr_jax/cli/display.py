@@ -1,138 +1,144 @@
-"""What the terminal shows: progress, tables, messages. `rich` does the drawing.
-
-Text is never markup here: paths, model names and texts may hold brackets. What is to be
-bold or dim is given as such, see `tell`.
-"""
+"""What commands show of long work: one view for all events, and a few lines about models."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column, Table
-from rich.text import Text
+from rich.progress import Progress, TaskID
 
-from spqr_jax.cli import interrupt
-from spqr_jax.job.report import LayerReport
-from spqr_jax.output import write_file
+from spqr_jax.events import Event, Remark, SafePoint
+from spqr_jax.forecast.words import short_duration
+from spqr_jax.methods.report import LayerReport
 from spqr_jax.planning.budget import Plan
+from spqr_jax.terminal import interrupt
+from spqr_jax.terminal.display import console, errors, fail, number, say, size, table, tell, write_json
+from spqr_jax.terminal.progress import new_bar, progress_bar
 
-_GAP = 3  # between columns of a table
-console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+__all__ = [
+    "EventView", "console", "describe_head", "errors", "fail", "number", "progress_bar", "say",
+    "show_plan", "size", "table", "tell", "write_json",
+]  # fmt: skip
 
-
-def tell(*parts: str | tuple[str, str]) -> None:
-    """Prints a result: texts, and (text, style) where one is to stand out, such as ``(name, "bold")``."""
-    console.print(Text.assemble(*parts))
-
-
-def say(message: str) -> None:
-    """One dim line of what is going on."""
-    errors.print(message, style="dim", soft_wrap=True)
+_EVERY = 30.0  # seconds between lines, where there is no terminal to draw a bar on
 
 
-def fail(message: str) -> None:
-    """The one message of a command that cannot do what was asked."""
-    errors.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+class EventView:
+    """Shows events: a context manager that long work is given as its `events`.
+
+    On a terminal each phase is a bar with the time left. Elsewhere, as in a log, a phase is a line when it
+    starts, and then a line with the time left at least every 30 seconds; a thread sees to it where no event
+    comes for longer. Quantized weights become one line a block. Raises KeyboardInterrupt where one got lost.
+
+    Args:
+      clock: seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._blocks = clock, _BlockTable()
+        self._bar: Progress | None = new_bar() if errors.is_terminal else None
+        self._task: TaskID | None = None
+        self._event: Event | None = None
+        self._begun = self._said = clock()
+        self._first = 0  # steps of the phase that were done before this run
+        self._lock, self._left = threading.RLock(), threading.Event()
+
+    def __enter__(self) -> Self:
+        interrupt.check()
+        if self._bar is not None:
+            self._bar.start()
+        else:
+            threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._left.set()
+        with self._lock:
+            if kind is None:
+                self._blocks.finish()
+            if self._bar is not None:
+                self._bar.stop()
+            self._event = None
+
+    def __call__(self, event: Event) -> None:
+        (interrupt.at_safe_point if isinstance(event.detail, SafePoint) else interrupt.check)()
+        if isinstance(event.detail, Remark):
+            say(event.detail.text)
+            return
+        with self._lock:
+            starts = self._event is None or self._event.phase != event.phase
+            self._event = event
+            if starts:
+                self._begun, self._first = self._clock(), event.done
+            self._draw(event, starts)
+            if isinstance(event.detail, LayerReport):
+                self._blocks.add(event.detail)
+            if isinstance(event.detail, Plan):
+                show_plan(event.detail)
+
+    def tick(self) -> None:
+        """Says where the work is if nothing was said for 30 seconds; a thread asks every second."""
+        with self._lock:
+            if self._event is not None and self._bar is None and self._clock() - self._said >= _EVERY:
+                self._say(self._event)
+
+    def _look(self) -> None:
+        while not self._left.wait(1.0):
+            self.tick()
+
+    def _draw(self, event: Event, starts: bool) -> None:
+        if self._bar is None:
+            if starts:
+                self._say(event)
+            self.tick()
+            return
+        if starts or self._task is None:
+            self._task = self._bar.add_task(event.phase, total=event.total, note="", first=event.done)
+        self._bar.update(self._task, completed=event.done, total=event.total, note=_note(event, "  "))
+
+    def _say(self, event: Event) -> None:
+        """One line: where the work is, and how long it will take."""
+        self._said = self._clock()
+        words = [f"{event.phase} {event.done} of {event.total}"]
+        if note := _note(event, ", "):
+            words.append(note)
+        done, elapsed = event.done - self._first, self._said - self._begun
+        if done > 0:
+            words.append(f"about {short_duration(elapsed / done * (event.total - event.done))} left")
+        say(", ".join(words))
 
 
-def number(value: float, digits: int = 2) -> str:
-    """A number for a table; a dash where there is none."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+def _note(event: Event, separator: str) -> str:
+    if isinstance(event.detail, LayerReport):
+        return f"{event.note}{separator}error {event.detail.stats.output_error:.3f}"
+    return event.note
 
 
-def size(num_bytes: float) -> str:
-    """Bytes as MB (10^6)."""
-    return f"{num_bytes / 1e6:.1f} MB"
+class _BlockTable:
+    """One line for each block's quantized weights."""
 
-
-class _TimeLeft(ProgressColumn):
-    """Time left at the average pace so far; steps come in bursts, so a recent pace would mislead."""
-
-    def render(self, task: Task) -> Text:
-        if not task.completed or task.total is None or task.elapsed is None:
-            return Text("-:-- left")
-        seconds = round(task.elapsed / task.completed * (task.total - task.completed))
-        return Text(f"{seconds // 60}:{seconds % 60:02d} left")
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with time left; yields a function that advances it by one and notes what is done."""
-    with _bar() as bar:
-        task = bar.add_task(label, total=total, note="")
-
-        def advance(note: str) -> None:
-            interrupt.check()
-            bar.update(task, advance=1, note=note)
-
-        yield advance
-
-
-@contextmanager
-def counted_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with time left; yields a function that takes the steps done and the steps in all."""
-    with _bar() as bar:
-        task = bar.add_task(label, total=None, note="")
-
-        def show(done: int, total: int) -> None:
-            interrupt.check()
-            bar.update(task, completed=done, total=total)
-
-        yield show
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _TimeLeft(),
-        TextColumn(
-            "{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
-        ),
-        console=errors,
-    )
-    interrupt.check()
-    with bar:
-        yield bar
-
-
-class QuantizeProgress:
-    """The live view of `spqr quantize`: a bar, and one line a block."""
-
-    def __init__(self, advance: Callable[[str], None]) -> None:
-        self._advance = advance
+    def __init__(self) -> None:
         self._block: list[LayerReport] = []
-        self.reports: list[LayerReport] = []
-        errors.print(
-            f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'ideal':>6}  {'stored':>6}",
-            style="bold",
-        )
+        self._has_head = False
 
-    def __call__(self, report: LayerReport) -> None:
+    def add(self, report: LayerReport) -> None:
         if self._block and _block_of(report.path) != _block_of(self._block[0].path):
-            self._print_block()
+            self.finish()
         self._block.append(report)
-        self.reports.append(report)
-        self._advance(f"{report.path}  error {report.stats.output_error:.3f}")
 
     def finish(self) -> None:
         """Prints the last block."""
-        if self._block:
-            self._print_block()
-
-    def _print_block(self) -> None:
         block, self._block = self._block, []
+        if not block:
+            return
+        if not self._has_head:
+            errors.print(
+                f"{'block':>12}  {'error':>7}  {'worst weight':>18}  {'outliers':>8}  {'ideal':>6}  {'stored':>6}",
+                style="bold",
+            )
+            self._has_head = True
         weights = sum(r.shape[0] * r.shape[1] for r in block)
 
         def mean(of: Callable[[LayerReport], float]) -> float:
@@ -145,6 +151,10 @@ class QuantizeProgress:
             f"{name:>11} {worst.stats.output_error:6.3f}  {mean(lambda r: 100 * r.stats.outlier_share):7.2f}%  "
             f"{mean(lambda r: r.stats.ideal_bits):6.3f}  {mean(lambda r: r.stats.stored_bits):6.3f}"
         )
+
+
+def _block_of(path: str) -> str:
+    return ".".join(path.split(".")[:2])
 
 
 def describe_head(summary: dict[str, Any]) -> str:
@@ -160,48 +170,3 @@ def show_plan(plan: Plan) -> None:
         f"plan for {plan.target_bits:g} stored bits per weight: {shares} of the weights; "
         f"expected increase of the loss: {plan.loss:.3f} nats per token"
     )
-
-
-def _block_of(path: str) -> str:
-    return ".".join(path.split(".")[:2])
-
-
-def table(title: str, columns: list[str], rows: list[list[str]], notes: str = "") -> None:
-    """A table, first column left, the rest right. Where it is too wide, headings take a line for each word."""
-    longest = [max((len(row[index]) for row in rows), default=0) for index in range(len(columns))]
-    width = sum(max(len(column), cell) for column, cell in zip(columns, longest, strict=True))
-    narrow = width + _GAP * (len(columns) - 1) > console.width
-    drawn = Table(
-        title=title,
-        title_justify="left",
-        caption=notes or None,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1),
-        collapse_padding=True,
-    )
-    for index, column in enumerate(columns):
-        heading = "\n".join(column.split()) if narrow and len(column) > longest[index] else column
-        drawn.add_column(heading, justify="left" if index == 0 else "right")
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-
-
-def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Writes a command's result for machines; not-a-number becomes null."""
-    if path is None:
-        return
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, dict):
-            return {key: clean(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(entry) for entry in value]
-        return value
-
-    write_file(path, json.dumps(clean(values), indent=2) + "\n")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import typer
 
 from spqr_jax.checkpoint import CheckpointSink, CheckpointSource
-from spqr_jax.cli.display import progress_bar, say, size, tell
+from spqr_jax.cli.display import EventView, progress_bar, say, size, tell
 from spqr_jax.cli.help import argument, flag, option
 from spqr_jax.cli.next_step import after_export, after_writing
 from spqr_jax.cli.options import Dtype, Out, Overwrite
@@ -23,10 +23,12 @@ from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.formats.export import export_dense, export_hf_spqr
 from spqr_jax.formats.legacy import LegacySource, Outliers
 from spqr_jax.inspection import summarize
+from spqr_jax.models.decoder import Block
 from spqr_jax.models.tokenizer import load_tokenizer, tokenizer_files
 from spqr_jax.output import Claim
 from spqr_jax.report import read_result
 from spqr_jax.resolve import DTYPES, default_dtype
+from spqr_jax.stream import sweep
 
 FORMATS = ("dense", "hf-spqr")
 FORMAT, HUB, ORIGIN = "Format", "Model card and hub", "Original model"
@@ -70,12 +72,12 @@ def export(
     source = CheckpointSource(directory)
     claim.need(exported_bytes(source, form, jnp.dtype(dtype).itemsize))
     with HFDirectory(claim) as target:
-        with progress_bar("exporting", source.config.num_layers + 1) as advance:
+        with EventView() as events:
             origin = origin_config(directory)
             if form == "dense":
-                export_dense(source, target, jnp.dtype(dtype), advance, origin)
+                export_dense(source, target, jnp.dtype(dtype), events, origin)
             else:
-                export_hf_spqr(source, target, advance, origin)
+                export_hf_spqr(source, target, events, origin)
         _write_companions(target, source, directory)
         card = model_card(push or out.name, form, summarize(source), results, source.config.family)
         target.write_text("README.md", card)
@@ -123,9 +125,12 @@ def import_original(
         CheckpointSink(claim, source.config, source.settings(), provenance=provenance, files=files) as sink,
         progress_bar("importing", source.config.num_layers) as advance,
     ):
-        for index in range(source.config.num_layers):
-            sink.put_block(index, source.block(index))
+
+        def keep(index: int, block: Block) -> None:
+            sink.put_block(index, block)
             advance(f"block {index}")
+
+        sweep.forward(source, keep)
         sink.put_outer(source.outer())
     summary = summarize(CheckpointSource(sink.path))
     tell(

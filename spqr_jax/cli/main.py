@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 
-from spqr_jax.cli import interrupt
-from spqr_jax.cli.display import errors, fail, say
 from spqr_jax.compile_cache import keep_programs
 from spqr_jax.errors import SpQRError
+from spqr_jax.terminal import interrupt
+from spqr_jax.terminal.display import errors, fail, say
 
 BAD_INPUT, OUR_FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 """Exit statuses: as sysexits.h has it, and as shells name what SIGINT and SIGPIPE end."""
@@ -34,24 +34,26 @@ def run(command: Callable[[], Any]) -> None:
     interrupt.install()
     if problem := keep_programs():
         say(problem)
-    with _warnings_as_notes(), _quiet_libraries():
+    with _warnings_as_notes() as notes, _quiet_libraries():
         try:
             command()
         except SystemExit as end:
             if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
-                _say_stopped()
+                _say_stopped(notes)
             raise
         except BrokenPipeError:
             _leave_pipe()
         except Exception as error:
             if interrupt.received():
-                _say_stopped()
+                _say_stopped(notes)
                 sys.exit(INTERRUPTED)
             sys.exit(_explain(error))
 
 
-def _say_stopped() -> None:
-    errors.print("stopped; no incomplete output is left", style="yellow")
+def _say_stopped(notes: set[str]) -> None:
+    goes_on = any("--resume" in note for note in notes)
+    what = "run the same command with --resume to go on" if goes_on else "no incomplete output is left"
+    errors.print(f"stopped; {what}", style="yellow")
     _cancel_timers()
 
 
@@ -148,8 +150,8 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Warnings of libraries and our own are one line each, each text once."""
+def _warnings_as_notes() -> Iterator[set[str]]:
+    """Warnings of libraries and our own are one line each, each text once; yields the texts so far."""
     noted: set[str] = set()
 
     def show(message: Warning | str, category: Any, *where: Any, **more: Any) -> None:
@@ -163,4 +165,4 @@ def _warnings_as_notes() -> Iterator[None]:
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)  # for those who write programs
         warnings.showwarning = show
-        yield
+        yield noted

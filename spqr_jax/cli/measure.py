@@ -7,17 +7,17 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from spqr_jax.cli.display import counted_bar, number, say, table, tell, write_json
+from spqr_jax.cli.display import EventView, number, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
 from spqr_jax.cli.next_step import after_compare, after_perplexity
-from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
+from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen
 from spqr_jax.cli.outlook import before_compare, before_perplexity
 from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import Fidelity
 from spqr_jax.evaluate.fidelity import compare as compare_models
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
 from spqr_jax.resolve import MODEL_HELP, OpenedModel, open_model
-from spqr_jax.stream.blocks import collect
+from spqr_jax.texts import default_corpus, read_tokens
 
 Windows = Annotated[int | None, option(TEXT, "N", "Use only the first N windows.", min=1, show_default="all")]
 BatchSize = Annotated[int, option(COMPUTATION, "N", "Windows to compute at the same time.", min=1)]
@@ -59,9 +59,8 @@ def perplexity(
         outlook.end(after_compare(against, model))
         return
     outlook = before_perplexity(opened, tokens, data, batch_size, dtype)
-    params = collect(opened.source)
-    with counted_bar("perplexity") as show:
-        alone = measure_perplexity(params, tokens, batch_size=batch_size, progress=show)
+    with EventView() as events:
+        alone = measure_perplexity(opened.source, tokens, batch_size=batch_size, events=events)
     tell(
         "perplexity ",
         (f"{alone.perplexity:.4f}", "bold"),
@@ -144,9 +143,8 @@ def _windows(opened: OpenedModel, data: str, seqlen: int, count: int | None) -> 
 
 
 def _compare(dense: OpenedModel, opened: OpenedModel, tokens: np.ndarray, batch_size: int) -> Fidelity:
-    models = collect(dense.source), collect(opened.source)
-    with counted_bar("comparing") as show:
-        return compare_models(*models, tokens, batch_size=batch_size, progress=show)
+    with EventView() as events:
+        return compare_models(dense.source, opened.source, tokens, batch_size=batch_size, events=events)
 
 
 def _setting(model: str, data: str, tokens: np.ndarray) -> dict[str, Any]:

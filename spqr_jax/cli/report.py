@@ -17,7 +17,7 @@ from spqr_jax.analysis import ModelAnalysis
 from spqr_jax.analysis import analyze as analyze_model
 from spqr_jax.atomic import AtomicDirectory
 from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.cli.display import progress_bar, say, table, tell
+from spqr_jax.cli.display import EventView, say, table, tell
 from spqr_jax.cli.help import OUTPUT, argument, option
 from spqr_jax.cli.next_step import after_analyze
 from spqr_jax.cli.options import (
@@ -28,17 +28,16 @@ from spqr_jax.cli.options import (
     Model,
     Overwrite,
     Windows,
-    read_calibration,
 )
 from spqr_jax.cli.outlook import before_analyze
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.inspection import summarize
-from spqr_jax.job.driver import quantizable_paths
 from spqr_jax.output import Claim, check_file, refuse_existing, write_file
 from spqr_jax.report import Run, figures, read_result, read_run, render_page, write_analysis
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream.windows import batched
+from spqr_jax.texts import read_calibration
 
 ANALYSIS = "Analysis"
 
@@ -97,9 +96,8 @@ def analyze(
     }
     outlook = before_analyze(original, calibration, dtype)
     begun = time.perf_counter()
-    paths = [path for path in quantizable_paths(original.source, config) if path.startswith("layers.")]
-    with progress_bar("analyzing", len(paths)) as advance:
-        found = analyze_model(original.source, batched(windows), config, maps=maps, progress=advance)
+    with EventView() as events:
+        found = analyze_model(original.source, batched(windows), config, maps=maps, events=events)
     setting["seconds"] = time.perf_counter() - begun
     run = Run(model, summary, found, setting, tuple(r for r in measured if str(r.get("model")) == model))
     with AtomicDirectory(claim) as folder:

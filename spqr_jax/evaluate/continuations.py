@@ -5,31 +5,30 @@ block once, and then all its continuations go on from its keys and values. Only 
 block's keys and values are held.
 
 All batches advance together, block by block: a quantized block is made dense once for
-all of them, or once for each group of batches whose residual streams take up to 1 GiB.
+all of them, or once for each group of batches whose residual streams fit (see `stream_numbers`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spqr_jax.errors import DataError
-from spqr_jax.evaluate.passes import Steps, embed_batch, groups, pass_blocks
+from spqr_jax.evaluate.passes import embed_group, groups, pass_blocks, stream_numbers
+from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import KVCache, Positions, Prefix, positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Block, Decoder, Outer, State, logits, pass_block, run_block
-from spqr_jax.models.dense import embedding_part, head_part
-from spqr_jax.models.finite import not_finite
-
-_HEAD_CHUNK = 128  # positions whose logits are held at once
+from spqr_jax.models.decoder import Block, Decoder, Outer, State, pass_block, run_block
+from spqr_jax.stream.blocks import BlockSource, as_source
+from spqr_jax.stream.finite import not_finite
+from spqr_jax.stream.head import Seen, see
 
 _STEPS = ((8, 32), (16, 64), (64, 256), (256, float("inf")))
 """What lengths are rounded up to a multiple of, up to which length."""
@@ -60,21 +59,21 @@ class _Request:
 
 
 def continuation_scores(
-    params: Decoder,
+    params: Decoder | BlockSource,
     requests: Sequence[tuple[Tokens, Tokens]],
     *,
     batch_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
+    events: Events = ignore,
 ) -> list[ContinuationScore]:
     """Scores continuations.
 
     Args:
-      params: the model, dense or quantized.
+      params: the model, dense or quantized, in memory or as a `BlockSource`.
       requests: (context, continuation) as token ids, neither empty. A context that is too
         long for the model beside its continuation loses its first tokens.
       batch_tokens: about how many tokens to read at a time.
-      progress: called with how many more requests are done. Between blocks this is the share of blocks that all
-        requests have passed.
+      events: told of each batch, as phase "scoring". A step is one request through one block, or through the output
+        head.
 
     Returns:
       A score for each request, in their order.
@@ -84,37 +83,22 @@ def continuation_scores(
         context, ids outside its vocabulary.
       NotFiniteError: a score is no number; says where in the model that begins.
     """
-    config = params.config
+    source = as_source(params)
+    config, outer = source.config, source.outer()
     batches = [
         _arranged(batch)
         for batch in _batches([_checked(i, *pair, config) for i, pair in enumerate(requests)], batch_tokens)
     ]
-    steps = Steps(len(requests) * (config.num_layers + 1), _as_requests(progress, config.num_layers + 1))
+    steps = Steps("scoring", len(requests) * (config.num_layers + 1), events)
     scores: list[ContinuationScore | None] = [None] * len(requests)
-    for group in groups(batches, lambda batch: batch.positions * config.hidden_size):
-        for batch, (totals, greedy) in zip(group, _score(params, group, steps), strict=True):
+    for group in groups(batches, lambda batch: batch.positions * config.hidden_size, stream_numbers(config)):
+        for batch, (totals, greedy) in zip(group, _score(source, outer, group, steps), strict=True):
             for request, total, is_greedy in zip(batch.requests, totals, greedy, strict=False):  # the rest is padding
                 if not np.isfinite(total):
                     text = np.array([[*request.prefix, *request.suffix]], np.int32)
-                    raise not_finite(f"the log-probability of request {request.index}", params, text)
+                    raise not_finite(f"the log-probability of request {request.index}", source, text)
                 scores[request.index] = ContinuationScore(float(total), bool(is_greedy))
     return [score for score in scores if score is not None]
-
-
-def _as_requests(progress: Callable[[int], None] | None, steps_a_request: int) -> Callable[[int, int], None] | None:
-    """A callback for `Steps` that tells `progress` how many more requests the steps amount to."""
-    if progress is None:
-        return None
-    told = 0
-
-    def advanced(done: int, total: int) -> None:
-        nonlocal told
-        requests = done // steps_a_request
-        if requests > told:
-            progress(requests - told)
-        told = requests
-
-    return advanced
 
 
 def _checked(index: int, context: Tokens, continuation: Tokens, config: DecoderConfig) -> _Request:
@@ -220,24 +204,34 @@ class _Streams:
     requests: int = dataclasses.field(metadata={"static": True})
 
 
-def _embedded(config: DecoderConfig, outer: Outer, batch: _Batch) -> _Streams:
-    """The streams before the first block; `outer` is dense."""
-    width, which = batch.contexts.shape[1], jnp.asarray(batch.which)
-    where = positions(config, batch.suffixes.shape[1], batch.padding[batch.which], np.int32(width))
-    residual = embed_batch(config, outer, jnp.asarray(batch.suffixes), where)
-    if not width:
-        return _Streams(None, residual, None, where, which, len(batch.requests))
-    earlier = positions(config, width, batch.padding, np.int32(0))
-    context = embed_batch(config, outer, jnp.asarray(batch.contexts), earlier)
-    return _Streams(context, residual, earlier, where, which, len(batch.requests))
+def _embedded(config: DecoderConfig, outer: Outer, group: list[_Batch]) -> list[_Streams]:
+    """The streams of each batch before the first block."""
+    places = [
+        positions(config, batch.suffixes.shape[1], batch.padding[batch.which], np.int32(batch.contexts.shape[1]))
+        for batch in group
+    ]
+    residuals = embed_group(config, outer, [batch.suffixes for batch in group], places)
+    with_context = [batch for batch in group if batch.contexts.shape[1]]
+    earlier = [positions(config, batch.contexts.shape[1], batch.padding, np.int32(0)) for batch in with_context]
+    contexts = iter(embed_group(config, outer, [batch.contexts for batch in with_context], earlier))
+    before = iter(earlier)
+    return [
+        _Streams(
+            next(contexts) if batch.contexts.shape[1] else None,
+            residual,
+            next(before) if batch.contexts.shape[1] else None,
+            where,
+            jnp.asarray(batch.which),
+            len(batch.requests),
+        )
+        for batch, residual, where in zip(group, residuals, places, strict=True)
+    ]
 
 
-def _score(params: Decoder, group: list[_Batch], steps: Steps) -> list[tuple[np.ndarray, np.ndarray]]:
+def _score(source: BlockSource, outer: Outer, group: list[_Batch], steps: Steps) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each batch: log-probabilities summed over a row, and whether all of the row's tokens are greedy."""
-    config = params.config
-    outer = embedding_part(params.outer)
-    streams = [_embedded(config, outer, batch) for batch in group]
-    del outer  # a dense copy where the embedding is quantized
+    config = source.config
+    streams = _embedded(config, outer, group)
 
     def step(block: Block, before: _Streams) -> _Streams:
         if before.context is None:
@@ -250,14 +244,18 @@ def _score(params: Decoder, group: list[_Batch], steps: Steps) -> list[tuple[np.
         return dataclasses.replace(before, context=context, residual=residual)
 
     dtype = streams[0].residual.dtype
-    pass_blocks(params.layers, streams, step, dtype, lambda passed: steps.advance(passed.requests))
-    head = head_part(config, params.outer, dtype)
-    scores = []
-    for batch, passed in zip(group, streams, strict=True):
-        totals, greedy = _target_log_probabilities(config, head, passed.residual, jnp.asarray(batch.targets))
-        scores.append((np.asarray(totals, np.float64), np.asarray(greedy)))
-        steps.advance(passed.requests)
-    return scores
+    pass_blocks(source, streams, step, dtype, lambda passed: steps.advance(passed.requests))
+    targets = [jnp.asarray(batch.targets) for batch in group]
+    seen = see(config, outer, [passed.residual for passed in streams], targets)
+    steps.advance(sum(passed.requests for passed in streams))
+    return [_of_rows(part, batch.targets) for part, batch in zip(seen, group, strict=True)]
+
+
+def _of_rows(seen: Seen, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [rows], bool [rows] of [rows, tokens]; a target of -1 is none."""
+    log_p = -np.asarray(seen.loss, np.float64)
+    greedy = np.asarray(seen.likeliest) == targets
+    return np.where(targets >= 0, log_p, 0.0).sum(axis=1), np.all(greedy | (targets < 0), axis=1)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -276,31 +274,6 @@ def _pass_both(
     state = run_block(config, block, State(context, None, empty), earlier)
     assert isinstance(state.cache, KVCache)
     return state.residual, run_block(config, block, State(residual, None, Prefix(state.cache, which)), where).residual
-
-
-@partial(jax.jit, static_argnums=0)
-def _target_log_probabilities(
-    config: DecoderConfig, outer: Outer, residual: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """f32 [rows], bool [rows] of [rows, tokens, hidden]; a target of -1 is none."""
-    rows, tokens, _ = residual.shape
-    chunk = min(_HEAD_CHUNK, rows * tokens)
-    padded = round_up(rows * tokens, chunk)
-
-    def by_chunk(x: jax.Array, fill: int) -> jax.Array:
-        flat = x.reshape(rows * tokens, *x.shape[2:])
-        width = [(0, padded - rows * tokens)] + [(0, 0)] * (flat.ndim - 1)
-        return jnp.pad(flat, width, constant_values=fill).reshape(-1, chunk, *flat.shape[1:])
-
-    def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        scores, target = logits(config, outer, part[0]), part[1]
-        picked = jnp.take_along_axis(scores, jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
-        log_p = jnp.where(target >= 0, picked - jax.nn.logsumexp(scores, axis=-1), 0.0)
-        return log_p, (jnp.argmax(scores, axis=-1) == target) | (target < 0)
-
-    log_p, greedy = lax.map(one, (by_chunk(residual, 0), by_chunk(targets, -1)))
-    log_p, greedy = (a.reshape(-1)[: rows * tokens].reshape(rows, tokens) for a in (log_p, greedy))
-    return jnp.sum(log_p, axis=1), jnp.all(greedy, axis=1)
 
 
 def _bucket(length: int) -> int:

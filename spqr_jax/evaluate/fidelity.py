@@ -14,24 +14,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spqr_jax.errors import DataError, ModelError
-from spqr_jax.evaluate.passes import Steps, final_residuals, window_groups
-from spqr_jax.evaluate.perplexity import checked_windows
-from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Decoder, Outer, logits
-from spqr_jax.models.dense import head_part
-from spqr_jax.models.finite import not_finite
+from spqr_jax.evaluate.passes import final_residuals, stream_numbers, window_groups
+from spqr_jax.evaluate.perplexity import next_tokens
+from spqr_jax.events import Events, Steps, ignore
+from spqr_jax.models.decoder import Decoder, Outer
+from spqr_jax.stream.blocks import BlockSource, as_source
+from spqr_jax.stream.finite import not_finite
+from spqr_jax.stream.head import Seen, see_two
+from spqr_jax.stream.windows import checked_windows
 
-_HEAD_CHUNK = 128  # positions whose logits, of both models, are held at once
+_Two = tuple[BlockSource, BlockSource]
+_Outers = tuple[Outer, Outer]
 
 SURE = 0.5
 """The probability from which on the dense model is called sure of its likeliest token."""
@@ -135,76 +136,25 @@ class Fidelity:
         return values | {name: getattr(self, name) for name in derived} | {"stderr": self.perplexity_stderr}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _token_statistics(
-    dense_config: DecoderConfig,
-    config: DecoderConfig,
-    outers: tuple[Outer, Outer],
-    residuals: tuple[jax.Array, jax.Array],
-    tokens: jax.Array,
-) -> TokenStatistics:
-    """The statistics of tokens 2..n of each sequence; logits are made and dropped chunk by chunk."""
-    length = tokens.shape[1] - 1
-    chunk = min(_HEAD_CHUNK, length)
-    padded = -(-length // chunk) * chunk
-    dense_hidden, hidden = (jnp.pad(r[:, :-1], ((0, 0), (0, padded - length), (0, 0))) for r in residuals)
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, padded - length)))
-
-    def body(first: jax.Array) -> TokenStatistics:
-        def part(array: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(array, first, chunk, axis=1)
-
-        return _compare_logits(
-            logits(dense_config, outers[0], part(dense_hidden)), logits(config, outers[1], part(hidden)), part(targets)
-        )
-
-    chunks = lax.map(body, jnp.arange(0, padded, chunk))  # [chunks, windows, chunk] each
-    return TokenStatistics(*(jnp.moveaxis(a, 0, 1).reshape(len(tokens), padded)[:, :length] for a in chunks))
-
-
-def _compare_logits(dense: jax.Array, quantized: jax.Array, targets: jax.Array) -> TokenStatistics:
-    """f32 [..., vocab] twice, int32 [...] -> statistics [...].
-
-    KL is summed as Σ p ln(p/q) - p + q, whose terms are none of them negative: so no
-    cancellation makes a small divergence negative.
-    """
-    log_p, log_q = jax.nn.log_softmax(dense), jax.nn.log_softmax(quantized)
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    kl = jnp.sum(p * (log_p - log_q) - p + q, axis=-1)
-    top, dense_top = jnp.argmax(quantized, axis=-1), jnp.argmax(dense, axis=-1)
-
-    def of_target(log: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(log, targets[..., None], axis=-1)[..., 0]
-
-    return TokenStatistics(
-        jnp.maximum(kl, 0.0),
-        -of_target(log_p),
-        -of_target(log_q),
-        jnp.max(p, axis=-1),
-        top == dense_top,
-        dense_top == targets,
-        top == targets,
-    )
-
-
 def compare(
-    dense: Decoder,
-    quantized: Decoder,
+    dense: Decoder | BlockSource,
+    quantized: Decoder | BlockSource,
     windows: np.ndarray,
     *,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    events: Events = ignore,
 ) -> Fidelity:
     """Runs both models over the same windows, which do not see each other, in one pass.
 
-    A quantized model stays packed, as in `perplexity`. The residual streams of both models take up to 1 GiB.
+    Both models are read one block at a time, and a quantized one stays packed, as in `perplexity`. So do the residual
+    streams: those of both models together take what `perplexity` allows for the larger one.
 
     Args:
       dense: what is compared with, usually the model before it was quantized.
       quantized: any model of the same vocabulary.
       windows: int32 [windows, length], length >= 2.
       batch_size: windows at a time.
-      progress: called with (steps done, steps in all). A step is one window through one block of one model, or through
+      events: told of each batch, as phase "scoring". A step is one window through one block of one model, or through
         both output heads.
 
     Raises:
@@ -212,46 +162,60 @@ def compare(
       DataError: windows that one of the models cannot take.
       NotFiniteError: a model's loss is no number; says where in it that begins.
     """
-    vocabularies = dense.config.vocab_size, quantized.config.vocab_size
+    models = as_source(dense), as_source(quantized)
+    configs = models[0].config, models[1].config
+    vocabularies = configs[0].vocab_size, configs[1].vocab_size
     if vocabularies[0] != vocabularies[1]:
         raise ModelError(
             f"the models have vocabularies of {vocabularies[0]} and {vocabularies[1]} tokens: only distributions over "
             "the same tokens can be compared"
         )
-    windows = checked_windows(checked_windows(windows, dense.config), quantized.config)
+    windows = checked_windows(checked_windows(windows, configs[0]), configs[1])
     begun = time.perf_counter()
-    models = (dense, quantized)
-    steps = Steps(len(windows) * (sum(model.config.num_layers for model in models) + 1), progress)
+    outers = models[0].outer(), models[1].outer()
+    steps = Steps("scoring", len(windows) * (sum(config.num_layers for config in configs) + 1), events)
     parts: list[TokenStatistics] = []
-    for batches in window_groups(windows, batch_size, sum(model.config.hidden_size for model in models)):
-        parts += _group_statistics(models, batches, steps)
-        _refuse_infinite(parts, models, windows)
+    hidden_sizes, most = sum(config.hidden_size for config in configs), max(map(stream_numbers, configs))
+    for batches in window_groups(windows, batch_size, hidden_sizes, most):
+        part = _group_statistics(models, outers, batches, steps)
+        _refuse_infinite(part, models, windows, sum(len(before.kl) for before in parts))
+        parts.append(part)
     together = TokenStatistics(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     return summarize(together, time.perf_counter() - begun)
 
 
-def _group_statistics(
-    models: tuple[Decoder, Decoder], batches: Sequence[np.ndarray], steps: Steps
-) -> list[TokenStatistics]:
-    """The statistics of each batch of a group, in NumPy arrays."""
-    residuals = [final_residuals(model, batches, steps) for model in models]
-    heads = [
-        head_part(model.config, model.outer, streams[0].dtype) for model, streams in zip(models, residuals, strict=True)
-    ]
-    parts = []
-    for batch, *streams in zip(batches, *residuals, strict=True):
-        configs = models[0].config, models[1].config
-        part = _token_statistics(*configs, tuple(heads), tuple(streams), jnp.asarray(batch))
-        parts.append(TokenStatistics(*(np.asarray(array) for array in part)))
-        steps.advance(len(batch))
-    return parts
+def _group_statistics(models: _Two, outers: _Outers, batches: Sequence[np.ndarray], steps: Steps) -> TokenStatistics:
+    """The statistics of a group's predicted tokens, in NumPy arrays [windows, tokens]."""
+    streams = [final_residuals(model, outer, batches, steps) for model, outer in zip(models, outers, strict=True)]
+    targets = [next_tokens(batch) for batch in batches]
+    configs = models[0].config, models[1].config
+    pairs = list(zip(*streams, strict=True))
+    seen = see_two(configs, outers, pairs, [jnp.asarray(true) for true in targets])
+    steps.advance(sum(map(len, batches)))
+    parts = [_statistics(*part, true) for part, true in zip(seen, targets, strict=True)]
+    return TokenStatistics(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _refuse_infinite(parts: Sequence[TokenStatistics], models: tuple[Decoder, Decoder], windows: np.ndarray) -> None:
-    for name, model, field in zip(("dense", "quantized"), models, ("dense_loss", "loss"), strict=True):
-        losses = np.concatenate([getattr(part, field) for part in parts])
+def _statistics(dense: Seen, quantized: Seen, kl: jax.Array, targets: np.ndarray) -> TokenStatistics:
+    """Of a batch; the last position of a window predicts nothing."""
+    everything = TokenStatistics(
+        jnp.maximum(kl, 0.0),
+        dense.loss,
+        quantized.loss,
+        dense.top,
+        dense.likeliest == quantized.likeliest,
+        dense.likeliest == targets,
+        quantized.likeliest == targets,
+    )
+    return TokenStatistics(*(np.asarray(array)[:, :-1] for array in everything))
+
+
+def _refuse_infinite(part: TokenStatistics, models: _Two, windows: np.ndarray, first: int) -> None:
+    """Refuses statistics of a group whose first window is `first`."""
+    for name, model, losses in zip(("dense", "quantized"), models, (part.dense_loss, part.loss), strict=True):
         if bad := np.flatnonzero(~np.isfinite(losses).all(axis=1)).tolist():
-            raise not_finite(f"the {name} model's loss of window {bad[0]}", model, windows[bad[0] : bad[0] + 1])
+            window = first + bad[0]
+            raise not_finite(f"the {name} model's loss of window {window}", model, windows[window : window + 1])
 
 
 def summarize(statistics: TokenStatistics, seconds: float = math.nan) -> Fidelity:

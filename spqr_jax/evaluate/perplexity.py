@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.errors import DataError
-from spqr_jax.evaluate.passes import Steps, final_residuals, window_groups
-from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import Decoder
-from spqr_jax.models.dense import head_part
-from spqr_jax.models.finite import not_finite
-from spqr_jax.stream.head import sequence_losses
+from spqr_jax.evaluate.passes import final_residuals, stream_numbers, window_groups
+from spqr_jax.events import Events, Steps, ignore
+from spqr_jax.models.decoder import Decoder, Outer
+from spqr_jax.stream.blocks import BlockSource, as_source
+from spqr_jax.stream.finite import not_finite
+from spqr_jax.stream.head import see
+from spqr_jax.stream.windows import checked_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +40,26 @@ class Perplexity:
 
 
 def perplexity(
-    params: Decoder,
+    params: Decoder | BlockSource,
     windows: np.ndarray,
     *,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    events: Events = ignore,
 ) -> Perplexity:
     """Measures perplexity over independent windows, as GPTQ and SpQR report it.
 
     The loss of a window is the mean negative log-likelihood of its tokens 2..n, in nats. The perplexity is exp of the
     mean over windows. Losses are computed in float32 and averaged in float64.
 
-    A quantized model stays packed: one block at a time becomes dense, reads all windows, and is dropped. The residual
-    stream of the windows takes up to 1 GiB; more text than that is read in several groups.
+    A quantized model stays packed: one block at a time becomes dense, reads all windows, and is dropped. An output head
+    and an embedding that are packed become dense by pieces. The residual stream of the windows takes an eighth of a
+    byte for each weight of the model, between 64 MiB and 1 GiB. More text than that is read in several groups.
 
     Args:
-      params: the model, dense or quantized.
+      params: the model, dense or quantized: in memory, or a `BlockSource`, whose blocks are read one at a time.
       windows: token ids, int32 [windows, length], length >= 2.
       batch_size: windows that are read at a time.
-      progress: called with (steps done, steps in all). A step is one window through one block, or through the output
+      events: told of each batch, as phase "scoring". A step is one window through one block, or through the output
         head.
 
     Returns:
@@ -76,14 +77,16 @@ def perplexity(
       >>> bool(result.perplexity > 1)
       True
     """
-    windows = checked_windows(windows, params.config)
+    source = as_source(params)
+    config = source.config
+    windows = checked_windows(windows, config)
     begun = time.perf_counter()
-    config = params.config
-    steps = Steps(len(windows) * (config.num_layers + 1), progress)
+    outer = source.outer()
+    steps = Steps("scoring", len(windows) * (config.num_layers + 1), events)
     losses: list[np.ndarray] = []
-    for batches in window_groups(windows, batch_size, config.hidden_size):
-        losses += _group_losses(params, batches, steps)
-        _refuse_infinite(losses, params, windows)
+    for batches in window_groups(windows, batch_size, config.hidden_size, stream_numbers(config)):
+        losses += _group_losses(source, outer, batches, steps)
+        _refuse_infinite(losses, source, windows)
     each = np.concatenate(losses)
     value = float(np.exp(each.mean()))
     spread = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("nan")
@@ -91,35 +94,20 @@ def perplexity(
     return Perplexity(value, value * spread, each, count, len(each), time.perf_counter() - begun)
 
 
-def _group_losses(params: Decoder, batches: Sequence[np.ndarray], steps: Steps) -> list[np.ndarray]:
-    """The losses of each batch of a group, float64 [batch]."""
-    config = params.config
-    residuals = final_residuals(params, batches, steps)
-    head = head_part(config, params.outer, residuals[0].dtype)
-    losses: list[np.ndarray] = []
-    for batch, residual in zip(batches, residuals, strict=True):
-        losses.append(np.asarray(sequence_losses(config, head, residual, jnp.asarray(batch)), np.float64))
-        steps.advance(len(batch))
-    return losses
+def _group_losses(source: BlockSource, outer: Outer, batches: Sequence[np.ndarray], steps: Steps) -> list[np.ndarray]:
+    """The mean losses of each batch of a group, float64 [batch]."""
+    residuals = final_residuals(source, outer, batches, steps)
+    targets = [jnp.asarray(next_tokens(batch)) for batch in batches]
+    seen = see(source.config, outer, residuals, targets)
+    steps.advance(sum(map(len, batches)))
+    return [np.asarray(part.loss, np.float64)[:, :-1].mean(axis=1) for part in seen]
 
 
-def _refuse_infinite(losses: Sequence[np.ndarray], params: Decoder, windows: np.ndarray) -> None:
+def next_tokens(tokens: np.ndarray) -> np.ndarray:
+    """The token that each position predicts, int32 [batch, tokens]; -1 for the last position, which predicts none."""
+    return np.pad(tokens[:, 1:].astype(np.int32), ((0, 0), (0, 1)), constant_values=-1)
+
+
+def _refuse_infinite(losses: Sequence[np.ndarray], source: BlockSource, windows: np.ndarray) -> None:
     if bad := np.flatnonzero(~np.isfinite(np.concatenate(losses))).tolist():
-        raise not_finite(f"the loss of window {bad[0]}", params, windows[bad[0] : bad[0] + 1])
-
-
-def checked_windows(windows: np.ndarray, config: DecoderConfig) -> np.ndarray:
-    """Windows that the model can take, or a DataError that says why not."""
-    if windows.ndim != 2 or not windows.size or windows.shape[1] < 2:
-        raise DataError(f"expected token ids [windows, length >= 2], got shape {windows.shape}")
-    if windows.shape[1] > config.max_positions:
-        raise DataError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's context of {config.max_positions}; "
-            "use shorter ones (--seqlen)"
-        )
-    if windows.min() < 0 or windows.max() >= config.vocab_size:
-        raise DataError(
-            f"token ids range from {windows.min()} to {windows.max()}, but the model's vocabulary has "
-            f"{config.vocab_size} tokens: was the text tokenized for another model?"
-        )
-    return windows
+        raise not_finite(f"the loss of window {bad[0]}", source, windows[bad[0] : bad[0] + 1])

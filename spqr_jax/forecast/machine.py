@@ -142,12 +142,17 @@ def usable_cores() -> int:
 def free_memory(device: jax.Device) -> float | None:
     """Bytes that are free on a device: of a processor, the machine's memory, or what its container may still take."""
     if device.platform == "cpu":
-        known = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
-        return min(known, default=None)
+        return free_of_host()
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None
     return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def free_of_host() -> float | None:
+    """Bytes that are free in the host's memory, or that its container may still take; None where that is not known."""
+    known = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
+    return min(known, default=None)
 
 
 def _free_of_machine(path: Path = Path("/proc/meminfo")) -> float | None:

@@ -9,12 +9,15 @@ from spqr_jax.forecast.passes import (
     Pass,
     Text,
     Work,
-    block_weights,
+    block_sizes,
+    block_total,
+    expert_share,
     forward_pass,
     gram_operations,
     head_operations,
     hessian_operations,
     input_groups,
+    kind_counts,
     model_weights,
 )
 from spqr_jax.models.config import BlockKind, DecoderConfig
@@ -63,14 +66,22 @@ def calibration_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Wo
     One forward pass; two with a correction of drift or where a block's weights do not see its
     earlier ones quantized.
     """
-    passed = forward_pass(model, text, every_expert=True)
+    passed = forward_pass(model, text)
     times = 2 if config.corrects_drift or not config.sequential else 1
     work = times * _products(passed, config.calibration_dtype == "bfloat16")
     work += Work(gram=hessian_operations(model, text.tokens))
     if config.corrects_drift:  # X₀ Xᵀ, which is not symmetric
-        widths = [width for kind in model.kinds for _, width in input_groups(model, kind)]
-        work += Work(gram=sum(2.0 * width**2 * text.tokens for width in widths))
+        work += Work(gram=drift_operations(model, text.tokens))
     return work
+
+
+def drift_operations(model: DecoderConfig, tokens: int) -> float:
+    """X₀ Xᵀ of every input, whole."""
+    return sum(
+        count * 2.0 * width**2 * tokens * expert_share(model, names[0])
+        for kind, count in kind_counts(model)
+        for names, width in input_groups(model, kind)
+    )
 
 
 def _products(passed: Pass, rounded: bool) -> Work:
@@ -94,22 +105,22 @@ def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     weights get no gradient. Trials take as many rows of each matrix as it has, or a little more.
     """
     seen = plan_text(text)
-    passed = forward_pass(model, seen, every_expert=True)
+    passed = forward_pass(model, seen)
     work = Work(
         dense=3 * passed.products + _HEAD_GRADIENT * head_operations(model, seen.tokens),
         attention=(1 + _BACKWARD_ATTENTION) * passed.attention,
         gram=hessian_operations(model, seen.tokens),
     )
     choices = _PLAN_PRICES * len(config.bit_choices)
-    for kind in model.kinds:
+    for kind, count in kind_counts(model):
+        shapes = block_sizes(model, kind)
         for names, width in input_groups(model, kind):
-            rows = sum(_trial_rows(model, kind, name, config, choices) for name in names)
-            work += _column_loop(config, rows, width) + Work(factor=_FACTOR * width**3)
+            rows = sum(_trial_rows(shapes[name][0], config, choices) for name in names)
+            work += count * (_column_loop(config, rows, width) + Work(factor=_FACTOR * width**3))
     return work
 
 
-def _trial_rows(model: DecoderConfig, kind: BlockKind, name: str, config: SpQRConfig, choices: int) -> int:
-    rows = block_shapes(model, kind)[name][0]
+def _trial_rows(rows: int, config: SpQRConfig, choices: int) -> int:
     tile = config.stats_group_size if config.quantized_stats else 16
     return max(rows, choices * tile * max(1, math.ceil(rows / tile) // choices))
 
@@ -117,16 +128,16 @@ def _trial_rows(model: DecoderConfig, kind: BlockKind, name: str, config: SpQRCo
 def solver_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     """Factorizations and the column loop of all blocks; other methods' steps."""
     work, solved = Work(), _SOLVED_AGAIN if config.target_bits is not None else 1.0
-    for kind in model.kinds:
-        shapes = block_shapes(model, kind)
+    for kind, count in kind_counts(model):
+        shapes = block_sizes(model, kind)
         for names, width in input_groups(model, kind):
             rows = sum(shapes[name][0] for name in names)
             if config.solver != "columns":
-                work += _other_solver(config, rows, width)
+                work += count * _other_solver(config, rows, width)
             elif config.compensate:
-                work += solved * _column_loop(config, rows, width) + Work(factor=solved * _FACTOR * width**3)
+                work += count * solved * (_column_loop(config, rows, width) + Work(factor=_FACTOR * width**3))
             else:
-                work += Work(rounded=rows * width)
+                work += Work(rounded=count * rows * width)
     if config.solver == "brecq":
         work += _block_reconstruction(model, config, text)
     return work
@@ -162,8 +173,8 @@ def _block_reconstruction(model: DecoderConfig, config: SpQRConfig, text: Text) 
 
     A step runs one chunk of text, its gradients by inputs and by weights.
     """
-    passed = forward_pass(model, text, every_expert=True)
-    chunk = forward_pass(model, Text(max(1, 1024 // text.seqlen), text.seqlen), every_expert=True)
+    passed = forward_pass(model, text)
+    chunk = forward_pass(model, Text(max(1, 1024 // text.seqlen), text.seqlen))
     importance = Work(
         dense=3 * passed.products + _HEAD_GRADIENT * head_operations(model, text.tokens),
         attention=(1 + _BACKWARD_ATTENTION) * passed.attention,
@@ -192,8 +203,8 @@ def tuning_work(model: DecoderConfig, tuning: TuneConfig, text: Text, batch_toke
     forwards, the gradient by inputs, and by weights in float32. A step of ``blocks`` leaves the first
     and the head out, but the text runs through each finished block once.
     """
-    passed = forward_pass(model, text, every_expert=True)
-    weights = sum(block_weights(model, kind) for kind in model.kinds)
+    passed = forward_pass(model, text)
+    weights = block_total(model)
     steps = tuning.epochs * math.ceil(text.windows / max(1, batch_tokens // text.seqlen))
     teacher = _products(passed, rounded=False)
     gradient = Work(

@@ -40,3 +40,10 @@ def about_count(count: float) -> str:
         if count >= 0.9995 * size:
             return f"{count / size:.1f} {word}" if count < 9.95 * size else f"{count / size:.0f} {word}"
     return str(round(count))
+
+
+def short_duration(seconds: float) -> str:
+    """A duration for a line that comes again and again: "40 s", "4 min", "2.5 h"."""
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{round(seconds / _MINUTE)} min" if seconds < 90 * _MINUTE else f"{seconds / _HOUR:.1f} h"

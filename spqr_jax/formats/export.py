@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from spqr_jax.errors import SpQRError
+from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.files import Entries
 from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.formats.hf_spqr import BITS, TILE, pack_words, why_unsupported
 from spqr_jax.models.families import FAMILIES
 from spqr_jax.models.hf import exported_config
 from spqr_jax.models.names import AS_IT_IS, Row
-from spqr_jax.models.weights import OUTER_NAMES
+from spqr_jax.models.weights import OUTER_NAMES, Block
 from spqr_jax.quantized import is_quantized
+from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource
 
-Progress = Callable[[str], None]
 
-
-def _parts(source: BlockSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is outside of blocks, then each block: a label, and weights by path."""
+def _for_each_part(source: BlockSource, write: Callable[[dict[str, Any]], None], events: Events) -> None:
+    """Calls `write` with the weights outside of the blocks, then with those of each block, by their paths."""
+    steps = Steps("exporting", source.config.num_layers + 1, events)
     outer = source.outer()
-    yield "embedding and head", {n: w for n in OUTER_NAMES if (w := getattr(outer, n)) is not None}
-    for index in range(source.config.num_layers):
-        yield f"block {index}", {f"layers.{index}.{name}": weight for name, weight in source.block(index).items()}
+    write({n: w for n in OUTER_NAMES if (w := getattr(outer, n)) is not None})
+    del outer
+    steps.advance(note="embedding and head")
+
+    def write_block(index: int, block: Block) -> None:
+        write({f"layers.{index}.{name}": weight for name, weight in block.items()})
+        steps.advance(note=f"block {index}")
+
+    sweep.forward(source, write_block)
 
 
 def _dense(path: str, weight: Any, dtype: Any) -> np.ndarray:
@@ -61,7 +68,7 @@ def export_dense(
     source: BlockSource,
     out: HFDirectory,
     dtype: Any = np.float16,
-    progress: Progress = lambda done: None,
+    events: Events = ignore,
     origin: Entries | None = None,
 ) -> None:
     """Writes a model's weights, dequantized, and its config.json.
@@ -70,24 +77,26 @@ def export_dense(
       source: the model, quantized or dense.
       out: takes them.
       dtype: of the tensors.
-      progress: told after each part.
+      events: told of each part, as phase "exporting".
       origin: the config.json that the model came with, whose form is kept; None for a new one.
 
     Raises:
       SpQRError: a value is too large for `dtype`.
     """
     rows = _rows_by_path(source)
-    for label, weights in _parts(source):
-        own = {tensor: row for path in weights if path in rows for tensor, row in [rows[path]]}
-        out.add(_tensors(own, weights, source, dtype))
-        progress(label)
+
+    def write(weights: dict[str, Any]) -> None:
+        tensors = {tensor: row for path in weights if path in rows for tensor, row in [rows[path]]}
+        out.add(_tensors(tensors, weights, source, dtype))
+
+    _for_each_part(source, write, events)
     out.write_json("config.json", exported_config(source.config, dtype, origin))
 
 
 def export_hf_spqr(
     source: BlockSource,
     out: HFDirectory,
-    progress: Progress = lambda done: None,
+    events: Events = ignore,
     origin: Entries | None = None,
 ) -> None:
     """Writes a model in Hugging Face's SpQR format; weights outside of blocks, and those left dense, in float16.
@@ -95,7 +104,7 @@ def export_hf_spqr(
     Args:
       source: the quantized model.
       out: takes it.
-      progress: told after each part.
+      events: told of each part, as phase "exporting".
       origin: as in `export_dense`.
 
     Raises:
@@ -105,7 +114,8 @@ def export_hf_spqr(
     rows = _rows_by_path(source)
     shapes: dict[str, int] = {}
     dense: list[str] = []
-    for label, weights in _parts(source):
+
+    def write(weights: dict[str, Any]) -> None:
         for path, weight in weights.items():
             if path not in rows:
                 continue  # a further path of a row that is written with its first
@@ -121,9 +131,10 @@ def export_hf_spqr(
                 raise SpQRError(f"the Hugging Face SpQR format cannot hold {path}: it has a bias; use --format dense")
             module = tensor.removesuffix(".weight")
             parts = {f"{module}.{name}": value for name, value in pack_words(weight).tensors().items()}
-            shapes |= {f"{name}.shape": int(value.shape[0]) for name, value in parts.items()}
+            shapes.update({f"{name}.shape": int(value.shape[0]) for name, value in parts.items()})
             out.add(parts)
-        progress(label)
+
+    _for_each_part(source, write, events)
     if not shapes:
         raise SpQRError("no weight of this model is quantized: quantize it first, or use --format dense")
     if source.config.tied_head:

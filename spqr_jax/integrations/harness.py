@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.evaluate.continuations import continuation_scores
+from spqr_jax.events import Event
 from spqr_jax.generate import Generator
 from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.tokenizer import render_chat, token_ids
@@ -157,12 +158,16 @@ class HarnessModel(TemplateLM):
 
     def _scores(self, label: str, pairs: Sequence[tuple[list[int], list[int]]]) -> Any:
         with self._progress(label, len(pairs)) as advance:
+            shown = 0
 
-            def done(count: int) -> None:
-                for _ in range(count):
+            def show(event: Event) -> None:
+                nonlocal shown
+                requests = event.done * len(pairs) // max(event.total, 1)
+                for _ in range(requests - shown):
                     advance("")
+                shown = requests
 
-            return continuation_scores(self._params, pairs, batch_tokens=self._batch_tokens, progress=done)
+            return continuation_scores(self._params, pairs, batch_tokens=self._batch_tokens, events=show)
 
     def _generate(self, members: list[int], encoded: list[list[int]], settings: dict[str, Any]) -> Any:
         """(index, text) of requests that share their settings, the longest first."""

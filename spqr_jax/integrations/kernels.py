@@ -10,9 +10,10 @@ import jax
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.events import Events
 from spqr_jax.integrations.contraction import Contraction
-from spqr_jax.job.report import OnLayer, Reporter
 from spqr_jax.methods import quantize_weights
+from spqr_jax.methods.report import Reporter
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
 
 
@@ -55,14 +56,13 @@ class InputSums:
 
 
 def quantize_kernels(
-    kernels: dict[str, tuple[Contraction, Any]], sums: InputSums, config: SpQRConfig, on_layer: OnLayer | None
+    kernels: dict[str, tuple[Contraction, Any]], sums: InputSums, config: SpQRConfig, events: Events
 ) -> dict[str, SpQRArray]:
     """Quantizes kernels, by path; those that a rule of `config` skips are left out.
 
     Raises:
       DataError: the calibration text never reached a layer.
     """
-    report, quantized = Reporter(on_layer), {}
     configs = {path: own for path in kernels if (own := config.for_path(path)) is not None}
     unread = [path for path, own in configs.items() if own.needs_calibration and path not in sums.hessians]
     if unread:
@@ -70,6 +70,7 @@ def quantize_kernels(
             f"the calibration batches never reached {', '.join(unread)}: leave them dense (LayerRule(..., skip=True)), "
             "or give batches and a call that reach them"
         )
+    report, quantized = Reporter(len(configs), events), {}
     for path, own in configs.items():
         form, kernel = kernels[path]
         (solved,) = quantize_weights([form.matrix(kernel)], sums.hessians.get(path), [own])

@@ -18,9 +18,9 @@ from flax.core import meta
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.events import Events, ignore
 from spqr_jax.integrations.contraction import Contraction, of_equation, over_axes
 from spqr_jax.integrations.kernels import InputSums, check_config, quantize_kernels
-from spqr_jax.job.report import OnLayer
 from spqr_jax.quantized import is_quantized
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -62,7 +62,7 @@ def quantize(
     config: SpQRConfig | None = None,
     *,
     call: Call | None = None,
-    on_layer: OnLayer | None = None,
+    events: Events = ignore,
 ) -> Any:
     """Quantizes the kernels of a model's dense and einsum layers.
 
@@ -76,7 +76,7 @@ def quantize(
       config: how to quantize; None for `SpQRConfig` without arguments. Rules match paths such as ``Block_0.Dense_1``.
       call: runs the model on a batch, ``call(module, variables, batch)``; None for ``module.apply(variables, batch)``.
         It must not run under jit.
-      on_layer: called after each weight.
+      events: is told of each weight: an `Event` whose ``detail`` is a `LayerReport`.
 
     Returns:
       The variables with a `SpQRArray` [out, in] in place of each quantized kernel, for `apply`. A layer that is called
@@ -138,7 +138,7 @@ def quantize(
     if not forms:
         raise SpQRError("the model has no nn.Dense, nn.DenseGeneral or nn.Einsum layer to quantize")
     kernels = {path: (form, flat[_kernel(path)]) for path, form in forms.items()}
-    for path, array in quantize_kernels(kernels, sums, config, on_layer).items():
+    for path, array in quantize_kernels(kernels, sums, config, events).items():
         flat[_kernel(path)] = array
     return {**flax.core.unfreeze(variables), "params": flax.traverse_util.unflatten_dict(flat, sep=".")}
 

@@ -17,9 +17,9 @@ from flax import nnx  # the models that this is for
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.events import Events, ignore
 from spqr_jax.integrations.contraction import Contraction, of_equation, over_axes
 from spqr_jax.integrations.kernels import InputSums, check_config, quantize_kernels
-from spqr_jax.job.report import OnLayer
 from spqr_jax.products import Implementation
 from spqr_jax.products import prepare as prepare_weight
 
@@ -139,7 +139,7 @@ def quantize(
     config: SpQRConfig | None = None,
     *,
     call: Call | None = None,
-    on_layer: OnLayer | None = None,
+    events: Events = ignore,
 ) -> Any:
     """Quantizes the kernels of a model's linear and einsum layers.
 
@@ -150,7 +150,7 @@ def quantize(
       batches: any iterable of inputs that ``call`` takes. Round-to-nearest needs none.
       config: how to quantize; None for `SpQRConfig` without arguments. Rules match the paths of `find_layers`.
       call: runs the model on a batch, ``call(model, batch)``; None for ``model(batch)``. It must not run under jit.
-      on_layer: called after each weight.
+      events: is told of each weight: an `Event` whose ``detail`` is a `LayerReport`.
 
     Returns:
       A model of the same structure with a `QuantizedLayer` in place of each quantized layer. Call it as before, or
@@ -188,7 +188,7 @@ def quantize(
     if config.needs_calibration:
         _record(model, forms, sums, batches or (), call)
     kernels = {path: (forms[path], layer.kernel[...]) for path, layer in find_layers(model).items() if path in forms}
-    arrays = quantize_kernels(kernels, sums, config, on_layer)
+    arrays = quantize_kernels(kernels, sums, config, events)
     small = nnx.clone(model)
 
     def quantized(path: str, layer: Any) -> Any:

@@ -1,22 +1,21 @@
-"""The walk of a model from a source to a sink, block by block."""
+"""What of a model is quantized, and by which solver: its blocks' weights and its output head."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, NotFiniteError
-from spqr_jax.job.block_solver import BlockSolver
-from spqr_jax.job.report import OnLayer, Reporter
+from spqr_jax.job.block_solver import BlockSolver, GroupSolver, Parallel, Sequential, Uncalibrated
 from spqr_jax.methods import check_shards, quantize_weights
-from spqr_jax.models.decoder import matrix_names, plain_linear
+from spqr_jax.methods.report import Reporter
+from spqr_jax.models.decoder import Outer, matrix_names
 from spqr_jax.models.finite import advice
-from spqr_jax.planning.budget import Ledger, Plan, plan_budget
+from spqr_jax.planning.budget import Ledger
 from spqr_jax.stream.activations import Activations
-from spqr_jax.stream.blocks import BlockSink, BlockSource
-from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.blocks import BlockSource
 
 
 def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
@@ -27,64 +26,66 @@ def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
     return paths if config.for_head(source.config.head_path) is None else [*paths, source.config.head_path]
 
 
-def quantize_blocks(
+def choose_solver(
     source: BlockSource,
-    sink: BlockSink,
-    calib_batches: Iterable[Any] | None,
+    batches: Sequence[Any],
+    activations: Activations | None,
     config: SpQRConfig,
-    *,
-    on_layer: OnLayer | None = None,
-    plan: Plan | None = None,
-) -> None:
-    """Takes a model from a source to a sink, block by block, quantizing on the way.
+    report: Reporter,
+    ledger: Ledger | None,
+) -> BlockSolver:
+    """The solver that a configuration asks for.
 
-    Only one block's dense weights and the activations of the calibration text
-    are held. Arguments and errors as :func:`quantize`; `plan` is one made before
-    for `config.target_bits`, or None to make it now.
+    Args:
+      source: the dense model.
+      batches: int32 [batch, seq] of token ids.
+      activations: of these batches before the first block; None without calibration.
+      config: how to quantize.
+      report: told of each weight.
+      ledger: keeps to a budget, or None where there is none.
     """
     check_shards(config, source.config)
-    outer = source.outer()
-    report = Reporter(on_layer)
-    activations, ledger = None, None
-    if config.needs_calibration:
-        if calib_batches is None:
-            raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")
-        calib_batches = list(calib_batches)
-        if plan is None and config.target_bits is not None:
-            plan = plan_budget(source, calib_batches, config)
-        if plan is not None:
-            config, ledger = plan.config(config), Ledger(plan)
-        linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-        activations = Activations(source.config, outer, calib_batches, linear)
-    solver = BlockSolver(config, report, ledger, activations)
-    whole_blocks = None
+    weights = GroupSolver(config, report, ledger)
+    if activations is None:
+        return Uncalibrated(weights, source.config)
     if config.solver == "brecq":
         from spqr_jax.methods.brecq import BlockReconstruction  # it needs optax
 
-        assert calib_batches is not None
-        whole_blocks = BlockReconstruction(source, list(calib_batches), config, report)
-    head = source.config.head_path
-    own = config.for_head(head)
-    calibrates_head = own is not None and own.needs_calibration
-    for index in range(source.config.num_layers):
-        block, prefix = source.block(index), f"layers.{index}."
-        last = index + 1 == source.config.num_layers and not calibrates_head
-        if whole_blocks is not None and activations is not None:
-            block = whole_blocks.solve(activations, block, prefix)
-        elif activations is None:
-            block = solver.solve(block, matrix_names(source.config, block.kind), prefix, None)[0]
-        elif config.sequential:
-            block = solver.sequential(activations, block, prefix, last)
-        else:
-            block = solver.parallel(activations, block, prefix, last)
-        solver.warn_of_starved(prefix)
-        sink.put_block(index, block)
-    if own is not None:
-        hessian = activations.head_hessian(outer) if activations is not None and calibrates_head else None
-        try:
-            solved = quantize_weights([getattr(outer, head)], hessian, [own])[0]
-        except DataError as error:
-            raise NotFiniteError(f"inputs of {head}: {error}; {advice(getattr(outer, head).dtype)}") from None
-        report(head, solved.array, solved.stats)
-        outer = dataclasses.replace(outer, **{head: solved.array})
-    sink.put_outer(outer)
+        return BlockReconstruction(source, batches, config, report)
+    if config.sequential:
+        return Sequential(weights, activations.copy() if config.corrects_drift else None)
+    return Parallel(weights)
+
+
+def head_needs_text(path: str, config: SpQRConfig) -> bool:
+    """Whether the output head is quantized on what it reads, not rounded to nearest."""
+    chosen = config.for_head(path)
+    return chosen is not None and chosen.needs_calibration
+
+
+def quantized_head(
+    path: str, outer: Outer, activations: Activations | None, config: SpQRConfig, report: Reporter
+) -> Outer:
+    """The outer weights with a quantized output head, where `config` asks for one.
+
+    Args:
+      path: of the head, one of the outer weights' names.
+      outer: dense.
+      activations: the text behind all blocks; only read if `head_needs_text`.
+      config: how to quantize.
+      report: told of the head.
+
+    Raises:
+      NotFiniteError: what the head reads is infinite or NaN.
+    """
+    chosen = config.for_head(path)
+    if chosen is None:
+        return outer
+    weight = getattr(outer, path)
+    hessian = None if activations is None or not chosen.needs_calibration else activations.head_hessian(outer)
+    try:
+        solved = quantize_weights([weight], hessian, [chosen])[0]
+    except DataError as error:
+        raise NotFiniteError(f"inputs of {path}: {error}; {advice(weight.dtype)}") from None
+    report(path, solved.array, solved.stats)
+    return dataclasses.replace(outer, **{path: solved.array})

@@ -9,8 +9,9 @@ import jax
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, SpQRError
-from spqr_jax.job.report import OnLayer, Reporter
+from spqr_jax.events import Events
 from spqr_jax.methods import quantize_weights
+from spqr_jax.methods.report import Reporter
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
 from spqr_jax.stream.stages import InputRecorder
 
@@ -18,7 +19,7 @@ Forward = Callable[[Any, Any, Callable[[str, Any, jax.Array], jax.Array]], Any]
 
 
 def quantize_forward(
-    params: Any, batches: Iterable[Any] | None, config: SpQRConfig, forward: Forward, on_layer: OnLayer | None
+    params: Any, batches: Iterable[Any] | None, config: SpQRConfig, forward: Forward, events: Events
 ) -> Any:
     if config.target_bits is not None:
         raise SpQRError(
@@ -43,14 +44,13 @@ def quantize_forward(
         hessians = accumulate(leaves, first, [empty_hessian(width) for width in widths])
         for batch in batches:
             hessians = accumulate(leaves, batch, hessians)
-    report = Reporter(on_layer)
+    configs = {name: chosen for name in leaf_of if (chosen := config.for_path(name)) is not None}
+    report = Reporter(len(configs), events)
     for names, hessian in zip(groups, hessians, strict=True):
-        for name in names:
-            own = config.for_path(name)
-            if own is not None:
-                solved = quantize_weights([leaves[leaf_of[name]]], hessian, [own])[0]
-                leaves[leaf_of[name]] = solved.array
-                report(name, solved.array, solved.stats)
+        for name in filter(configs.__contains__, names):
+            solved = quantize_weights([leaves[leaf_of[name]]], hessian, [configs[name]])[0]
+            leaves[leaf_of[name]] = solved.array
+            report(name, solved.array, solved.stats)
     return jax.tree.unflatten(tree, leaves)
 
 

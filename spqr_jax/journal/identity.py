@@ -29,7 +29,7 @@ def identity_of(
     """What two runs must have in common for the second to go on with the first.
 
     Args:
-      model: SHA-256 of the model, as `BlockSource.identity` has it.
+      model: SHA-256 of the model, as `ModelSource.identity` has it.
       batches: calibration text, arrays of token ids; None for none.
       configuration: of the quantization, in JSON.
       tuning: settings of the tuning, in JSON; None for no tuning.

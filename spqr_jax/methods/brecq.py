@@ -33,6 +33,7 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, run_block
 from spqr_jax.solver import LayerStats, quantize_weights
 from spqr_jax.solver.solve import solved_as
+from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
@@ -111,8 +112,9 @@ class BlockReconstruction:
         self._importance = _output_importance(source, batches)
         self._dense = Activations(source.config, source.outer(), batches, rounded_linear)
 
-    def solve(self, activations: Activations, block: Block, prefix: str) -> Block:
-        """Quantizes one block and takes both streams of activations through it."""
+    def solve(self, activations: Activations | None, block: Block, prefix: str, last: bool) -> Block:
+        """Quantizes one block and takes both streams of activations through it; see `spqr_jax.job.block_solver`."""
+        assert activations is not None
         model, importance = activations.config, self._importance.pop(0)
         for stage in range(len(STAGES)):
             self._dense.advance(stage, block)
@@ -135,6 +137,20 @@ class BlockReconstruction:
         for stage in range(len(STAGES)):
             activations.advance(stage, dense)
         return quantized
+
+    def replay(self, activations: Activations | None, original: Block, finished: Block) -> None:
+        """Takes both streams through a block that an earlier run has finished; see `spqr_jax.job.block_solver`."""
+        assert activations is not None
+        self._importance.pop(0)
+        arrays = {name: weight for name, weight in finished.items() if isinstance(weight, SpQRArray)}
+        dense = original.replace({name: a.to_dense().astype(original[name].dtype) for name, a in arrays.items()})
+        for stage in range(len(STAGES)):
+            self._dense.advance(stage, original)
+            activations.advance(stage, dense)
+
+    @property
+    def streams(self) -> None:
+        """It also holds g² of the blocks to come: a run that goes on makes all of it again."""
 
     def _learned(self, model: DecoderConfig, rounding: _Rounding, data: list[_Chunk]) -> dict[str, jax.Array]:
         """v of each weight after the last step."""
@@ -213,18 +229,27 @@ def _output_importance(source: BlockSource, batches: Sequence[Any]) -> list[list
     chunks = list(Activations(model, outer, batches).chunks())
     places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
     inputs: list[list[jax.Array]] = []
-    for index in range(model.num_layers):
-        block = source.block(index)
-        inputs.append(residuals)
-        residuals = [pass_block(model, block, x, where) for x, where in zip(residuals, places, strict=True)]
+
+    def pass_forward(index: int, block: Block) -> None:
+        inputs.append(list(residuals))
+        for chunk, where in enumerate(places):
+            residuals[chunk] = pass_block(model, block, residuals[chunk], where)
+
+    sweep.forward(source, pass_forward)
     gradients = [
         loss_gradient(model, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
     ]
-    found: list[list[jax.Array]] = []
-    for index in reversed(range(model.num_layers)):
-        found.append([jnp.square(g).astype(jnp.bfloat16) for g in gradients])
-        if index:
-            block = source.block(index)
-            parts = zip(inputs.pop(), places, gradients, strict=True)
-            gradients = [_before(model, block, *part) for part in parts]
-    return found[::-1]
+    residuals.clear()
+    squares: list[list[jax.Array]] = []  # of the last block first
+
+    def note_squares() -> None:
+        squares.append([jnp.square(g).astype(jnp.bfloat16) for g in gradients])
+
+    def pass_backward(index: int, block: Block) -> None:
+        for chunk, (x, where) in enumerate(zip(inputs.pop(), places, strict=True)):
+            gradients[chunk] = _before(model, block, x, where, gradients[chunk])
+        note_squares()
+
+    note_squares()
+    sweep.backward(source, pass_backward, end=1)
+    return squares[::-1]

@@ -1,25 +1,26 @@
 """MLPs of experts (Mixtral, arXiv 2401.04088; Qwen3-MoE): each token is sent to a few of many small MLPs.
 
-Two ways to the same sums. For calibration and gradients every expert is given all
-tokens, those not sent to it as zeros: zeros come out of it again, and add nothing
-to a Hessian. For inference an expert multiplies its own tokens only, some at a
-time, and none if none was sent to it.
+An expert multiplies its own tokens only, a tile at a time (`spqr_jax.models.tiles`). There are
+two code paths for the same sums. `enter` and `leave` are stages: calibration and gradients use
+them, with any `linear`. `apply` is for inference: gate, up and down of a tile in one step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.products import Linear, activate, plain_linear, products
+from spqr_jax.models.tiles import Tiles, gathered, multiply_tiles, scattered, tiles_of
 from spqr_jax.models.weights import Block, expert_prefixes
 
-_AT_ONCE = 64  # tokens that an expert multiplies at once
+_AT_ONCE = 64  # tokens that an expert multiplies at once in inference
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +37,15 @@ class Route:
     shares: jax.Array
 
 
+@runtime_checkable
+class ExpertLinear(Protocol):
+    """A `linear` that takes the products of all experts of a stage at once: it records inputs, or adds to outputs."""
+
+    def experts(self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles) -> list[jax.Array]:
+        """Arguments and results as those of `multiply_tiles`."""
+        ...
+
+
 def route(config: DecoderConfig, router: jax.Array, x: jax.Array) -> Route:
     """The likeliest experts of each token: softmax of router · x, in float32."""
     scores = jnp.einsum("...h,eh->...e", x, router.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -45,33 +55,52 @@ def route(config: DecoderConfig, router: jax.Array, x: jax.Array) -> Route:
     return Route(chosen, shares.astype(x.dtype))
 
 
+def _multiplied(
+    config: DecoderConfig, block: Block, matrices: tuple[str, ...], x: jax.Array, tiles: Tiles, linear: Linear
+) -> list[jax.Array]:
+    """Products of each expert's `matrices` with its own pairs: [pairs, in], expert by expert -> [pairs, out] each."""
+    names = tuple(tuple(prefix + matrix for matrix in matrices) for prefix in expert_prefixes(config))
+    if isinstance(linear, ExpertLinear):
+        return linear.experts(block, names, x, tiles)
+    return multiply_tiles(linear, block, names, x, tiles)
+
+
 def enter(config: DecoderConfig, block: Block, x: jax.Array, linear: Linear) -> tuple[jax.Array, Route]:
-    """First half: what each token's experts make of it, [batch, tokens, experts_per_token, expert_size]."""
+    """First half: what each token's experts make of it, [batch, tokens, experts_per_token, expert_size].
+
+    Args:
+      config: of the model.
+      block: a sparse block.
+      x: [batch, tokens, hidden].
+      linear: an `ExpertLinear`, or a pure function. It is called with tiles of an expert's tokens.
+    """
     sent = route(config, block.router, x)
-    inner = jnp.zeros((*sent.chosen.shape, config.expert_size), x.dtype)
-    for index, prefix in enumerate(expert_prefixes(config)):
-        here = sent.chosen == index
-        own = jnp.where(jnp.any(here, axis=-1, keepdims=True), x, jnp.zeros((), x.dtype))
-        gate, up = products(linear, block, (prefix + "gate_proj", prefix + "up_proj"), own)
-        inner = jnp.where(here[..., None], (activate(config, gate) * up)[..., None, :], inner)
-    return inner, sent
+    tiles = tiles_of(sent.chosen, config.num_experts)
+    pairs = jnp.repeat(x.reshape(-1, x.shape[-1]), config.experts_per_token, axis=0)
+    gate, up = _multiplied(config, block, ("gate_proj", "up_proj"), gathered(pairs, tiles), tiles, linear)
+    inner = scattered(activate(config, gate) * up, tiles)
+    return inner.reshape(*sent.chosen.shape, inner.shape[-1]), sent
 
 
 def leave(config: DecoderConfig, block: Block, inner: jax.Array, sent: Route, linear: Linear) -> jax.Array:
     """Second half: what the experts give, weighted and summed, [batch, tokens, hidden]."""
-    none = jnp.zeros((), inner.dtype)
-    total = jnp.zeros((*inner.shape[:2], config.hidden_size), inner.dtype)
-    for index, prefix in enumerate(expert_prefixes(config)):
-        here = sent.chosen == index
-        own = jnp.sum(jnp.where(here[..., None], inner, none), axis=2)  # a token is sent to an expert once at most
-        (made,) = products(linear, block, (prefix + "down_proj",), own)
-        total = total + jnp.sum(jnp.where(here, sent.shares, none), axis=-1)[..., None] * made
-    return total
+    tiles = tiles_of(sent.chosen, config.num_experts)
+    pairs = gathered(inner.reshape(-1, inner.shape[-1]), tiles)
+    (results,) = _multiplied(config, block, ("down_proj",), pairs, tiles, linear)
+    by_choice = scattered(results, tiles).reshape(*sent.chosen.shape, results.shape[-1])
+    return jnp.sum(sent.shares[..., None] * by_choice, axis=-2)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_halves(config: DecoderConfig, block: Block, x: jax.Array) -> jax.Array:
+    return leave(config, block, *enter(config, block, x, plain_linear), plain_linear)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(config: DecoderConfig, block: Block, x: jax.Array) -> jax.Array:
-    """Both halves for inference: [batch, tokens, hidden] -> the same."""
+    """Both halves for inference: [batch, tokens, hidden] -> the same.
+
+    Its gradient is that of the two halves; only the gradients that are asked for are computed.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     sent = route(config, block.router, tokens)
     expert = sent.chosen.reshape(-1)
@@ -95,12 +124,22 @@ def apply(config: DecoderConfig, block: Block, x: jax.Array) -> jax.Array:
     return total.reshape(x.shape)
 
 
-def _apply_by_zeros(config: DecoderConfig, block: Block, x: jax.Array) -> jax.Array:
-    return leave(config, block, *enter(config, block, x, plain_linear), plain_linear)
+def _apply_forward(config: DecoderConfig, block: Any, x: Any) -> tuple[jax.Array, Any]:
+    """Each leaf comes with a flag: whether its gradient is asked for."""
+    by_weights = any(leaf.perturbed for leaf in jax.tree.leaves(block))
+    block, x = jax.tree.map(lambda leaf: leaf.value, (block, x))
+    if by_weights:
+        return jax.vjp(partial(_by_halves, config), block, x)
+    result, back = jax.vjp(partial(_by_halves, config, block), x)
+    return result, (None, back)
 
 
-@apply.defjvp
-def _apply_jvp(config: DecoderConfig, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Loops whose length is not known have no gradient; the other way does."""
-    made: tuple[jax.Array, jax.Array] = jax.jvp(partial(_apply_by_zeros, config), primals, tangents)
-    return made
+def _apply_back(config: DecoderConfig, kept: Any, gradient: Any) -> Any:
+    if isinstance(gradient, SymbolicZero):
+        gradient = jnp.zeros(gradient.shape, gradient.dtype)
+    if isinstance(kept, tuple):
+        return (None, *kept[1](gradient))
+    return kept(gradient)
+
+
+apply.defvjp(_apply_forward, _apply_back, symbolic_zeros=True)

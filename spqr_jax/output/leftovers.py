@@ -66,6 +66,7 @@ def remove(path: Path) -> None:
             for entry in path.iterdir():  # the mark goes last: a directory that keeps it is known to be ours
                 if entry.name != _MARK:
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            flush_folder(path)
         shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
             return

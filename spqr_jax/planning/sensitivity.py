@@ -14,22 +14,34 @@ nats per token, H = (2/n) X Xᵀ as in `spqr_jax.solver`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.attention import Positions
-from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, plain_linear, run_block
+from spqr_jax.models.config import BlockKind, DecoderConfig
+from spqr_jax.models.decoder import STAGES, Block, Linear, State, matrix_names, plain_linear, run_block
 from spqr_jax.models.finite import refuse_infinite
+from spqr_jax.models.tiles import Tiles, multiply_tiles
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
+from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
-from spqr_jax.stream.stages import InputRecorder, stage_groups
+from spqr_jax.stream.spill import Spill, SpilledStates
+from spqr_jax.stream.stages import (
+    Group,
+    InputRecorder,
+    rounded_linear,
+    rounded_throughout,
+    run_stage,
+    stage_groups,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,110 +62,180 @@ class BlockSensitivity:
     fisher: dict[str, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardPlace:
+    """Where a measuring pass is on its way back through the model.
+
+    Attributes:
+      index: of the block that comes next; -1 where none does.
+      gradients: of the loss by the residual stream behind that block, [batch, tokens, hidden] for each batch.
+    """
+
+    index: int
+    gradients: tuple[Any, ...]
+
+
 class _Watching(InputRecorder):
     """A `linear` that applies the weights, notes their inputs and adds to their outputs."""
 
-    def __init__(self, added: dict[str, jax.Array]) -> None:
+    def __init__(self, added: dict[str, jax.Array], linear: Linear) -> None:
         super().__init__()
-        self._added = added
+        self._added, self._linear = added, linear
 
     def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
         super().__call__(name, w, x)
-        return plain_linear(name, w, x) + self._added[name]
+        y = self._linear(name, w, x)
+        return y + self._added[name].astype(y.dtype)
+
+    def experts(self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles) -> list[jax.Array]:
+        super().experts(block, names, x, tiles)
+        results = multiply_tiles(self._linear, block, names, x, tiles)
+        return [y + self._added[name] for name, y in zip(names[0], results, strict=True)]
 
 
 _Sums = tuple[dict[str, jax.Array], list[Hessian]]
-"""Σ g² of each weight's outputs, and the Hessian of each input that weights share."""
+"""Σ g² of each weight's outputs, and the Hessian of each input that weights share.
+
+All experts of a block have one sum, under the first expert's name, and one Hessian. So little text reaches an expert
+that what it has of its own says little, and nothing of an expert not reached.
+"""
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _empty_sums(config: DecoderConfig, block: Block) -> _Sums:
+    names = [name for name in matrix_names(config, block.kind) if _first_alike(name) == name]
+    widths = {_first_alike(group[0]): width for group, width in _groups(config, block.kind)}
+    return {name: jnp.zeros(block[name].shape[0]) for name in names}, [
+        empty_hessian(width) for width in widths.values()
+    ]
+
+
+def _groups(config: DecoderConfig, kind: BlockKind) -> list[Group]:
+    return [group for stage in range(len(STAGES)) for group in stage_groups(config, kind, stage)]
+
+
+def _first_alike(name: str) -> str:
+    """The weight whose sums a weight shares: the first expert's, for all experts."""
+    return re.sub(r"^experts\.\d+\.", "experts.0.", name)
+
+
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=5)
 def _backward(
-    config: DecoderConfig, block: Block, residual: jax.Array, where: Positions, gradient: jax.Array, sums: _Sums
+    config: DecoderConfig,
+    block: Block,
+    residual: jax.Array,
+    where: Positions,
+    gradient: jax.Array,
+    sums: _Sums,
+    linear: Linear = plain_linear,
 ) -> tuple[jax.Array, _Sums]:
     """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`."""
+    residual = residual.astype(gradient.dtype)
     # Adding a zero to each output and asking for its gradient gives g.
-    zeros = {name: jnp.zeros((*residual.shape[:-1], getattr(block, name).shape[0]), residual.dtype) for name in sums[0]}
+    tokens = residual.shape[:-1]
+    pairs = (tokens[0] * tokens[1] * config.experts_per_token,)
+    zeros = {
+        name: jnp.zeros((*(pairs if name.startswith("experts.") else tokens), block[name].shape[0]), residual.dtype)
+        for name in sums[0]
+    }
 
     def run(residual: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        watching = _Watching(added)
-        return run_block(config, block, State(residual), where, watching).residual, watching.inputs
+        watching = _Watching(added, rounded_throughout if linear is rounded_linear else linear)
+        after = run_block(config, block, State(residual), where, watching).residual
+        return after, [*watching.inputs, *(given.rows for given in watching.pairs)]
 
     _, back, inputs = jax.vjp(run, residual, zeros, has_aux=True)
     before, by_output = back(gradient)
-    squares = {n: sums[0][n] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=(0, 1)) for n, g in by_output.items()}
+    squares = {
+        name: sums[0][name] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(g.ndim - 1)))
+        for name, g in by_output.items()
+    }
+    inputs = [x.astype(jnp.bfloat16) if linear is rounded_linear else x for x in inputs]
     return before, (squares, [accumulate_hessian(h, x) for h, x in zip(sums[1], inputs, strict=True)])
 
 
-def _experts_alike(
-    hessians: list[tuple[tuple[str, ...], Hessian]], fisher: dict[str, jax.Array]
-) -> tuple[list[tuple[tuple[str, ...], Hessian]], dict[str, jax.Array]]:
-    """All experts of a block get the Hessian of their inputs together, and their mean Fisher information.
-
-    So little text reaches an expert that what it has of its own says little, and nothing of an expert not reached.
-    """
-
-    def role(name: str) -> str:
-        return name.rpartition(".")[2] if name.startswith("experts.") else name
-
-    together: dict[tuple[str, ...], Hessian] = {}
-    for names, hessian in hessians:
-        key = tuple(role(name) for name in names)
-        seen = together.get(key)
-        together[key] = hessian if seen is None else Hessian(seen.gram + hessian.gram, seen.tokens + hessian.tokens)
-    by_role: dict[str, list[jax.Array]] = {}
-    for name, own in fisher.items():
-        by_role.setdefault(role(name), []).append(own)
-    mean = {name: sum(jnp.mean(own) for own in each) / len(each) for name, each in by_role.items()}
-    shared = {name: jnp.full_like(own, mean[role(name)]) if role(name) != name else own for name, own in fisher.items()}
-    return [(names, together[tuple(role(name) for name in names)]) for names, _ in hessians], shared
+def _sensitivity(config: DecoderConfig, index: int, block: Block, sums: _Sums, tokens: int) -> BlockSensitivity:
+    """A block's sums over so many tokens, for each of its weights. Experts get their mean Fisher information."""
+    squares, hessians = sums
+    fisher = {}
+    for name in matrix_names(config, block.kind):
+        of_outputs = squares[_first_alike(name)] / tokens
+        alike = name.startswith("experts.")
+        fisher[name] = jnp.full_like(of_outputs, jnp.mean(of_outputs) / config.num_experts) if alike else of_outputs
+    groups = _groups(config, block.kind)
+    of_input = dict(zip(dict.fromkeys(_first_alike(names[0]) for names, _ in groups), hessians, strict=True))
+    named = [(names, of_input[_first_alike(names[0])]) for names, _ in groups]
+    return BlockSensitivity(index, block, named, fisher)
 
 
 def block_sensitivities(
-    source: BlockSource, batches: Iterable[Any], progress: Callable[[str], None] | None = None
-) -> Iterator[BlockSensitivity]:
+    source: BlockSource,
+    batches: Iterable[Any],
+    visit: Callable[[BlockSensitivity], None],
+    events: Events = ignore,
+    *,
+    linear: Linear = plain_linear,
+    begin: BackwardPlace | None = None,
+    keep: Callable[[BackwardPlace], None] | None = None,
+    spill: Spill | None = None,
+) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
 
-    Held at once: one block and the text's activations before every block.
+    Held at once: one block, the next one, and the text's activations before every block, in bfloat16 if `linear`
+    rounds to it.
 
     Args:
       source: the dense model.
       batches: int32 [batch, seq] of token ids, few will do.
-      progress: told after each block, twice.
+      visit: is given a :class:`BlockSensitivity` for each block, the last block first.
+      events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
+      linear: what multiplies with the weights, as in calibration.
+      begin: where an earlier pass came to on its way back; None to begin with the last block.
+      keep: is given the place after each block on the way back, once `visit` has seen it.
+      spill: where the activations before every block are kept on disk; None to keep them in memory.
 
     Raises:
       NotFiniteError: activations or gradients are no numbers; says behind which block.
-
-    Yields:
-      One :class:`BlockSensitivity` a block, the last block first.
     """
     config, outer, batches = source.config, source.outer(), list(batches)
     chunks = list(Activations(config, outer, batches).chunks())
     places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
-    before: list[list[jax.Array]] = []
-    for index in range(config.num_layers):
-        before.append(residuals)
-        block = source.block(index)
-        residuals = [pass_block(config, block, x, where) for x, where in zip(residuals, places, strict=True)]
+    before: list[list[jax.Array] | SpilledStates] = []
+    kept_as = jnp.bfloat16 if linear is rounded_linear else residuals[0].dtype
+    steps = Steps("measuring", 2 * config.num_layers, events)
+
+    def pass_forward(index: int, block: Block) -> None:
+        before.append([] if spill is None else spill.states())
+        for chunk, where in enumerate(places):
+            before[-1].append(residuals[chunk].astype(kept_as))
+            state = State(residuals[chunk])
+            for stage in range(len(STAGES)):  # calibration's own programs
+                state = run_stage(config, stage, block, state, where, linear)
+            residuals[chunk] = state.residual
         refuse_infinite(residuals, f"activations after block {index}")
-        if progress is not None:
-            progress(f"forward through block {index}")
-    gradients = [
-        loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
-    ]
-    refuse_infinite(gradients, "gradients of the loss after the last block")
+        steps.advance(note=f"forward through block {index}", detail=index)
+
+    left = config.num_layers if begin is None else begin.index + 1  # blocks that are still to be measured
+    if left < config.num_layers:
+        steps.advance(2 * (config.num_layers - left), note=f"{config.num_layers - left} blocks are measured already")
+    sweep.forward(source, pass_forward, end=left)
+    if begin is None:
+        gradients = [
+            loss_gradient(config, outer, x, jnp.asarray(tokens), linear)
+            for x, tokens in zip(residuals, batches, strict=True)
+        ]
+        refuse_infinite(gradients, "gradients of the loss after the last block")
+    else:
+        gradients = [jax.device_put(gradient) for gradient in begin.gradients]
+    residuals.clear()
     tokens_seen = sum(tokens.size for tokens in batches)
-    for index in reversed(range(config.num_layers)):
-        block = source.block(index)
-        groups = [group for stage in range(len(STAGES)) for group in stage_groups(config, block.kind, stage)]
-        sums: _Sums = (
-            {name: jnp.zeros(getattr(block, name).shape[0]) for name in matrix_names(config, block.kind)},
-            [empty_hessian(width) for _, width in groups],
-        )
+
+    def pass_backward(index: int, block: Block) -> None:
+        sums = _empty_sums(config, block)
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
-            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums)
-        squares, hessians = sums
-        fisher = {name: total / tokens_seen for name, total in squares.items()}
-        named = [(names, hessian) for (names, _), hessian in zip(groups, hessians, strict=True)]
-        yield BlockSensitivity(index, block, *_experts_alike(named, fisher))
-        if progress is not None:
-            progress(f"backward through block {index}")
+            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums, linear)
+        visit(_sensitivity(config, index, block, sums, tokens_seen))
+        if keep is not None:
+            keep(BackwardPlace(index - 1, tuple(gradients)))
+        steps.advance(note=f"backward through block {index}", detail=index)
+
+    sweep.backward(source, pass_backward, first=left - 1)

@@ -8,14 +8,17 @@ moves a weight beforehand, if what it reads has changed since it was trained.
 """
 
 from spqr_jax.solver.drift import correct_drift, cross_gram
-from spqr_jax.solver.hessian import Hessian, accumulate_hessian, empty_hessian
+from spqr_jax.solver.hessian import Hessian, accumulate_hessian, accumulate_in_stack, empty_hessian
+from spqr_jax.solver.panel_hessian import PanelHessian
 from spqr_jax.solver.solve import LayerStats, Solved, quantize_weights, solved_as
 
 __all__ = [
     "Hessian",
     "LayerStats",
+    "PanelHessian",
     "Solved",
     "accumulate_hessian",
+    "accumulate_in_stack",
     "correct_drift",
     "cross_gram",
     "empty_hessian",

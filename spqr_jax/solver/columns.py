@@ -46,6 +46,7 @@ class ColumnSpec:
       outliers: whether weights may be kept apart.
       leave_one_out: whether a fit leaves outlier candidates out.
       compensate: whether errors are pushed on (False: round to nearest).
+      rows_at_once: about how many rows an accelerator solves together.
     """
 
     grid: GridSpec
@@ -53,6 +54,7 @@ class ColumnSpec:
     outliers: bool
     leave_one_out: bool
     compensate: bool
+    rows_at_once: int = _CHUNK
 
     def step(self) -> int:
         """Columns a step: at most 16, a divisor of the group size."""
@@ -69,7 +71,7 @@ class ColumnSpec:
     @property
     def chunk(self) -> int:
         """Rows that an accelerator solves together, whole tiles."""
-        return round_up(_CHUNK, self.grid.stats_group_size if self.grid.quantized_stats else 1)
+        return round_up(self.rows_at_once, self.grid.stats_group_size if self.grid.quantized_stats else 1)
 
     def padded(self, columns: int, rows: int) -> tuple[int, int]:
         """Columns and rows with their padding, whole panels and tiles.
@@ -95,13 +97,20 @@ class SolvedColumns(NamedTuple):
     """What the loop found, columns first."""
 
     codes: jax.Array  # u8 [in, rows]
-    values: jax.Array  # f32 [in, rows], what codes and residuals dequantize to
+    values: jax.Array  # f32 [in, rows], what codes stand for, without residuals
     residual: jax.Array  # f16 [in, rows], what an outlier adds; 0 elsewhere
     outliers: jax.Array  # bool [in, rows]
     scale_codes: jax.Array  # u8 [groups, rows]
     zero_codes: jax.Array  # u8 [groups, rows]
     stats: jax.Array  # f16 [groups, rows/G, 4] or [groups, rows, 2]
     loss: jax.Array  # f32 [rows], Σ_j e_j² = (w-ŵ) H (w-ŵ)ᵀ with the damped H; 0 for round to nearest
+
+    def dequantized(self) -> jax.Array:
+        """Values with residuals, f32 [in, rows]: bit for bit what the stored matrix dequantizes to.
+
+        For programs that are given this as data: there the product inside of `values` and this sum are each rounded.
+        """
+        return self.values + self.residual.astype(jnp.float32)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -167,15 +176,22 @@ def _fit(w: jax.Array, u_diag: jax.Array, valid: jax.Array, rows: RowChoices, sp
 def _round(
     w: jax.Array, scale: jax.Array, zero: jax.Array, u_diag: jax.Array, rows: RowChoices, spec: ColumnSpec
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Code, dequantized value, residual and outlier flag of weights as they are when their turn comes."""
+    """Code, what it stands for, residual and outlier flag of weights as they are when their turn comes."""
     q = round_to_grid(w, scale, zero, rows.maxq)
     value = dequantize(q, scale, zero)
     if not spec.outliers:
         return q, value, jnp.zeros_like(w), jnp.zeros(w.shape, bool)
     miss = w - value
     is_outlier = jnp.square(miss / u_diag) > rows.threshold
-    residual = jnp.where(is_outlier, miss, 0.0).astype(jnp.float16)
-    return q, value + residual.astype(jnp.float32), residual, is_outlier
+    return q, value, jnp.where(is_outlier, miss, 0.0).astype(jnp.float16), is_outlier
+
+
+def _dequantized(
+    w: jax.Array, scale: jax.Array, zero: jax.Array, u_diag: jax.Array, rows: RowChoices, spec: ColumnSpec
+) -> jax.Array:
+    """What weights become, outliers included."""
+    _, value, residual, _ = _round(w, scale, zero, u_diag, rows, spec)
+    return value + residual.astype(jnp.float32) if spec.outliers else value
 
 
 def _step(
@@ -194,7 +210,7 @@ def _step(
 
     def column(j: jax.Array, errors: jax.Array) -> jax.Array:
         w_j = w[j] - over_columns(jnp.multiply, errors, before[:, j, None])
-        _, value, _, _ = _round(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
+        value = _dequantized(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
         return errors.at[j].set((w_j - value) / u[j, j])
 
     errors = lax.fori_loop(0, w.shape[0], column, jnp.zeros_like(w))
@@ -211,7 +227,7 @@ def _step_at_once(
         w_j = w[j]
         if errors:
             w_j = w_j - functools.reduce(jnp.add, (error * u[k, j] for k, error in enumerate(errors)))
-        value = _round(w_j, fit.scale, fit.zero, u[j, j], rows, spec)[1]
+        value = _dequantized(w_j, fit.scale, fit.zero, u[j, j], rows, spec)
         visited.append(w_j)
         errors.append((w_j - value) / u[j, j])
     # Without the barrier, each row of the stacks is worked out from the first column on.
@@ -247,17 +263,22 @@ def solve_columns(
 
 @lru_cache
 def _program(platform: str) -> Callable[..., SolvedColumns]:
+    return jax.jit(all_columns, static_argnums=4, compiler_options=column_options(platform))
+
+
+def column_options(platform: str) -> dict[str, int] | None:
+    """The compiler's options for the loop."""
     # On a CPU, LLVM's loop passes spoil the vector loops over the rows that XLA makes: without
     # them, and with full vectors, the loop takes half the time (benchmarks/quantize_time.py).
     options = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
     flags = os.environ.get("XLA_FLAGS", "")  # what the user sets there stays
-    options = {name: value for name, value in options.items() if name not in flags}
-    return jax.jit(_solve_columns, static_argnums=4, compiler_options=options or None)
+    return {name: value for name, value in options.items() if name not in flags} or None
 
 
-def _solve_columns(
+def all_columns(
     w: jax.Array, u: jax.Array | None, valid: jax.Array, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
+    """`solve_columns`, to be traced."""
     columns, rows = w.shape
     panel = spec.panel(columns)
     u_diag = jnp.ones(columns, w.dtype) if u is None else jnp.diagonal(u)
@@ -314,7 +335,10 @@ def rounded_columns(
             spec,
         )
     )
-    loss = jnp.sum(jnp.where(valid[:, None], jnp.square(errors), 0.0), axis=0)
+    loss = jnp.zeros(rows, errors.dtype)
+    if spec.compensate:  # column by column, so that a row's sum does not depend on how many rows there are
+        counted = jnp.broadcast_to(valid[:, None], errors.shape)
+        loss = over_columns(lambda e, counts: jnp.where(counts, e * e, 0.0), errors, counted, at_once=spec.grid.at_once)
     return SolvedColumns(
         codes.astype(jnp.uint8),
         values,

@@ -51,7 +51,7 @@ def cut(
     """Cuts the stacked result into its matrices."""
     inner, padded_in, groups = layouts[0].shape[1], layouts[0].padded_in, layouts[0].groups
     codes = solved.codes[:padded_in].T
-    values = solved.values[:inner]
+    values = solved.dequantized()[:inner]
     dense = (values if place is None else values[place]).T
     stats = jnp.swapaxes(solved.stats[:groups], 0, 1)  # [rows or tiles, groups, ...]
     second_level = stats_bits < 16

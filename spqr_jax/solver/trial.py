@@ -118,5 +118,5 @@ def _by_row(
     """Loss with the undamped H, and number of outliers, of each row."""
     shift = shift if perm is None else shift[perm]
     shift = jnp.pad(shift, (0, w.shape[0] - shift.shape[0]))
-    loss = solved.loss - jnp.sum(jnp.square(w - solved.values) * shift[:, None], axis=0)
+    loss = solved.loss - jnp.sum(jnp.square(w - solved.dequantized()) * shift[:, None], axis=0)
     return jnp.maximum(loss, 0.0), jnp.sum(solved.outliers & valid[:, None], axis=0)

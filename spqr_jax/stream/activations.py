@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,8 +15,20 @@ from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, plain_linear
 from spqr_jax.solver import Hessian, empty_hessian
-from spqr_jax.stream.stages import accumulate_drift, accumulate_head, accumulate_stage, run_stage, stage_groups
+from spqr_jax.stream.spill import Spill, SpilledStates
+from spqr_jax.stream.stages import (
+    EXPERT_HESSIAN_BYTES,
+    Part,
+    accumulate_drift,
+    accumulate_head,
+    accumulate_stage,
+    run_stage,
+    stage_parts,
+)
 from spqr_jax.stream.windows import checked_batch
+
+States = list[State] | SpilledStates
+"""The chunks' states, in memory or on disk."""
 
 
 class Activations:
@@ -26,33 +39,70 @@ class Activations:
       outer: its embedding.
       batches: int32 [batch, seq] each, shapes may differ.
       linear: what takes them through the stages, such as `rounded_linear`.
+      spill: where the activations are kept on disk; None to keep them in memory.
+      hessian_bytes: of experts' Hessians that are summed at once. It does not change them.
 
     Raises:
       DataError: no batch, or one that the model cannot take.
     """
 
     def __init__(
-        self, config: DecoderConfig, outer: Outer, batches: Iterable[Any], linear: Linear = plain_linear
+        self,
+        config: DecoderConfig,
+        outer: Outer,
+        batches: Iterable[Any],
+        linear: Linear = plain_linear,
+        spill: Spill | None = None,
+        hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
-        self.config, self._linear = config, linear
-        self._states: list[State] = []
+        self.config, self._linear, self._hessian_bytes = config, linear, hessian_bytes
+        self._states: States = [] if spill is None else spill.states()
         self._where: list[Positions] = []
-        for batch in batches:
-            tokens = checked_batch(np.asarray(batch), config)
-            padding = jnp.zeros(tokens.shape[0], jnp.int32)
-            self._where.append(positions(config, tokens.shape[1], padding, jnp.int32(0)))
+        for tokens in checked_batches(config, batches):
+            self._where.append(places(config, tokens))
             self._states.append(State(embed(config, outer, jnp.asarray(tokens), self._where[-1])))
-        if not self._states:
-            raise DataError(
-                "no calibration batches: give at least one int32 [batch, seq] of token ids "
-                "(a generator that was already used up is empty)"
-            )
 
     def hessians(self, stage: int, block: Block) -> tuple[Hessian, ...]:
-        """One Hessian for each of `stage_groups`, over all chunks."""
-        sums = tuple(empty_hessian(width) for _, width in stage_groups(self.config, block.kind, stage))
-        for state, where in zip(self._states, self._where, strict=True):
-            sums = accumulate_stage(self.config, stage, block, state, where, sums)
+        """One Hessian for each of `stage_groups`, over all chunks, all at once."""
+        return tuple(hessian for _, hessian, _ in self.calibrate(stage, block))
+
+    def calibrate(
+        self, stage: int, block: Block, dense: Activations | None = None, original: Block | None = None
+    ) -> Iterator[tuple[tuple[str, ...], Hessian, jax.Array | None]]:
+        """What to know of each input of a stage, over all chunks, in the order of `stage_groups`.
+
+        Hessians are held for one `Part` of the stage at a time.
+
+        Args:
+          stage: of the block.
+          block: with which these activations run.
+          dense: the same text's activations in the dense model, at the same stage; None for no drift.
+          original: the dense model's block.
+
+        Yields:
+          The names of the weights that read the input, its Hessian, and its drift as `drifts` gives it.
+        """
+        states, beside = self._states.copy(), None if dense is None else dense._states.copy()
+        for part in stage_parts(self.config, block.kind, stage, self._hessian_bytes):
+            sums = self._hessian_sums(stage, block, states, part)
+            drifts: Iterator[jax.Array | None] = itertools.repeat(None)
+            if beside is not None and original is not None:
+                drifts = part.split(self._drift_sums(stage, block, states, beside, original, part))
+            for (names, _), hessian, total in zip(part.groups, part.split(sums), drifts, strict=False):
+                yield names, hessian, None if total is None else _mean_drift(hessian, total)
+
+    def _hessian_sums(self, stage: int, block: Block, states: States, part: Part) -> tuple[Hessian, ...]:
+        sums = part.empty_sums()
+        for state, where in zip(states, self._where, strict=True):
+            sums = accumulate_stage(self.config, stage, block, state, where, sums, part.experts, self._linear)
+        return sums
+
+    def _drift_sums(
+        self, stage: int, block: Block, states: States, dense: States, original: Block, part: Part
+    ) -> tuple[jax.Array, ...]:
+        sums = tuple(hessian.gram for hessian in part.empty_sums())
+        for state, aim, where in zip(states, dense, self._where, strict=True):
+            sums = accumulate_drift(self.config, stage, block, original, state, aim, where, sums, part.experts)
         return sums
 
     def drifts(
@@ -70,10 +120,10 @@ class Activations:
         Returns:
           (2/n) Σ (x_dense - x) xᵀ, f32 [in, in], for each of `stage_groups`.
         """
-        sums = tuple(jnp.zeros_like(hessian.gram) for hessian in hessians)
-        for (state, where), (aim, _) in zip(self.chunks(), dense.chunks(), strict=True):
-            sums = accumulate_drift(self.config, stage, block, original, state, aim, where, sums)
-        return tuple(2.0 / hessian.tokens * total for hessian, total in zip(hessians, sums, strict=True))
+        drifts: list[jax.Array] = []
+        for part in stage_parts(self.config, block.kind, stage, self._hessian_bytes):
+            drifts += part.split(self._drift_sums(stage, block, self._states, dense._states, original, part))
+        return tuple(map(_mean_drift, hessians, drifts))
 
     def advance(self, stage: int, block: Block) -> None:
         """Takes every chunk through a stage."""
@@ -91,9 +141,38 @@ class Activations:
             total = accumulate_head(self.config, outer, state.residual, total)
         return total
 
+    def residuals(self) -> list[np.ndarray]:
+        """The residual stream of each chunk between two blocks, [batch, tokens, hidden], to be restored one day."""
+        return [np.asarray(state.residual) for state, _ in self.chunks()]
+
+    def restore(self, residuals: Sequence[np.ndarray]) -> None:
+        """Goes to the place between two blocks where `residuals` were taken from the same text."""
+        self._states = [State(jax.device_put(residual)) for residual in residuals]
+
     def copy(self) -> Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
-        twin.config, twin._linear = self.config, self._linear
-        twin._states, twin._where = list(self._states), self._where
+        twin.config, twin._linear, twin._hessian_bytes = self.config, self._linear, self._hessian_bytes
+        twin._states, twin._where = self._states.copy(), self._where
         return twin
+
+
+def _mean_drift(hessian: Hessian, total: jax.Array) -> jax.Array:
+    """2/n times a sum over n tokens; an expert may have none."""
+    return 2.0 / jnp.maximum(hessian.tokens, 1.0) * total
+
+
+def checked_batches(config: DecoderConfig, batches: Iterable[Any]) -> list[np.ndarray]:
+    """Batches of token ids that the model can take, at least one; raises `DataError`."""
+    checked = [checked_batch(np.asarray(batch), config) for batch in batches]
+    if not checked:
+        raise DataError(
+            "no calibration batches: give at least one int32 [batch, seq] of token ids "
+            "(a generator that was already used up is empty)"
+        )
+    return checked
+
+
+def places(config: DecoderConfig, tokens: np.ndarray) -> Positions:
+    """Where the tokens [batch, seq] of whole texts stand."""
+    return positions(config, tokens.shape[1], jnp.zeros(tokens.shape[0], jnp.int32), jnp.int32(0))

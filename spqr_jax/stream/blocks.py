@@ -1,6 +1,6 @@
 """Models one block at a time: where blocks come from and where finished ones go.
 
-The driver in `quantize.py` knows only these two protocols. A tree in memory, a
+A job knows only these two protocols. A tree in memory, a
 file read lazily and a checkpoint written as it goes are all sources and sinks.
 """
 
@@ -15,6 +15,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, Weight
@@ -27,19 +28,23 @@ class BlockSource(Protocol):
     @property
     def config(self) -> DecoderConfig: ...
 
-    def identity(self) -> str:
-        """SHA-256 of all that the parts depend on, in hexadecimal: two sources with the same one give the same parts.
-
-        It reads the whole model.
-        """
-        ...
-
     def outer(self) -> Outer:
         """Embedding, final norm and head."""
         ...
 
     def block(self, index: int) -> Block:
         """Block `index`, 0 <= index < config.num_layers."""
+        ...
+
+
+class ModelSource(BlockSource, Protocol):
+    """A source that can tell whether another one gives the same model."""
+
+    def identity(self) -> str:
+        """SHA-256 of all that the parts depend on, in hexadecimal: two sources with the same one give the same parts.
+
+        It reads the whole model.
+        """
         ...
 
 
@@ -77,6 +82,11 @@ class TreeSource:
         return self._params.layers[index]
 
 
+def as_source(model: Decoder | BlockSource) -> BlockSource:
+    """The model as a source of blocks."""
+    return TreeSource(model) if isinstance(model, Decoder) else model
+
+
 class TreeSink:
     """Collects a parameter tree in memory."""
 
@@ -90,6 +100,12 @@ class TreeSink:
 
     def put_block(self, index: int, block: Block) -> None:
         self._blocks[index] = block
+
+    def record(self, path: str, stats: dict[str, float]) -> None:
+        """A tree keeps no statistics."""
+
+    def describe(self, quantization: SpQRConfig) -> None:
+        """A tree keeps no configuration."""
 
     def params(self) -> Decoder:
         """The finished tree.
@@ -129,8 +145,9 @@ def with_equal_capacities(blocks: Sequence[Block]) -> list[Block]:
 
 def collect(source: BlockSource) -> Decoder:
     """Reads a whole model into memory."""
+    from spqr_jax.stream import sweep  # which imports this module
+
     sink = TreeSink(source.config)
     sink.put_outer(source.outer())
-    for index in range(source.config.num_layers):
-        sink.put_block(index, source.block(index))
+    sweep.forward(source, sink.put_block, read_ahead=False)  # nothing to do meanwhile
     return sink.params()

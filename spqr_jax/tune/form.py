@@ -8,7 +8,6 @@ square, or doubles a gain: one learning rate then fits all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -157,7 +156,7 @@ class BlockForm:
 
 
 def block_form(block: Block, entries: dict[str, int], gain_offset: float = 0.0) -> BlockForm:
-    """A quantized block at θ = 0, outlier lists padded to `entries` (see `outlier_entries`)."""
+    """A quantized block at θ = 0, outlier lists padded to `entries` (see `padded_entries`)."""
     fixed = {n: fixed_parts(leaf, entries[n]) for n, leaf in block.items() if is_quantized(leaf)}
     dense = {n: jnp.asarray(leaf, jnp.float32) for n, leaf in block.items() if n not in fixed}
     theta: dict[str, Any] = {n: jax.tree.map(jnp.zeros_like, one.start) for n, one in fixed.items()}
@@ -168,13 +167,15 @@ def block_form(block: Block, entries: dict[str, int], gain_offset: float = 0.0) 
 _start_optimizer = jax.jit(_OPTIMIZER.init)
 
 
-def outlier_entries(blocks: Sequence[Block]) -> dict[str, int]:
+def note_entries(longest: dict[str, int], block: Block) -> None:
+    """Adds a block to the length of the longest outlier list of each weight."""
+    for name, leaf in block.items():
+        if is_quantized(leaf):
+            longest[name] = max(longest.get(name, 1), leaf.outlier_cols.shape[0])
+
+
+def padded_entries(longest: dict[str, int]) -> dict[str, int]:
     """Length to which each weight's outlier list is padded, so that all blocks are of one form."""
-    longest: dict[str, int] = {}
-    for block in blocks:
-        for name, leaf in block.items():
-            if is_quantized(leaf):
-                longest[name] = max(longest.get(name, 1), leaf.outlier_cols.shape[0])
     return {name: round_up(length, _OUTLIER_STEP) for name, length in longest.items()}
 
 

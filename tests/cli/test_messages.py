@@ -24,10 +24,10 @@ from support.command import QUICK, spqr
 from support.model_files import write_hf, write_model_and_ids
 
 from spqr_jax import CheckpointError, DataError
-from spqr_jax.cli import interrupt
 from spqr_jax.cli.app import app
 from spqr_jax.cli.main import run
 from spqr_jax.report import read_result
+from spqr_jax.terminal import interrupt
 
 BRACKETS = "my[model] [red]x :smile:"
 
@@ -236,7 +236,7 @@ PROGRAM = """
 import sys
 from spqr_jax.cli.main import run
 from spqr_jax.report import read_result
-from spqr_jax.cli.display import tell
+from spqr_jax.terminal.display import tell
 
 def command():
     for _ in range(5000):

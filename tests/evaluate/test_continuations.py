@@ -94,11 +94,11 @@ def test_a_shared_context_is_read_once(tiny_model, monkeypatch):
 
 
 def test_progress_counts_every_request(tiny_model):
-    done = []
+    told = []
     requests = some_requests(np.random.default_rng(0))
-    continuation_scores(tiny_model, requests, batch_tokens=200, progress=done.append)
-    assert len(done) > 1
-    assert sum(done) == len(requests)
+    continuation_scores(tiny_model, requests, batch_tokens=200, events=told.append)
+    assert len(told) > 2
+    assert told[-1].done == told[-1].total == len(requests) * (tiny_model.config.num_layers + 1)
 
 
 def test_quantized_weights_are_used(tiny_model):

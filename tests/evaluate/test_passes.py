@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from support.problems import TINY
 
 from spqr_jax import SpQRConfig, perplexity, quantize
-from spqr_jax.evaluate import passes
+from spqr_jax.evaluate import continuations, passes
 from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.evaluate.fidelity import compare
-from spqr_jax.models.weights import random_decoder
+from spqr_jax.models.weights import random_decoder, weight_shapes
 
 DEEP = dataclasses.replace(TINY, num_layers=5)
 WINDOWS = np.random.default_rng(0).integers(0, 256, (3, 32)).astype(np.int32)
@@ -42,7 +43,7 @@ def live_bytes(monkeypatch):
 
 def test_one_block_is_dense_at_a_time(quantized, live_bytes):
     perplexity(quantized, WINDOWS)
-    assert len(live_bytes) == 3 * DEEP.num_layers
+    assert len(live_bytes) == 3 * DEEP.num_layers + 1  # and the head once
     streams = 4 * WINDOWS.size * DEEP.hidden_size
     assert (
         4 * BLOCK_WEIGHTS < max(live_bytes) < 4 * BLOCK_WEIGHTS * 1.1 + 2 * streams
@@ -69,25 +70,38 @@ def test_groups_change_nothing(quantized, monkeypatch, measure):
 
     together = scores()
     assert len(dense) == DEEP.num_layers
-    monkeypatch.setattr(passes, "STREAM_NUMBERS", 1)  # a batch is a group
+    for module in (sys.modules["spqr_jax.evaluate.perplexity"], continuations):
+        monkeypatch.setattr(module, "stream_numbers", lambda config: 1)  # a batch is a group
     np.testing.assert_array_equal(scores(), together)
     assert len(dense) >= DEEP.num_layers * (1 + 3)
 
 
-def test_groups_hold_what_fits(monkeypatch):
-    monkeypatch.setattr(passes, "STREAM_NUMBERS", 10)
-    assert list(passes.groups([4, 4, 4, 20, 1], lambda numbers: numbers)) == [[4, 4], [4], [20], [1]]
+def test_groups_hold_what_fits():
+    assert list(passes.groups([4, 4, 4, 20, 1], lambda numbers: numbers, 10)) == [[4, 4], [4], [20], [1]]
+
+
+def test_a_group_is_small_beside_the_model():
+    """An eighth of a byte for each weight, from 64 MiB to 1 GiB."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 24, "vocab_size": 128000}
+    middle = dataclasses.replace(TINY, **sizes)
+    weights = sum(np.prod(shape) for shape in weight_shapes(middle).values())
+    assert 1e9 < weights < 3e9
+    assert 4 * passes.stream_numbers(middle) == pytest.approx(weights / 8, rel=1e-6)
+    assert 4 * passes.stream_numbers(TINY) == 64 << 20
+    assert 4 * passes.stream_numbers(dataclasses.replace(middle, num_layers=1000)) == 1 << 30
 
 
 def test_progress_counts_windows_times_blocks_and_the_head(quantized):
     told = []
-    perplexity(quantized, WINDOWS, batch_size=2, progress=lambda *counts: told.append(counts))
+    perplexity(quantized, WINDOWS, batch_size=2, events=told.append)
     total = 3 * (DEEP.num_layers + 1)
-    assert told[:3] == [(2, total), (3, total), (5, total)]
-    assert told[-1] == (total, total)
+    assert [(event.phase, event.done, event.total) for event in told[:4]] == [
+        ("scoring", done, total) for done in (0, 2, 3, 5)
+    ]
+    assert told[-1].done == total
     told.clear()
-    compare(quantized, quantized, WINDOWS, progress=lambda *counts: told.append(counts))
-    assert told[-1] == (3 * (2 * DEEP.num_layers + 1),) * 2
+    compare(quantized, quantized, WINDOWS, events=told.append)
+    assert told[-1].done == told[-1].total == 3 * (2 * DEEP.num_layers + 1)
 
 
 def test_blocks_of_one_format_share_programs(quantized):

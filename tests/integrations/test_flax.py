@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from support.events import LayerReports
 
 from spqr_jax import DataError, LayerRule, SpQRArray, SpQRConfig, SpQRError
 from spqr_jax.integrations import linen as spqr_linen
@@ -163,14 +164,14 @@ def test_each_nnx_layer_has_its_own_hessian(nnx_model, nnx_small):
 
 
 def test_nnx_rules_and_reports(nnx_model):
-    reports = []
+    reports = LayerReports()
     small = spqr_nnx.quantize(
         nnx_model,
         None,
         SpQRConfig.rtn(4, 16, rules=(LayerRule("attention", skip=True), LayerRule("head", bits=8))),
-        on_layer=reports.append,
+        events=reports,
     )
-    assert {report.path: report.bits for report in reports} == {
+    assert {report.path: report.bits for report in reports.layers} == {
         "blocks.0.up": 4, "blocks.0.down": 4, "blocks.1.up": 4, "blocks.1.down": 4, "head": 8,
     }  # fmt: skip
     assert isinstance(small.blocks[0].attention.query, nnx.LinearGeneral)

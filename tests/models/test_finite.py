@@ -12,9 +12,9 @@ import pytest
 from spqr_jax import NotFiniteError, SpQRConfig, perplexity, quantize
 from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.evaluate.fidelity import compare
-from spqr_jax.models.finite import not_finite
 from spqr_jax.planning.budget import plan_budget
 from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.finite import not_finite
 from spqr_jax.tune import TuneConfig, tune
 
 
@@ -71,8 +71,8 @@ def test_tuning_that_diverges(tiny_model, tiny_batches, objective):
 def test_other_places_are_told_apart(tiny_model):
     tokens = np.array([[1, 2, 3]])
     outer = dataclasses.replace(tiny_model.outer, lm_head=tiny_model.outer.lm_head * np.float32(np.inf))
-    message = str(not_finite("x", dataclasses.replace(tiny_model, outer=outer), tokens))
+    message = str(not_finite("x", TreeSource(dataclasses.replace(tiny_model, outer=outer)), tokens))
     assert "the logits of the output head are not" in message
     assert "weights themselves" in message
     outer = dataclasses.replace(tiny_model.outer, embed_tokens=tiny_model.outer.embed_tokens * np.float32(np.inf))
-    assert "the embedding" in str(not_finite("x", dataclasses.replace(tiny_model, outer=outer), tokens))
+    assert "the embedding" in str(not_finite("x", TreeSource(dataclasses.replace(tiny_model, outer=outer)), tokens))

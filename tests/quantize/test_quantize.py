@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.events import LayerReports
 from support.problems import divergence, random_tokens, run_forward
 
 import spqr_jax
@@ -22,7 +23,7 @@ from spqr_jax import (
     quantize,
     quantize_weight,
 )
-from spqr_jax.job.driver import quantize_blocks
+from spqr_jax.job.job import Job
 from spqr_jax.models.config import BlockKind
 from spqr_jax.models.decoder import plain_linear, random_decoder
 from spqr_jax.stream.activations import Activations
@@ -99,8 +100,29 @@ def test_the_calibration_dtype_is_the_configurations(tiny_model, tiny_batches):
     )
     assert np.any(exact != rounded)
     np.testing.assert_array_equal(rounded, again)
-    with pytest.raises(SpQRError, match="calibration_dtype must be one of bfloat16, float32"):
+    with pytest.raises(SpQRError, match="calibration_dtype must be one of auto, bfloat16, float32"):
         SpQRConfig(calibration_dtype="float16")
+
+
+def test_the_calibration_dtype_follows_the_processor(monkeypatch):
+    for able, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("spqr_jax.config.multiplies_bfloat16", lambda able=able: able)
+        assert SpQRConfig().resolved().calibration_dtype == dtype
+    assert (
+        SpQRConfig(calibration_dtype="bfloat16").resolved().calibration_dtype == "bfloat16"
+    )  # what is asked for stays
+
+
+def test_rounded_calibration_sums_what_the_weights_read(tiny_model, tiny_batches):
+    """The Hessian of a rounded run is that of its rounded inputs: sums of exact products, in float32."""
+    activations = Activations(tiny_model.config, tiny_model.outer, tiny_batches, rounded_linear)
+    for stage in range(3):
+        activations.advance(stage, tiny_model.layers[0])
+    assert all(state.inner.dtype == jnp.bfloat16 for state, _ in activations.chunks())
+    inputs = [np.asarray(state.inner, np.float64) for state, _ in activations.chunks()]
+    inputs = np.concatenate([x.reshape(-1, tiny_model.config.intermediate_size) for x in inputs])
+    gram = np.asarray(activations.hessians(3, tiny_model.layers[0])[0].gram)
+    np.testing.assert_allclose(np.triu(gram), np.triu(inputs.T @ inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_the_stream_ends_where_the_model_does(tiny_model, tiny_batches):
@@ -122,9 +144,9 @@ def test_sequential_inputs_have_passed_the_quantized_weights(tiny_model, tiny_ba
     """Skipping the first stage's weights changes what the second stage is given."""
     errors = {}
     for name, config in {"on": SpQRConfig(bits=2), "off": SpQRConfig(bits=2, sequential=False)}.items():
-        reports = []
-        quantize(tiny_model, tiny_batches, config, on_layer=reports.append)
-        errors[name] = {r.path: r.stats.output_error for r in reports}
+        reports = LayerReports()
+        quantize(tiny_model, tiny_batches, config, events=reports)
+        errors[name] = {report.path: report.stats.output_error for report in reports.layers}
     assert errors["on"]["layers.0.q_proj"] == pytest.approx(errors["off"]["layers.0.q_proj"], rel=1e-6)
     assert errors["on"]["layers.0.o_proj"] != errors["off"]["layers.0.o_proj"]
 
@@ -202,8 +224,14 @@ def test_blocks_are_read_once_and_put_in_order(tiny_model, tiny_batches):
         def put_outer(self, outer):
             events.append(("outer", None))
 
-    quantize_blocks(Source(tiny_model), Sink(), tiny_batches, SpQRConfig())
-    assert events == [("read", 0), ("put", 0), ("read", 1), ("put", 1), ("outer", None)]
+        def record(self, path, stats):
+            pass
+
+        def describe(self, quantization):
+            events.append(("described", quantization.bits))
+
+    Job(Source(tiny_model), Sink(), tiny_batches, SpQRConfig()).run()
+    assert events == [("described", 3), ("read", 0), ("put", 0), ("read", 1), ("put", 1), ("outer", None)]
 
 
 @pytest.mark.parametrize(

@@ -77,11 +77,13 @@ def test_tuning_brings_the_model_closer_and_changes_no_code(tiny_model, tiny_bat
         TreeSource(tiny_model),
         text,
         TuneConfig(objective, epochs=2, learning_rate=5e-3),
-        lambda done, loss: seen.append(loss),
+        lambda event: seen.append(event),
     )
     fresh = jax.random.randint(jax.random.key(11), (4, 32), 0, tiny_model.config.vocab_size)
     assert divergence(tiny_model, tuned, fresh) < 0.95 * divergence(tiny_model, quantized, fresh)
-    assert len(seen) == (64 if objective == "logits" else 2)
+    steps = [event for event in seen if event.phase == "tuning" and event.done]
+    assert [event.done for event in steps] == list(range(1, (64 if objective == "logits" else 2) + 1))
+    assert all(isinstance(event.detail, float) and event.total == len(steps) for event in steps)
     for before, after in zip(quantized.layers, tuned.layers, strict=True):
         for name in before:
             old, new = before[name], after[name]

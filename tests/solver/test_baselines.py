@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.events import LayerReports
 from support.problems import correlated_problem, run_forward, with_dense_weights
 
 from spqr_jax import SpQRConfig, SpQRError, load, perplexity, quantize, save
@@ -234,12 +235,12 @@ def block_error(model, other, batches):
 
 @pytest.mark.slow
 def test_brecq_reconstructs_blocks_better_than_rounding_to_nearest(tiny_model, tiny_batches, tmp_path, text):
-    seen = []
+    reports = LayerReports()
     config = SpQRConfig.baseline("brecq", 3, 32, steps=60)
-    small = quantize(tiny_model, tiny_batches, config, on_layer=lambda report: seen.append(report.path))
+    small = quantize(tiny_model, tiny_batches, config, events=reports)
     plain = quantize(tiny_model, None, SpQRConfig.rtn(3, 32, fit="search"))
     assert block_error(tiny_model, small, tiny_batches) < 0.8 * block_error(tiny_model, plain, tiny_batches)
-    assert len(seen) == 14
+    assert len(reports.layers) == 14
     save(tmp_path / "m", small)
     assert perplexity(load(tmp_path / "m"), text).perplexity == perplexity(small, text).perplexity
 
@@ -255,10 +256,9 @@ def test_brecq_only_rounds_up_or_down(tiny_model, tiny_batches):
 
 def test_the_fisher_weights_are_squared_gradients(tiny_model, tiny_batches):
     """Against jax.grad through the rest of the model in one go."""
-    from spqr_jax.evaluate.perplexity import sequence_losses
     from spqr_jax.methods.brecq import _output_importance
     from spqr_jax.models.attention import positions
-    from spqr_jax.models.decoder import State, embed, run_block
+    from spqr_jax.models.decoder import State, embed, logits, run_block
     from spqr_jax.stream.blocks import TreeSource
 
     tokens, config = jnp.asarray(tiny_batches[0]), tiny_model.config
@@ -270,7 +270,8 @@ def test_the_fisher_weights_are_squared_gradients(tiny_model, tiny_batches):
 
         def rest(x):
             x = run_block(config, model.layers[1], State(x), where).residual
-            return jnp.sum(sequence_losses(config, model.outer, x, tokens)) * (tokens.shape[1] - 1)
+            scores = jax.nn.log_softmax(logits(config, model.outer, x)[:, :-1])
+            return -jnp.sum(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
 
         return jax.grad(rest)(first.residual)
 

@@ -7,10 +7,15 @@ goes on; long loops therefore ask again with `check`.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
+from collections.abc import Iterator
 from types import FrameType
 
 _received: list[int] = []
+_waits = False
+"""Whether the first signal waits for a safe point."""
 
 
 def install() -> None:
@@ -22,8 +27,25 @@ def install() -> None:
 
 def check() -> None:
     """Raises KeyboardInterrupt if one was raised before and got lost."""
+    if len(_received) > _waits:
+        raise KeyboardInterrupt
+
+
+def at_safe_point() -> None:
+    """All work so far is saved: raises KeyboardInterrupt if a signal came, also one that waited for this."""
     if _received:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def at_safe_points() -> Iterator[None]:
+    """In here the first signal takes effect at the next safe point, the second one at once."""
+    global _waits
+    _waits = True
+    try:
+        yield
+    finally:
+        _waits = False
 
 
 def received() -> bool:
@@ -33,4 +55,7 @@ def received() -> bool:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
-    raise KeyboardInterrupt
+    if len(_received) > _waits:
+        raise KeyboardInterrupt
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # it came during another line, or nobody reads
+        sys.stderr.write("stopping once the work so far is saved; Ctrl-C again stops at once\n")

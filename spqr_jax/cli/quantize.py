@@ -1,0 +1,204 @@
+"""`spqr quantize`: a model, calibration text and options in, a directory out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import typer
+
+from spqr_jax.checkpoint import CheckpointSource
+from spqr_jax.cli.display import EventView, describe_head, say, size, tell, write_json
+from spqr_jax.cli.next_step import after_writing
+from spqr_jax.cli.options import (
+    Calibration,
+    CalibrationSeed,
+    CalibrationSeqLen,
+    Dtype,
+    Json,
+    Mesh,
+    Model,
+    Overwrite,
+    Restart,
+    Resume,
+    Windows,
+    build_config,
+    build_tuning,
+    parse_mesh,
+    parse_rule,
+)
+from spqr_jax.cli.outlook import before_quantize
+from spqr_jax.cli.quantize_options import (
+    Bits,
+    CalibrationDtype,
+    Damping,
+    DriftCorrection,
+    Fit,
+    GroupSize,
+    HeadBits,
+    InputShards,
+    MachineName,
+    MaxMemory,
+    Method,
+    Order,
+    OutlierThreshold,
+    OutUnlessPlanning,
+    PlanOnly,
+    Preset,
+    Rule,
+    Sequential,
+    StatsBits,
+    StatsGroupSize,
+    Steps,
+    TargetBits,
+    TuneEpochs,
+    TuneLearningRate,
+    TuneObjective,
+)
+from spqr_jax.cli.scale import MemoryWatch, dry_run, needed_out
+from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.estimate import quantized_bytes
+from spqr_jax.forecast import Text
+from spqr_jax.inspection import summarize
+from spqr_jax.job.directory import quantize_to
+from spqr_jax.job.job import JobReport
+from spqr_jax.output import AlreadyFinished, Claim
+from spqr_jax.resolve import OpenedModel, default_dtype, open_model
+from spqr_jax.stream.windows import batched
+from spqr_jax.terminal import interrupt
+from spqr_jax.texts import read_calibration
+
+
+def quantize(
+    context: typer.Context,
+    model: Model,
+    out: OutUnlessPlanning = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    restart: Restart = False,
+    json: Json = None,
+    preset: Preset = None,
+    target_bits: TargetBits = None,
+    bits: Bits = None,
+    outlier_threshold: OutlierThreshold = None,
+    head_bits: HeadBits = None,
+    rule: Rule = None,
+    calib: Calibration = None,
+    nsamples: Windows = 128,
+    seqlen: CalibrationSeqLen = 2048,
+    seed: CalibrationSeed = 0,
+    tune: TuneObjective = "none",
+    tune_epochs: TuneEpochs = None,
+    tune_learning_rate: TuneLearningRate = None,
+    method: Method = "spqr",
+    steps: Steps = None,
+    group_size: GroupSize = None,
+    stats_bits: StatsBits = None,
+    stats_group_size: StatsGroupSize = None,
+    fit: Fit = None,
+    order: Order = None,
+    input_shards: InputShards = None,
+    damping: Damping = None,
+    drift_correction: DriftCorrection = None,
+    sequential: Sequential = None,
+    calibration_dtype: CalibrationDtype = None,
+    dtype: Dtype = None,
+    max_memory: MaxMemory = None,
+    plan_only: PlanOnly = False,
+    machine: MachineName = None,
+    mesh: Mesh = None,
+) -> None:
+    """Compress a model and save it."""
+    tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
+    config = build_config(
+        method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
+        stats_group_size=stats_group_size, outlier_threshold=outlier_threshold, damping=damping,
+        drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
+        input_shards=input_shards, sequential=sequential, steps=steps,
+        rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
+    ).resolved()  # fmt: skip
+    if plan_only:
+        text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
+        dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
+        return
+    out = needed_out(out, machine)
+    claim = _claim(context, out, overwrite, resume, restart)
+    opened = _open_dense(model, dtype)
+    claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
+    windows, calibration = None, None
+    if config.needs_calibration or tuning is not None:
+        windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
+    elif calib:
+        say(f"--method {method} uses no calibration text: --calib is ignored")
+    outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
+    devices = parse_mesh(mesh)
+    count = None if devices is None else devices.size
+    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, count)
+    batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
+    spill = context.with_resource(watch.spill(out))
+    with EventView() as view, interrupt.at_safe_points():
+        place, report = quantize_to(
+            claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
+            provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill,
+            hessian_bytes=watch.thrift.hessian_bytes,
+        )  # fmt: skip
+    summary = summarize(CheckpointSource(place))
+    _show_result(place, summary, report, watch.measured())
+    figures = {name: value for name, value in summary.items() if name != "layers"}
+    costs = {"seconds": report.seconds, **outlook.to_json(), **watch.to_json()}
+    write_json(json, {**figures, **costs, "layers": summary["layers"]})
+    if opened.note is not None:
+        say(opened.note)
+    outlook.end(after_writing(out))
+
+
+def _claim(context: typer.Context, out: Path, overwrite: bool, resume: bool, restart: bool) -> Claim:
+    """The result's name, and what to do with an unfinished run of that name."""
+    if resume and restart:
+        raise SpQRError("--resume goes on with a run, --restart begins again: give one of them")
+    try:
+        return context.with_resource(Claim(out, overwrite, run="resume" if resume else "restart" if restart else "new"))
+    except AlreadyFinished as error:
+        say(str(error))
+        raise typer.Exit from None
+
+
+def _open_dense(model: str, dtype: str | None) -> OpenedModel:
+    opened = open_model(model, dtype, say)
+    if opened.quantized:
+        raise ModelError(f"{model} is already quantized: give the original model instead")
+    return opened
+
+
+def _provenance(opened: OpenedModel, method: str, calibration: dict[str, Any] | None) -> dict[str, Any]:
+    """Where the model comes from, and how to make it again."""
+    return {
+        "model": opened.label,
+        "method": method,
+        "calibration": calibration,
+        "command": shlex.join(["spqr", *(word for word in sys.argv[1:] if word not in ("--resume", "--restart"))]),
+        "source_quantization": opened.quantized_by,
+    }
+
+
+def _files_to_keep(opened: OpenedModel) -> dict[str, bytes]:
+    """The model's configurations and its tokenizer's files, as they are."""
+    try:
+        opened.tokenizer()
+        return opened.configurations() | opened.tokenizer_files()
+    except ModelError as error:
+        say(f"the tokenizer is not copied: {error}")
+        return opened.configurations()
+
+
+def _show_result(place: Path, summary: dict[str, Any], report: JobReport, memory: str) -> None:
+    """The line that a run ends with."""
+    tell(
+        (str(place), "bold"),
+        f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
+        f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in total "
+        f"(dense: {size(summary['dense_bytes'])}); {report.seconds:.0f} s; {memory}",
+    )

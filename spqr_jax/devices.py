@@ -1,0 +1,94 @@
+"""Arrays on all devices of a mesh: whole on each, or cut along one axis; in one process or in several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spqr_jax.product_jit import product_options
+
+EVERYWHERE = PartitionSpec()
+"""Whole on every device."""
+
+
+def size(mesh: Mesh) -> int:
+    """Number of devices."""
+    return math.prod(mesh.shape.values())
+
+
+def cut_along(mesh: Mesh, axis: int = 0) -> PartitionSpec:
+    """Cut along one axis, a part for each device of the mesh, whatever the mesh's axes are."""
+    return PartitionSpec(*[None] * axis, mesh.axis_names)
+
+
+def put_everywhere(mesh: Mesh, tree: Any) -> Any:
+    """Copies arrays that this process holds to every device; all processes must hold the same.
+
+    Args:
+      mesh: of devices.
+      tree: of arrays, NumPy's or JAX's on one device. Arrays that are on the mesh already stay.
+    """
+    sharding = NamedSharding(mesh, EVERYWHERE)
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        copies = [jax.device_put(leaf, device) for device in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map(put, tree)
+
+
+def put_parts(mesh: Mesh, part: Callable[[int], Any]) -> jax.Array:
+    """One array of a part for each device, stacked: device i of the mesh holds ``part(i)`` as [1, ...].
+
+    `part` is called for the devices of this process only.
+    """
+    here = [
+        jax.device_put(part(index)[None], device)
+        for index, device in enumerate(mesh.devices.flat)
+        if device.process_index == jax.process_index()
+    ]
+    shape = (size(mesh), *here[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, cut_along(mesh)), here)
+
+
+def cut(mesh: Mesh, array: jax.Array, axis: int = 0) -> jax.Array:
+    """An array of this process's, cut along one axis into a part for each device; all processes must hold the same."""
+    sharding = NamedSharding(mesh, cut_along(mesh, axis))
+    places = sharding.addressable_devices_indices_map(array.shape)
+    parts = [jax.device_put(array[place], device) for device, place in places.items()]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+@lru_cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, EVERYWHERE))
+
+
+def gather(mesh: Mesh, tree: Any) -> Any:
+    """Arrays of the mesh, whole, on this process's first device of it. Every process must call it."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), _gather(mesh)(tree))
+
+
+def mesh_jit(
+    mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any, *, options: Any = None, **jit_options: Any
+) -> Any:
+    """A program that every device of the mesh runs on its parts.
+
+    Args:
+      mesh: of devices.
+      function: of parts. Inside it, ``jax.lax.axis_index(mesh.axis_names)`` is the device's index.
+      in_specs, out_specs: as `jax.shard_map` has them.
+      options: the compiler's; by default those of `product_jit`.
+      jit_options: of `jax.jit`, such as ``donate_argnums``.
+    """
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if options is None:
+        options = product_options(mesh.devices.flat[0].platform)
+    return jax.jit(mapped, compiler_options=options, **jit_options)

@@ -1,0 +1,265 @@
+"""Activations on all devices of a mesh: a wave of chunks at a time, one chunk on each device.
+
+A chunk runs through the program of one device, so it has the bits of one device. The
+Hessians are those of `spqr_jax.solver.panel_hessian`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spqr_jax import devices
+from spqr_jax.models.attention import Positions
+from spqr_jax.models.config import DecoderConfig
+from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
+from spqr_jax.solver import Hessian, PanelHessian
+from spqr_jax.solver.panel_hessian import (
+    add_cross_panels,
+    add_panels,
+    cross_matrix,
+    empty_panels,
+    gathered_inputs,
+)
+from spqr_jax.stream.activations import Activations, States, checked_batches, places
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, after_stage, recorded, stage_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wave:
+    """Chunks of one shape, one for each device.
+
+    Attributes:
+      chunks: how many count. The devices after them run copies of the last chunk, which change no sum.
+      counts: bool [devices], whether a device's chunk counts.
+      where: of each chunk's tokens, on every device.
+    """
+
+    chunks: int
+    counts: jax.Array
+    where: Positions
+
+
+class MeshActivations(Activations):
+    """`Activations` whose chunks are spread over the devices of a mesh.
+
+    Neighbouring batches of one shape make waves. A batch of another shape than its neighbours is a wave of its own,
+    which takes as long as a full one: give batches of one shape. Every process of the mesh must make the same calls.
+
+    Args:
+      config, outer, batches, linear: as `Activations` has them; the same in every process.
+      mesh: of all devices that shall work, whatever its axes are.
+      spill: as `Activations` has it.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        outer: Outer,
+        batches: Iterable[Any],
+        linear: Linear = plain_linear,
+        *,
+        mesh: Mesh,
+        spill: Spill | None = None,
+    ) -> None:
+        self.config, self._linear, self._mesh = config, linear, mesh
+        self._places = _Places(mesh)
+        self._states: States = [] if spill is None else spill.states()
+        self._waves: list[_Wave] = []
+        most, left = devices.size(mesh), checked_batches(config, batches)
+        while left:
+            count = next((i for i, x in enumerate(left[:most]) if x.shape != left[0].shape), min(most, len(left)))
+            where = places(config, left[0])
+
+            def embedded(
+                index: int, chunks: Sequence[np.ndarray] = left[:count], where: Positions = where
+            ) -> jax.Array:
+                return embed(config, outer, jax.device_put(chunks[min(index, len(chunks) - 1)]), where)
+
+            counts = devices.put_parts(mesh, partial(_counts, count))
+            self._waves.append(_Wave(count, counts, devices.put_everywhere(mesh, where)))
+            self._states.append(State(devices.put_parts(mesh, embedded)))
+            left = left[count:]
+
+    def hessians(self, stage: int, block: Block) -> tuple[PanelHessian, ...]:  # type: ignore[override]
+        """One Hessian for each of `stage_groups`, over all chunks."""
+        groups = stage_groups(self.config, block.kind, stage)
+        linear: Any = self._linear
+        program = _hessian_program(self._mesh, self.config, stage, linear)
+        block = self._places.put(block)
+        empty = [empty_panels(self._mesh, width) for _, width in groups]
+        sums = [hessian.panels for hessian in empty], [hessian.tokens for hessian in empty]
+        for state, wave in zip(self._states, self._waves, strict=True):
+            sums = program(block, state, wave.where, wave.counts, sums)
+        return tuple(PanelHessian(panels, tokens, self._mesh) for panels, tokens in zip(*sums, strict=True))
+
+    def drifts(
+        self,
+        stage: int,
+        block: Block,
+        dense: Activations,
+        original: Block,
+        hessians: Sequence[Hessian],
+    ) -> tuple[jax.Array, ...]:
+        """As `Activations.drifts`: f32 [in, in] on this process's first device."""
+        assert isinstance(dense, MeshActivations)
+        program = _drift_program(self._mesh, self.config, stage)
+        block, original = self._places.put(block), dense._places.put(original)
+        sums = [empty_panels(self._mesh, hessian.width).panels for hessian in hessians]
+        for state, aim, wave in zip(self._states, dense._states, self._waves, strict=True):
+            sums = program(block, original, state, aim, wave.where, wave.counts, sums)
+        both = zip(hessians, sums, strict=True)
+        return tuple(cross_matrix(h, panels) for h, panels in both if isinstance(h, PanelHessian))
+
+    def advance(self, stage: int, block: Block) -> None:
+        linear: Any = self._linear
+        program = _advance_program(self._mesh, self.config, stage, linear)
+        block = self._places.put(block)
+        for index, wave in enumerate(self._waves):
+            self._states[index] = program(block, self._states[index], wave.where)
+
+    def chunks(self) -> Iterator[tuple[State, Positions]]:
+        """Each chunk's state as it is now, and where its tokens stand, on this process's first device."""
+        for state, wave in zip(self._states, self._waves, strict=True):
+            whole, where = devices.gather(self._mesh, (state, wave.where))
+            for index in range(wave.chunks):
+                yield jax.tree.map(lambda leaf, index=index: leaf[index], whole), where
+
+    def head_hessian(self, outer: Outer) -> PanelHessian:  # type: ignore[override]
+        # Only the norm in front of the head is read; the large arrays stay where they are.
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outer)
+        leaves, tree = jax.tree.flatten(shapes)
+        program = _head_program(self._mesh, self.config, tuple(leaves), tree)
+        norms = [leaf for leaf in jax.tree.leaves(outer) if leaf.ndim == 1]
+        norms = devices.put_everywhere(self._mesh, norms)
+        empty = empty_panels(self._mesh, self.config.hidden_size)
+        sums = (empty.panels, empty.tokens)
+        for state, wave in zip(self._states, self._waves, strict=True):
+            sums = program(norms, state.residual, wave.counts, sums)
+        return PanelHessian(*sums, self._mesh)
+
+    def restore(self, residuals: Sequence[np.ndarray]) -> None:
+        first = 0
+        for index, wave in enumerate(self._waves):
+            parts = residuals[first : first + wave.chunks]
+
+            def part(device: int, parts: Sequence[np.ndarray] = parts) -> np.ndarray:
+                return parts[min(device, len(parts) - 1)]
+
+            self._states[index] = State(devices.put_parts(self._mesh, part))
+            first += wave.chunks
+
+    def copy(self) -> MeshActivations:
+        twin = object.__new__(MeshActivations)
+        twin.__dict__.update(self.__dict__)
+        twin._states, twin._places = self._states.copy(), _Places(self._mesh)
+        return twin
+
+
+def text_activations(
+    config: DecoderConfig,
+    outer: Outer,
+    batches: Iterable[Any],
+    linear: Linear = plain_linear,
+    *,
+    mesh: Mesh | None = None,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
+) -> Activations:
+    """`Activations` on one device, or on all of a mesh."""
+    if mesh is None:
+        return Activations(config, outer, batches, linear, spill, hessian_bytes)
+    return MeshActivations(config, outer, batches, linear, mesh=mesh, spill=spill)
+
+
+class _Places:
+    """Blocks on all devices. Of a block that differs in a few weights from the last one, only these are copied."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._last: dict[int, tuple[Any, jax.Array]] = {}
+
+    def put(self, block: Block) -> Block:
+        leaves, tree = jax.tree.flatten(block)
+        last = {}
+        for leaf in leaves:
+            held = self._last.get(id(leaf))
+            last[id(leaf)] = (leaf, devices.put_everywhere(self._mesh, leaf)) if held is None else held
+        self._last = last
+        placed: Block = jax.tree.unflatten(tree, [last[id(leaf)][1] for leaf in leaves])
+        return placed
+
+
+def _counts(chunks: int, device: int) -> np.ndarray:
+    return np.array(device < chunks)
+
+
+def _mine(tree: Any) -> Any:
+    """This device's part without the axis of the devices."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+@lru_cache(maxsize=64)
+def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
+    def run(block: Block, state: State, where: Positions) -> State:
+        state = after_stage(config, stage, block, _mine(state), where, linear)
+        return jax.tree.map(lambda leaf: leaf[None], state)
+
+    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
+    return devices.mesh_jit(mesh, run, (whole, cut, whole), cut)
+
+
+def _inputs(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> list[jax.Array]:
+    return [x.astype(jax.numpy.float32) for x in recorded(config, stage, block, _mine(state), where).inputs]
+
+
+_Sums = tuple[list[jax.Array], list[jax.Array]]
+"""Panels of some Hessians, and their tokens."""
+
+
+@lru_cache(maxsize=64)
+def _hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
+    def accumulate(block: Block, state: State, where: Positions, counts: jax.Array, sums: _Sums) -> _Sums:
+        read = recorded(config, stage, block, _mine(state), where, linear).inputs
+        inputs = [gathered_inputs(mesh, x, counts[0]) for x in read]
+        each = zip(*sums, inputs, strict=True)
+        pairs = [add_panels(mesh, panels, tokens, x) for panels, tokens, x in each]
+        return [panels for panels, _ in pairs], [tokens for _, tokens in pairs]
+
+    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
+    sums = (cut, whole)
+    return devices.mesh_jit(mesh, accumulate, (whole, cut, whole, cut, sums), sums, donate_argnums=4)
+
+
+@lru_cache(maxsize=64)
+def _drift_program(mesh: Mesh, config: DecoderConfig, stage: int) -> Any:
+    def accumulate(
+        block: Block, original: Block, state: State, aim: State, where: Positions, counts: jax.Array, sums: list[Any]
+    ) -> list[Any]:
+        drifted = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, block, state, where)]
+        dense = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, original, aim, where)]
+        return [add_cross_panels(mesh, *each) for each in zip(sums, drifted, dense, strict=True)]
+
+    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
+    return devices.mesh_jit(mesh, accumulate, (whole, whole, cut, cut, whole, cut, cut), cut, donate_argnums=6)
+
+
+@lru_cache(maxsize=8)
+def _head_program(mesh: Mesh, config: DecoderConfig, shapes: tuple[Any, ...], tree: Any) -> Any:
+    def accumulate(norms: list[jax.Array], residual: jax.Array, counts: jax.Array, sums: Any) -> Any:
+        given = iter(norms)
+        leaves = [next(given) if s.ndim == 1 else jax.numpy.zeros(s.shape, s.dtype) for s in shapes]
+        recorder = InputRecorder()
+        logits(config, jax.tree.unflatten(tree, leaves), residual[0], recorder)
+        panels, tokens = sums
+        return add_panels(mesh, panels, tokens, gathered_inputs(mesh, recorder.inputs[0], counts[0]))
+
+    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
+    return devices.mesh_jit(mesh, accumulate, (whole, cut, cut, (cut, whole)), (cut, whole), donate_argnums=3)
