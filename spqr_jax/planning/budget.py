@@ -389,9 +389,9 @@ def plan_budget(
     Raises:
       SpQRError: the target is out of reach.
     """
+    config = config.resolved()
     assert config.target_bits is not None
     check_shards(config, source.config)
-    config = config.resolved()
     few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
     text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches], _TOKENS, _WINDOW)
     curves = measure_curves(source, text, config, events, begin=begin, keep=keep)
