@@ -1,7 +1,7 @@
 """Seconds of `spqr quantize` on devices that are not here: operations and bytes counted, divided by published rates.
 
 No device was measured. Reading and writing on the host was, on one core. Each part says how it is shared among
-devices: the text's chunks and a Hessian's panels of columns among all, a matrix's rows in whole pieces of 4096,
+devices: the text's chunks and a Hessian's panels of columns among all, a matrix's rows in whole pieces of 512,
 factorizations not at all.
 """
 
@@ -34,6 +34,8 @@ from spqr_jax.tune import TuneConfig
 
 ROWS_AT_ONCE = 4096
 """Rows of a matrix that an accelerator solves together, as in `spqr_jax.solver.columns`."""
+MESH_ROWS_AT_ONCE = 512
+"""The same for each device of a mesh, as in `spqr_jax.solver.mesh_columns`."""
 PANEL = 128
 """Columns of a panel of the loop, as there."""
 PANEL_LAUNCHES = 258
@@ -132,9 +134,10 @@ def _loop_seconds(model: DecoderConfig, config: SpQRConfig, cluster: Cluster) ->
     """The column loops: kernels that are launched one after the other, and the products of panels."""
     total = 0.0
     for count, rows, width, _ in _groups(model):
-        pieces = math.ceil(math.ceil(rows / ROWS_AT_ONCE) / cluster.devices)
+        at_once = ROWS_AT_ONCE if cluster.devices == 1 else MESH_ROWS_AT_ONCE
+        pieces = math.ceil(rows / (at_once * cluster.devices))
         launches = pieces * math.ceil(width / PANEL) * PANEL_LAUNCHES
-        products = 2.0 * pieces * ROWS_AT_ONCE * width**2 / (_REACHED["float32"] * cluster.device.float32)
+        products = 2.0 * pieces * at_once * width**2 / (_REACHED["float32"] * cluster.device.float32)
         total += count * (launches * cluster.device.launch + products)
     return total * (_SOLVED_AGAIN if config.target_bits is not None else 1.0)
 
