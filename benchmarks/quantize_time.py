@@ -29,12 +29,12 @@ from timings import QuantizeRow, add_csv_options, check_csv, save
 import spqr_jax.solver.solve
 import spqr_jax.stream.activations
 from spqr_jax import SpQRConfig, accumulate_hessian, empty_hessian
-from spqr_jax.cli.display import console, say, table
 from spqr_jax.job.job import Job
 from spqr_jax.methods import quantize_weight
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import TreeSink, TreeSource, collect
 from spqr_jax.stream.windows import batched
+from spqr_jax.terminal.display import console, say, table
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward": [(spqr_jax.stream.activations, "run_stage")],

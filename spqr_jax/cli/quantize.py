@@ -29,7 +29,6 @@ from spqr_jax.cli.options import (
     build_tuning,
     parse_mesh,
     parse_rule,
-    read_calibration,
 )
 from spqr_jax.cli.outlook import before_quantize
 from spqr_jax.cli.quantize_options import (
@@ -70,6 +69,7 @@ from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal import interrupt
+from spqr_jax.texts import read_calibration
 
 
 def quantize(
@@ -119,7 +119,7 @@ def quantize(
         drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
         input_shards=input_shards, sequential=sequential, steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
-    )  # fmt: skip
+    ).resolved()  # fmt: skip
     if plan_only:
         text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
         dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
@@ -179,7 +179,7 @@ def _provenance(opened: OpenedModel, method: str, calibration: dict[str, Any] | 
         "model": opened.label,
         "method": method,
         "calibration": calibration,
-        "command": shlex.join(["spqr", *sys.argv[1:]]),
+        "command": shlex.join(["spqr", *(word for word in sys.argv[1:] if word not in ("--resume", "--restart"))]),
         "source_quantization": opened.quantized_by,
     }
 

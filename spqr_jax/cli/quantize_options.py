@@ -194,8 +194,9 @@ CalibrationDtype = Annotated[
     option(
         MORE_CALIBRATION,
         "TYPE",
-        "Type of the matrix products during calibration: bfloat16 or float32.",
-        show_default="float32 for reference, else bfloat16",
+        "Type of the matrix products during calibration: bfloat16, float32, or auto for the one that your "
+        "processor has instructions for.",
+        show_default="float32 for reference, else auto",
     ),
 ]
 

@@ -115,10 +115,12 @@ def embed_group(
     else:
         tables = embedding_rows(outer, batches)
         ids = [np.arange(batch.size, dtype=np.int32).reshape(batch.shape) for batch in batches]
-    return [
+    residuals = [
         embed_batch(config, table, jnp.asarray(tokens), place)
         for table, tokens, place in zip(tables, ids, where, strict=True)
     ]
+    give_back_memory()  # of reading the weights outside of the blocks
+    return residuals
 
 
 def pass_blocks(

@@ -94,7 +94,7 @@ class Activations:
     def _hessian_sums(self, stage: int, block: Block, states: States, part: Part) -> tuple[Hessian, ...]:
         sums = part.empty_sums()
         for state, where in zip(states, self._where, strict=True):
-            sums = accumulate_stage(self.config, stage, block, state, where, sums, part.experts)
+            sums = accumulate_stage(self.config, stage, block, state, where, sums, part.experts, self._linear)
         return sums
 
     def _drift_sums(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from spqr_jax import devices
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, Linear, Outer, State, embed, logits, plain_linear
+from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
 from spqr_jax.solver import Hessian, PanelHessian
 from spqr_jax.solver.panel_hessian import (
     add_cross_panels,
@@ -29,7 +29,7 @@ from spqr_jax.solver.panel_hessian import (
 )
 from spqr_jax.stream.activations import Activations, States, checked_batches, places
 from spqr_jax.stream.spill import Spill
-from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, stage_groups
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, after_stage, recorded, stage_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,8 @@ class MeshActivations(Activations):
     def hessians(self, stage: int, block: Block) -> tuple[PanelHessian, ...]:  # type: ignore[override]
         """One Hessian for each of `stage_groups`, over all chunks."""
         groups = stage_groups(self.config, block.kind, stage)
-        program = _hessian_program(self._mesh, self.config, stage)
+        linear: Any = self._linear
+        program = _hessian_program(self._mesh, self.config, stage, linear)
         block = self._places.put(block)
         empty = [empty_panels(self._mesh, width) for _, width in groups]
         sums = [hessian.panels for hessian in empty], [hessian.tokens for hessian in empty]
@@ -208,7 +209,7 @@ def _mine(tree: Any) -> Any:
 @lru_cache(maxsize=64)
 def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
     def run(block: Block, state: State, where: Positions) -> State:
-        state = STAGES[stage](config, block, _mine(state), where, linear)
+        state = after_stage(config, stage, block, _mine(state), where, linear)
         return jax.tree.map(lambda leaf: leaf[None], state)
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
@@ -216,9 +217,7 @@ def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any)
 
 
 def _inputs(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> list[jax.Array]:
-    recorder = InputRecorder()
-    STAGES[stage](config, block, _mine(state), where, recorder)
-    return recorder.inputs
+    return [x.astype(jax.numpy.float32) for x in recorded(config, stage, block, _mine(state), where).inputs]
 
 
 _Sums = tuple[list[jax.Array], list[jax.Array]]
@@ -226,9 +225,10 @@ _Sums = tuple[list[jax.Array], list[jax.Array]]
 
 
 @lru_cache(maxsize=64)
-def _hessian_program(mesh: Mesh, config: DecoderConfig, stage: int) -> Any:
+def _hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
     def accumulate(block: Block, state: State, where: Positions, counts: jax.Array, sums: _Sums) -> _Sums:
-        inputs = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, block, state, where)]
+        read = recorded(config, stage, block, _mine(state), where, linear).inputs
+        inputs = [gathered_inputs(mesh, x, counts[0]) for x in read]
         each = zip(*sums, inputs, strict=True)
         pairs = [add_panels(mesh, panels, tokens, x) for panels, tokens, x in each]
         return [panels for panels, _ in pairs], [tokens for _, tokens in pairs]
