@@ -238,6 +238,10 @@ def dry_run(
       max_memory: of ``--max-memory``, such as 4GiB.
       json: a file to write all of it to.
     """
+    if machine is None:
+        config = config.resolved()
+    elif config.calibration_dtype == "auto":
+        config = dataclasses.replace(config, calibration_dtype="bfloat16")
     devices = None if mesh is None else mesh_devices(mesh)
     model = read_config(spec, say)
     cluster = None if machine is None else _with_devices(named_cluster(machine), devices)

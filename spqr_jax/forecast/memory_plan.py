@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.forecast.passes import Text, block_sizes, block_total, block_weights, input_groups, outer_weights
-from spqr_jax.forecast.quantizing import plan_text
+from spqr_jax.forecast.quantizing import plan_text, rounds
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, stage_groups
@@ -40,6 +40,7 @@ _TUNED_BYTES = 1.6  # a weight in training: its code, and its share of statistic
 _GATHERED_COPIES = 2.5  # of the inputs of all devices' chunks: XLA's memory_analysis() of a 70B block on 8 devices
 PACKED_BYTES = 0.6
 """Bytes of a quantized weight."""
+_LOGITS = 128  # positions whose logits a gradient of the loss holds
 _SPILLED_CHUNKS = 3  # of activations on disk: the one at hand, the next, and the last on its way out
 # Assumed: never measured.
 _ACCELERATOR_HOST = 1.5e9  # of a process: a GPU's or TPU's libraries and page-locked buffers
@@ -191,8 +192,8 @@ def _phases(
         "solving": {**outer, **blocks, **flow, **solving},
         "reading and writing the embedding": {"embedding and head": _OUTER_COPIES * outer["embedding and head"]},
     }
-    if config.for_head(model.head_path) is not None:
-        head_input = {name: size for name, size in flow.items() if name == "activations"}
+    if (head := config.for_head(model.head_path)) is not None:
+        head_input = {name: size for name, size in flow.items() if name == "activations" and head.needs_calibration}
         in_loop = float(_ROUND_BYTES * model.vocab_size * model.hidden_size)
         phases["output head"] = {**outer, **head_input, "output head": in_loop}
     if config.target_bits is not None:
@@ -227,7 +228,8 @@ def calibration_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, item
     """The residual stream of all windows, and what the stage at hand made of it; twice with a correction of drift."""
     times = 2 if config.corrects_drift or not config.sequential or config.solver == "brecq" else 1
     importance = 2 * model.num_layers * model.hidden_size if config.solver == "brecq" else 0  # bfloat16
-    return text.tokens * (times * (model.hidden_size + widest_inner(model)) * itemsize + importance)
+    inner = BFLOAT16 if rounds(config) else itemsize
+    return text.tokens * (times * (model.hidden_size * itemsize + widest_inner(model) * inner) + importance)
 
 
 def _chunk(text: Text, thrift: Thrift) -> int:
@@ -313,15 +315,17 @@ def _hessian_bytes(widths: Iterable[int], experts: bool, thrift: Thrift) -> floa
 def _planning(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> Parts:
     """Activations before every block, the gradient of one block and one chunk, and the trials of one stage."""
     seen, alone = plan_text(text), Layout()
-    kept = (model.num_layers + 2) * seen.tokens * model.hidden_size * itemsize
+    kept_size = BFLOAT16 if rounds(config) else itemsize
+    kept = (model.num_layers + 1) * seen.tokens * model.hidden_size * kept_size
     if thrift.spill:
-        kept = (_SPILLED_CHUNKS * _chunk(text, thrift) + seen.tokens) * model.hidden_size * itemsize
+        kept = _SPILLED_CHUNKS * _chunk(text, thrift) * model.hidden_size * kept_size
+    kept += seen.tokens * model.hidden_size * itemsize
     gradient = {
         "Hessians": 2 * max(_block_hessians(model, kind, thrift) for kind in set(model.kinds)),
         "gradients": _gradient_bytes(model, _chunk(text, thrift)),
     }
     windows = max(1, _chunk(text, thrift) // max(text.seqlen, 1))
-    logits = {"logits": float(3 * FLOAT32 * min(512, text.seqlen) * windows * model.vocab_size)}
+    logits = {"logits": float(3 * FLOAT32 * min(_LOGITS, text.seqlen) * windows * model.vocab_size)}
     kinds = set(model.kinds)
     trials = max((_solving(model, config, kind, alone, text, thrift, math.inf) for kind in kinds), key=_total)
     largest: Parts = max([gradient, logits, trials], key=_total)
