@@ -273,7 +273,9 @@ class Job:
             return False
         streams = 1 + len(solver.streams)
         size = streams * sum(state.residual.nbytes for state, _ in activations.chunks())
-        saves = size <= min(_SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free)
+        saves = self._spill is None and size <= min(
+            _SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free
+        )
         how = "saved after each block" if saves else "not saved: a run that goes on makes them again from its blocks"
         events(Event("quantizing", 0, 0, detail=Remark(f"activations ({readable_size(size)}) are {how}")))
         return saves
