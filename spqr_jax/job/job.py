@@ -158,7 +158,8 @@ class Job:
         report = Reporter(len(quantizable_paths(self._source, config)), self._recording(events), layers)
         store = self._store()
         if self._state.phase in ("plan", "blocks"):
-            store.describe(config)
+            if store is not self._sink:
+                store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
             self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
