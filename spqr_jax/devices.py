@@ -58,6 +58,14 @@ def put_parts(mesh: Mesh, part: Callable[[int], Any]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, cut_along(mesh)), here)
 
 
+def cut(mesh: Mesh, array: jax.Array, axis: int = 0) -> jax.Array:
+    """An array of this process's, cut along one axis into a part for each device; all processes must hold the same."""
+    sharding = NamedSharding(mesh, cut_along(mesh, axis))
+    places = sharding.addressable_devices_indices_map(array.shape)
+    parts = [jax.device_put(array[place], device) for device, place in places.items()]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
 @lru_cache
 def _gather(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, EVERYWHERE))

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 
 # From the bottom up: a module may import from its own layer's earlier entries and
@@ -35,6 +37,7 @@ LAYERS = [
     ["formats"],
     ["resolve", "inspection"],
     ["report", "terminal"],
+    ["texts"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -94,6 +97,18 @@ def test_importing_needs_jax_and_numpy_only():
     code = f"import sys, spqr_jax; print([m for m in {heavy!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks"])
+def test_programs_beside_the_package_import_no_command(folder):
+    """What they share with commands is in `spqr_jax.terminal` and `spqr_jax.texts`."""
+    paths = list((PACKAGE.parent / folder).rglob("*.py"))
+    assert len(paths) > 5
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith("spqr_jax.cli")], path
 
 
 def test_no_test_file_imports_another():

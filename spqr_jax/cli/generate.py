@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from spqr_jax.cli.display import number, say, write_json
 from spqr_jax.cli.help import COMPUTATION, flag, option
 from spqr_jax.cli.options import Dtype, Json, Model
-from spqr_jax.cli.stream import TextStream, converse, encode_prompts, load_generator, read_prompts
+from spqr_jax.cli.stream import TextStream, converse, encode_prompts, read_prompts
 from spqr_jax.errors import SpQRError
 from spqr_jax.generate import Generation
 from spqr_jax.models.tokenizer import pick_template
 from spqr_jax.resolve import open_model
 from spqr_jax.sampling import Sampling
+from spqr_jax.terminal.models import load_generator
 
 PROMPT, GENERATION = "Prompt", "Generation"
 

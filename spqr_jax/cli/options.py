@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import re
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -15,15 +12,12 @@ from typing import Annotated, Any, cast, get_args
 import jax
 import numpy as np
 
-from spqr_jax.cli.display import say
 from spqr_jax.cli.help import CALIBRATION, COMPUTATION, OUTPUT, TEXT, argument, flag, option
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, LayerRule, SpQRConfig
-from spqr_jax.data import DATA_HELP, Split, load_tokens, mixed_windows, shares, split_weight
+from spqr_jax.data import DATA_HELP
 from spqr_jax.errors import SpQRError
-from spqr_jax.models.tokenizer import encode_stream, render_chat
 from spqr_jax.output import check_file
-from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
-from spqr_jax.stream.windows import checked_windows
+from spqr_jax.resolve import DTYPES, MODEL_HELP
 from spqr_jax.tune import Tune, TuneConfig
 
 Model = Annotated[str, argument("MODEL", f"The model: {MODEL_HELP}.")]
@@ -82,69 +76,6 @@ CalibrationSeqLen = Annotated[int, option(CALIBRATION, "N", "Tokens per window."
 CalibrationSeed = Annotated[int, option(CALIBRATION, "N", "Seed for the random choice of windows.", "--seed", min=0)]
 
 _DIGITS = re.compile("[0-9]{1,9}")
-
-_HUB = ("huggingface.co", 443)
-
-
-def default_corpus() -> str:
-    """`wikitext2` where the hub can be reached, else `pydoc`."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false", "False"):
-        try:
-            socket.create_connection(_HUB, timeout=2).close()
-            return "wikitext2"
-        except OSError:
-            pass
-    say("the Hugging Face hub cannot be reached: using the text 'pydoc'")
-    return "pydoc"
-
-
-def read_tokens(spec: str, split: Split, model: OpenedModel) -> np.ndarray:
-    """Token ids of `spec`; the tokenizer is read only if there is text, and once."""
-    tokenizer = functools.cache(model.tokenizer)
-    return load_tokens(
-        spec,
-        split,
-        encode=lambda text: encode_stream(tokenizer(), text),
-        render=lambda messages: render_chat(tokenizer(), messages),
-    )
-
-
-def read_calibration(
-    specs: Sequence[str] | None, model: OpenedModel, seqlen: int, nsamples: int, seed: int
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Calibration windows of the texts that were asked for, and what is kept about them.
-
-    Args:
-      specs: texts as `DATA_HELP` says, each with ``=WEIGHT`` or without; none: the default.
-      model: whose tokens they are.
-      seqlen, nsamples, seed: length, number and draw of the windows.
-
-    Returns:
-      int32 [nsamples, seqlen], and `data`, `windows`, `seqlen`, `seed`; of several texts also
-      `texts`, with the `name`, `weight` and `windows` of each.
-
-    Raises:
-      DataError: no such text, too little of it, or tokens that are not this model's.
-    """
-    texts = [split_weight(spec) for spec in specs or [default_corpus()]]
-    names, weights = [name for name, _ in texts], [weight for _, weight in texts]
-    counts = shares(weights, nsamples)
-    tokens = [read_tokens(name, "calibration", model) for name in names]
-    windows = mixed_windows(tokens, weights, seqlen, nsamples, seed, names, model.first_token)
-    kept: dict[str, Any] = {"data": _mixture(texts), "windows": len(windows), "seqlen": seqlen, "seed": seed}
-    if len(texts) > 1:
-        kept["texts"] = [
-            {"name": name, "weight": weight, "windows": count}
-            for name, weight, count in zip(names, weights, counts, strict=True)
-        ]
-    return checked_windows(windows, model.source.config), kept
-
-
-def _mixture(texts: Sequence[tuple[str, float]]) -> str:
-    """Texts and their weights for people: ``wikitext2 + 2 × code.jsonl``; a text alone needs no weight."""
-    if len(texts) == 1:
-        return texts[0][0]
-    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in texts)
 
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:

@@ -21,7 +21,6 @@ from spqr_jax.cli.options import (
     Json,
     Mesh,
     Model,
-    Out,
     Overwrite,
     Restart,
     Resume,
@@ -30,7 +29,6 @@ from spqr_jax.cli.options import (
     build_tuning,
     parse_mesh,
     parse_rule,
-    read_calibration,
 )
 from spqr_jax.cli.outlook import before_quantize
 from spqr_jax.cli.quantize_options import (
@@ -42,9 +40,13 @@ from spqr_jax.cli.quantize_options import (
     GroupSize,
     HeadBits,
     InputShards,
+    MachineName,
+    MaxMemory,
     Method,
     Order,
     OutlierThreshold,
+    OutUnlessPlanning,
+    PlanOnly,
     Preset,
     Rule,
     Sequential,
@@ -56,8 +58,10 @@ from spqr_jax.cli.quantize_options import (
     TuneLearningRate,
     TuneObjective,
 )
+from spqr_jax.cli.scale import MemoryWatch, dry_run, needed_out
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.estimate import quantized_bytes
+from spqr_jax.forecast import Text
 from spqr_jax.inspection import summarize
 from spqr_jax.job.directory import quantize_to
 from spqr_jax.job.job import JobReport
@@ -65,12 +69,13 @@ from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal import interrupt
+from spqr_jax.texts import read_calibration
 
 
 def quantize(
     context: typer.Context,
     model: Model,
-    out: Out,
+    out: OutUnlessPlanning = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     restart: Restart = False,
@@ -101,6 +106,9 @@ def quantize(
     sequential: Sequential = None,
     calibration_dtype: CalibrationDtype = None,
     dtype: Dtype = None,
+    max_memory: MaxMemory = None,
+    plan_only: PlanOnly = False,
+    machine: MachineName = None,
     mesh: Mesh = None,
 ) -> None:
     """Compress a model and save it."""
@@ -112,25 +120,36 @@ def quantize(
         input_shards=input_shards, sequential=sequential, steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
     )  # fmt: skip
+    if plan_only:
+        text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
+        dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
+        return
+    config, out = config.resolved(), needed_out(out, machine)
     claim = _claim(context, out, overwrite, resume, restart)
     opened = _open_dense(model, dtype)
     claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
-    batches, calibration = None, None
+    windows, calibration = None, None
     if config.needs_calibration or tuning is not None:
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
-        batches = batched(windows)
     elif calib:
         say(f"--method {method} uses no calibration text: --calib is ignored")
     outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
+    devices = parse_mesh(mesh)
+    count = None if devices is None else devices.size
+    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, count)
+    batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
+    spill = context.with_resource(watch.spill(out))
     with EventView() as view, interrupt.at_safe_points():
         place, report = quantize_to(
             claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
-            provenance=_provenance(opened, method, calibration), mesh=parse_mesh(mesh),
+            provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill,
+            hessian_bytes=watch.thrift.hessian_bytes,
         )  # fmt: skip
     summary = summarize(CheckpointSource(place))
-    _show_result(place, summary, report)
+    _show_result(place, summary, report, watch.measured())
     figures = {name: value for name, value in summary.items() if name != "layers"}
-    write_json(json, {**figures, "seconds": report.seconds, **outlook.to_json(), "layers": summary["layers"]})
+    costs = {"seconds": report.seconds, **outlook.to_json(), **watch.to_json()}
+    write_json(json, {**figures, **costs, "layers": summary["layers"]})
     if opened.note is not None:
         say(opened.note)
     outlook.end(after_writing(out))
@@ -160,7 +179,7 @@ def _provenance(opened: OpenedModel, method: str, calibration: dict[str, Any] | 
         "model": opened.label,
         "method": method,
         "calibration": calibration,
-        "command": shlex.join(["spqr", *sys.argv[1:]]),
+        "command": shlex.join(["spqr", *(word for word in sys.argv[1:] if word not in ("--resume", "--restart"))]),
         "source_quantization": opened.quantized_by,
     }
 
@@ -175,11 +194,11 @@ def _files_to_keep(opened: OpenedModel) -> dict[str, bytes]:
         return opened.configurations()
 
 
-def _show_result(place: Path, summary: dict[str, Any], report: JobReport) -> None:
+def _show_result(place: Path, summary: dict[str, Any], report: JobReport, memory: str) -> None:
     """The line that a run ends with."""
     tell(
         (str(place), "bold"),
         f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in total "
-        f"(dense: {size(summary['dense_bytes'])}); {report.seconds:.0f} s",
+        f"(dense: {size(summary['dense_bytes'])}); {report.seconds:.0f} s; {memory}",
     )

@@ -16,6 +16,8 @@ from spqr_jax.output import Claim
 from spqr_jax.output.run_folder import has_state
 from spqr_jax.planning.budget import Plan
 from spqr_jax.stream.blocks import ModelSource
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -38,6 +40,8 @@ def quantize_to(
     provenance: dict[str, Any] | None = None,
     mesh: Mesh | None = None,
     events: Events = ignore,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> tuple[Path, JobReport]:
     """Quantizes a model into a directory.
 
@@ -49,6 +53,7 @@ def quantize_to(
       files: path in the directory -> content of more files to keep with the model.
       provenance: JSON values that tell where the model comes from; the target and the tuning are added.
       events: told of each step.
+      spill, hessian_bytes: as `Job` takes them.
 
     Returns:
       Where the directory lies, and what was done.
@@ -63,7 +68,10 @@ def quantize_to(
     batches = None if batches is None else list(batches)
     with CheckpointSink(claim, source.config, config, tokenizer=tokenizer, provenance=kept, files=files) as sink:
         state = None if claim.run is None else _kept(claim.run, sink, source, batches, config, tuning)
-        report = Job(source, sink, batches, config, tuning, plan, kept=state, mesh=mesh).run(events)
+        job = Job(
+            source, sink, batches, config, tuning, plan, kept=state, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes
+        )
+        report = job.run(events)
     return sink.path, report
 
 

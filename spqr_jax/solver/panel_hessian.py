@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from spqr_jax import devices
-from spqr_jax.solver.hessian import gram_panels, mean_square
+from spqr_jax.solver.hessian import gram_panel, gram_panels, mean_square
 
 
 def panels_of(width: int, device: int, count: int) -> list[tuple[int, int]]:
@@ -64,23 +64,6 @@ class PanelHessian:
         panels, tokens = devices.gather(self.mesh, (self.panels, self.tokens))
         return mean_square(_assembled(panels), tokens)
 
-    def host_matrix(self) -> np.ndarray:
-        """The same in host memory; a device holds one panel more than its own."""
-        width, count = self.width, devices.size(self.mesh)
-        gram = np.zeros((width, width), np.float32)
-        for slot in range(self.panels.shape[1]):
-            rows = devices.gather(self.mesh, self.panels[:, slot])
-            for device in range(count):
-                own = panels_of(width, device, count)
-                if slot < len(own):
-                    first, end = own[slot]
-                    gram[first:end, first:] = np.asarray(rows[device, : end - first, first:])
-        scale = np.float32(2.0) / np.maximum(np.asarray(devices.gather(self.mesh, self.tokens)), np.float32(1))
-        lower = np.tril_indices(width, -1)
-        gram[lower] = gram.T[lower]
-        gram *= scale
-        return gram
-
 
 @jax.jit
 def _assembled(panels: jax.Array) -> jax.Array:
@@ -112,15 +95,18 @@ def _zeros(mesh: Mesh, shape: tuple[int, ...]) -> jax.Array:
 
 
 def gathered_inputs(mesh: Mesh, x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Inside a program of a mesh: all devices' inputs, f32 [devices, tokens, in]; zeros of chunks that do not count.
+    """Inside a program of a mesh: all devices' inputs, [devices, tokens, in]; zeros of chunks that do not count.
+
+    They are float32, or bfloat16 if `x` is.
 
     Args:
       mesh: of the program.
       x: [..., in], this device's.
       counts: bool scalar, whether this device's chunk does.
     """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return lax.all_gather(jnp.where(counts, x, 0.0), mesh.axis_names)
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+    return lax.all_gather(jnp.where(counts, x, jnp.zeros((), x.dtype)), mesh.axis_names)
 
 
 def add_panels(mesh: Mesh, panels: jax.Array, tokens: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,7 +122,7 @@ def add_panels(mesh: Mesh, panels: jax.Array, tokens: jax.Array, inputs: jax.Arr
     seen = jnp.sum(jnp.any(inputs != 0, axis=2), axis=1, dtype=jnp.float32)
 
     def product(x: jax.Array, first: int, end: int) -> jax.Array:
-        return _product(x[:, first:end], x[:, first:])
+        return gram_panel(x, first, end)
 
     total = _added(mesh, panels[0], inputs, [panels_of(width, i, count) for i in range(count)], product, True)
     return total[None], lax.fori_loop(0, count, lambda chunk, tokens: tokens + seen[chunk], tokens)

@@ -23,7 +23,7 @@ from spqr_jax.models.dense import head_rows, row_pieces
 from spqr_jax.models.products import Linear, plain_linear
 
 _POSITIONS = 512  # whose logits are held at once
-_POSITIONS_OF_TWO = 128  # whose logits of two models are, with their probabilities
+_POSITIONS_OF_TWO = 128  # whose logits of two models are, with their probabilities; or those of one, with gradients
 _POSITIONS_IN_TRAINING = 64
 
 
@@ -152,7 +152,7 @@ def loss_gradient(
 
         return jax.grad(loss)(x)
 
-    pieces = over_positions(gradient, _POSITIONS, residual[:, :-1], tokens[:, 1:])
+    pieces = over_positions(gradient, _POSITIONS_OF_TWO, residual[:, :-1], tokens[:, 1:])
     return jnp.pad(pieces, ((0, 0), (0, 1), (0, 0)))
 
 

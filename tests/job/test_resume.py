@@ -43,7 +43,8 @@ CASES = {
     "target and head": (SpQRConfig(target_bits=4.5, head_bits=3), None, [("measuring", 4), ("quantizing", 1)]),
     "drift": (SpQRConfig(drift_correction=0.5), None, [("quantizing", 1)]),
     "all at once": (SpQRConfig(sequential=False), None, [("quantizing", 1)]),
-    "blocks are tuned": (SpQRConfig(), TuneConfig("blocks", epochs=1), [("quantizing", 2)]),
+    "blocks are tuned": (SpQRConfig(), TuneConfig("blocks", epochs=2), [("quantizing", 2), ("tuning", 1)]),
+    "logits are tuned": (SpQRConfig(), TuneConfig("logits", epochs=3, batch_tokens=64), [("tuning", 5)]),
     "round to nearest": (SpQRConfig.rtn(4, 16, head_bits=8), None, [("quantizing", 1)]),
     "brecq": (SpQRConfig.baseline("brecq", 3, 32, steps=4), None, [("quantizing", 1)]),
 }
@@ -59,6 +60,7 @@ def test_a_run_that_goes_on_ends_as_without_a_stop(
         if not config.needs_calibration:
             pytest.skip("there are no activations")
         monkeypatch.setattr(job_module, "_SAVED_ACTIVATIONS", 0)
+    monkeypatch.setattr(job_module, "SAVE_EVERY", 0.0)
     quantize(tiny_model, tiny_batches, config, tuning=tuning, out=tmp_path / "whole")
     for number, (phase, count) in enumerate(stops):
         with pytest.raises(Stop):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.command import spqr
+from support.events import LayerReports
 from support.problems import TINY, divergence
 
 from spqr_jax import SpQRArray, SpQRConfig, quantize, save
@@ -217,14 +218,10 @@ def test_an_expert_that_no_text_reaches_is_rounded_with_a_warning(model, tiny_ba
     gain, nothing = np.ones(64, np.float32), np.zeros(block.o_proj.shape, np.float32)
     first = block.replace({"router": away, "attention_norm": gain, "o_proj": nothing})
     shunned = dataclasses.replace(model, outer=outer, layers=(first, model.layers[1]))
-    reports = {}
+    told = LayerReports()
     with pytest.warns(UserWarning, match=r"layers.0: these experts see few calibration tokens .* 1 \(0\)"):
-        quantized = quantize(
-            shunned,
-            many,
-            SpQRConfig(bits=4, outlier_threshold=0.5),
-            on_layer=lambda report: reports.update({report.path: report.stats}),
-        )
+        quantized = quantize(shunned, many, SpQRConfig(bits=4, outlier_threshold=0.5), events=told)
+    reports = {layer.path: layer.stats for layer in told.layers}
     starved, reached = reports["layers.0.experts.1.up_proj"], reports["layers.0.experts.0.up_proj"]
     assert (starved.tokens, starved.damping) == (0, pytest.approx(64 * reached.damping))
     tokens = np.concatenate(many).size

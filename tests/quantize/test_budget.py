@@ -16,10 +16,13 @@ from spqr_jax.methods import quantize_weights
 from spqr_jax.models import decoder, experts
 from spqr_jax.models.attention import positions
 from spqr_jax.models.decoder import random_decoder
+from spqr_jax.models.products import plain_linear
 from spqr_jax.planning.budget import Candidate, Ledger, WeightCurve, make_plan, plan_budget
 from spqr_jax.planning.sensitivity import block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.windows import beginnings
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,29 @@ def wide_model(tiny_config):
     """Large enough that a target between two widths can be met closely."""
     config = dataclasses.replace(tiny_config, hidden_size=128, intermediate_size=128, num_layers=3, head_dim=32)
     return random_decoder(config, seed=4)
+
+
+def test_a_plan_reads_the_beginnings_of_many_windows():
+    windows = np.arange(20 * 700).reshape(20, 700)
+    batches = beginnings([windows[:3], windows[3:]], 4096, 512)
+    np.testing.assert_array_equal(np.concatenate(batches), windows[:8, :512])
+    few = beginnings([windows[:2, :50], windows[2:4]], 4096, 512)  # too few for 4096 tokens: all of them, whole
+    assert [batch.shape for batch in few] == [(2, 50), (1, 700), (1, 700)]
+
+
+def test_a_plan_with_rounded_products_is_nearly_the_exact_one(tiny_model, tiny_batches):
+    """Rounding is noise of less than a percent in a product; nothing that a plan needs moves by more than a few."""
+    measured = []
+    for linear in (plain_linear, rounded_linear):
+        blocks = {}
+        visit = lambda block, blocks=blocks: blocks.update({block.index: block})  # noqa: E731
+        block_sensitivities(TreeSource(tiny_model), tiny_batches, visit, linear=linear)
+        measured.append(blocks[0])
+    exact, rounded = measured
+    for name, fisher in exact.fisher.items():
+        np.testing.assert_allclose(rounded.fisher[name].mean(), fisher.mean(), rtol=0.05)
+    for (_, ours), (_, theirs) in zip(rounded.hessians, exact.hessians, strict=True):
+        assert 0 < float(jnp.linalg.norm(ours.gram - theirs.gram) / jnp.linalg.norm(theirs.gram)) < 0.01
 
 
 def arrays_of(params):
@@ -101,7 +127,9 @@ def test_experts_share_their_mean_sensitivity():
         return -jnp.sum(jnp.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=-1))
 
     gradient = jax.jit(jax.grad(loss))(np.zeros((3, 2, 16, 32), np.float32))
-    (sensitivity,) = block_sensitivities(TreeSource(model), [tokens])
+    blocks = []
+    block_sensitivities(TreeSource(model), [tokens], blocks.append)
+    (sensitivity,) = blocks
     for expert in range(3):
         np.testing.assert_allclose(
             sensitivity.fisher[f"experts.{expert}.up_proj"], np.mean(np.square(gradient)), rtol=1e-3

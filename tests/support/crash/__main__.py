@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -29,7 +30,7 @@ COMMAND = [
     "--seqlen", "32", "--tune", "logits", "--tune-epochs", "2",
 ]  # fmt: skip
 MOST_KILLS = 4  # of one run
-_FINISHED_BLOCK = re.compile(r"\.q\.run/[a-z]+/layers/\d{5}")
+_FINISHED_BLOCK = re.compile(r"\.q\.run/untuned/layers/\d{5}")  # those of the result come all at once, at the end
 
 
 @dataclasses.dataclass
@@ -128,7 +129,7 @@ class Attempt:
 
 def attempt(bench: Bench, place: Path, overwrite: bool, resume: bool, disturb: bool, chance: random.Random) -> Attempt:
     """Starts the command and kills it at random, if `disturb`."""
-    log = bench.folder / "attempt.log"
+    log = bench.folder / f"{place.name}.log"
     log.unlink(missing_ok=True)
     environment, aim, wait = {}, "none", None
     if bench.library is not None:
@@ -182,6 +183,7 @@ def killed_run(bench: Bench, number: int, seed: int) -> tuple[list[str], Counter
     else:
         wrong.append("it did not end")
     wrong += compare(bench, place, overwrite)
+    (bench.folder / f"{place.name}.log").unlink(missing_ok=True)
     if not wrong:
         shutil.rmtree(place)
     return wrong, counts
@@ -198,8 +200,8 @@ def compare(bench: Bench, place: Path, overwrite: bool) -> list[str]:
     return wrong
 
 
-def power_cut_run(bench: Bench, number: int, seed: int) -> list[str]:
-    """Goes on after a power cut during an undisturbed run: what is wrong."""
+def power_cut_run(bench: Bench, number: int, seed: int) -> tuple[list[str], Counter[str]]:
+    """Goes on after a power cut during an undisturbed run: what is wrong, and that it ended."""
     chance = random.Random(f"{seed} power {number}")
     place = bench.place(f"cut-{number}")
     records = [r for r in bench.records if not r.path.startswith(("model", "ids.npy"))]
@@ -211,7 +213,7 @@ def power_cut_run(bench: Bench, number: int, seed: int) -> list[str]:
     wrong += compare(bench, place, False)
     if not wrong:
         shutil.rmtree(place)
-    return [f"after {count} of {len(records)} changes: {problem}" for problem in wrong]
+    return [f"after {count} of {len(records)} changes: {problem}" for problem in wrong], Counter({"after a cut": 1})
 
 
 def main() -> int:
@@ -219,24 +221,27 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200, help="that are killed and gone on with")
     parser.add_argument("--cuts", type=int, default=None, help="power cuts; by default a quarter of --runs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     parser.add_argument("--only", type=int, default=None, help="this run alone")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="spqr-crash-"))
     bench = prepare(folder)
     print(f"an undisturbed run takes {bench.seconds:.1f} s and changes {bench.calls} names or flushes", flush=True)
+    runs = range(arguments.runs) if arguments.only is None else [arguments.only]
+    cuts = range(arguments.runs // 4 if arguments.cuts is None else arguments.cuts)
+    cuts = cuts if bench.records and arguments.only is None else range(0)
     problems, counts = [], Counter()
-    for number in range(arguments.runs) if arguments.only is None else [arguments.only]:
-        wrong, stops = killed_run(bench, number, arguments.seed)
-        counts += stops
-        for problem in wrong:
-            problems.append(f"run {number}: {problem}")
-            print(problems[-1], flush=True)
-    cuts = arguments.runs // 4 if arguments.cuts is None else arguments.cuts
-    for number in range(cuts if bench.records and arguments.only is None else 0):
-        for problem in power_cut_run(bench, number, arguments.seed):
-            problems.append(f"power cut {number}: {problem}")
-            print(problems[-1], flush=True)
-    print(json.dumps({"runs": arguments.runs, "stopped by": counts, "power cuts": cuts, "problems": len(problems)}))
+    with concurrent.futures.ThreadPoolExecutor(arguments.processes) as pool:
+        killed = {pool.submit(killed_run, bench, number, arguments.seed): f"run {number}" for number in runs}
+        cut = {pool.submit(power_cut_run, bench, number, arguments.seed): f"power cut {number}" for number in cuts}
+        names = {**killed, **cut}
+        for done in concurrent.futures.as_completed(names):
+            wrong, stops = done.result()
+            counts += stops
+            for problem in wrong:
+                problems.append(f"{names[done]}: {problem}")
+                print(problems[-1], flush=True)
+    print(json.dumps({"runs": len(runs), "power cuts": len(cuts), "attempts": counts, "problems": len(problems)}))
     if problems:
         print(f"what is wrong lies in {folder}")
     else:
