@@ -18,6 +18,7 @@ from spqr_jax.models.weights import OUTER_NAMES, Block, Decoder, Outer, Weight, 
 from spqr_jax.parallel.cut import Split, cut, join, row_unit, with_equal_lists
 from spqr_jax.parallel.plan import VOCABULARY, block_splits, local_config, vocabulary_split
 from spqr_jax.quantized import is_quantized
+from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource, TreeSource
 
 AXIS = "model"
@@ -244,9 +245,12 @@ class ShardedSource:
     def identity(self) -> str:
         """As `BlockSource` has it, of the whole weights."""
         digest = hashlib.sha256(TreeSource(Decoder(self.outer(), (), self.config)).identity().encode())
-        for index in range(self.config.num_layers):
-            block = Decoder(Outer(None, None), (self.block(index),), self.config)
-            digest.update(TreeSource(block).identity().encode())
+
+        def add(index: int, block: Block) -> None:
+            alone = Decoder(Outer(None, None), (block,), self.config)
+            digest.update(TreeSource(alone).identity().encode())
+
+        sweep.forward(self, add, read_ahead=False)  # a read may be an exchange of pieces
         return digest.hexdigest()
 
     def outer(self) -> Outer:
