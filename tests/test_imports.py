@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 # From the bottom up: a module may import from its own layer's earlier entries and
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
-    ["errors", "events", "_compat", "compile_cache", "product_jit", "devices"],
+    ["errors", "events", "_compat", "compile_cache", "product_jit"],
+    ["devices"],
     ["files"],
     ["output"],
     ["atomic"],
@@ -51,8 +52,11 @@ def top(module: str) -> str:
 def imports_of(path: Path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "spqr_jax":
-            is_version = [alias.name for alias in node.names] == ["__version__"]  # a constant that any layer may show
-            yield from () if is_version else (top(node.module),)
+            names = [alias.name for alias in node.names if alias.name != "__version__"]  # any layer may show it
+            if node.module == "spqr_jax":  # modules by their names, or public names
+                yield from (name if name in LEVEL else "__init__" for name in names)
+            elif names:
+                yield top(node.module)
         if isinstance(node, ast.Import):
             yield from (top(alias.name) for alias in node.names if alias.name.split(".")[0] == "spqr_jax")
 

@@ -147,9 +147,8 @@ def quantize(
         )  # fmt: skip
     summary = summarize(CheckpointSource(place))
     _show_result(place, summary, report, watch.measured())
-    figures = {name: value for name, value in summary.items() if name != "layers"}
     costs = {"seconds": report.seconds, **outlook.to_json(), **watch.to_json()}
-    write_json(json, {**figures, **costs, "layers": summary["layers"]})
+    write_json(json, {**costs, **summary})  # the long entry, layers, is the last
     if opened.note is not None:
         say(opened.note)
     outlook.end(after_writing(out))
