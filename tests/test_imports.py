@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 # From the bottom up: a module may import from its own layer's earlier entries and
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
-    ["errors", "events", "_compat", "compile_cache", "product_jit", "devices"],
+    ["errors", "events", "_compat", "compile_cache", "product_jit"],
+    ["devices"],
     ["files"],
     ["output"],
     ["atomic"],

@@ -43,3 +43,10 @@ def test_an_error_of_one_process_ends_all():
     assert all(process.returncode for process in processes)
     assert "process 1 failed: RuntimeError: on purpose" in errors[0]
     assert time.monotonic() - begun < 200
+
+
+def test_eight_devices_hold_a_sixth_each_of_what_one_holds():
+    """From shapes alone: activations, a Hessian while it is summed, and weights while their columns are solved."""
+    held = mesh_runs.result(mesh_runs.begin(devices=8, memory=[1, 8]))
+    for part, alone in held["1"].items():
+        assert 6 * held["8"][part] <= alone, (part, held)
