@@ -128,12 +128,12 @@ def quantize(
         drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
         input_shards=input_shards, sequential=sequential, steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
-    ).resolved()  # fmt: skip
+    )  # fmt: skip
     if plan_only:
         text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
         dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
         return
-    out = needed_out(out, machine)
+    config, out = config.resolved(), needed_out(out, machine)
     if hosts is None:
         claim = _claim(context, out, overwrite, resume, restart)
     elif is_first():  # nothing is saved for a later run: the other processes would have to go on, too

@@ -158,7 +158,8 @@ class Job:
         report = Reporter(len(quantizable_paths(self._source, config)), self._recording(events), layers)
         store = self._store()
         if self._state.phase in ("plan", "blocks"):
-            store.describe(config)
+            if store is not self._sink:
+                store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
             self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
@@ -273,7 +274,9 @@ class Job:
             return False
         streams = 1 + len(solver.streams)
         size = streams * sum(state.residual.nbytes for state, _ in activations.chunks())
-        saves = size <= min(_SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free)
+        saves = self._spill is None and size <= min(
+            _SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free
+        )
         how = "saved after each block" if saves else "not saved: a run that goes on makes them again from its blocks"
         events(Event("quantizing", 0, 0, detail=Remark(f"activations ({readable_size(size)}) are {how}")))
         return saves
