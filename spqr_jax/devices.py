@@ -8,6 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spqr_jax.product_jit import product_options
@@ -92,3 +94,9 @@ def mesh_jit(
     if options is None:
         options = product_options(mesh.devices.flat[0].platform)
     return jax.jit(mapped, compiler_options=options, **jit_options)
+
+
+def sent_by(mesh: Mesh, index: jax.Array, tree: Any) -> Any:
+    """Inside a program of a mesh: the arrays of device `index`, on every device; none of the others' is held."""
+    here = lax.axis_index(mesh.axis_names) == index
+    return jax.tree.map(lambda x: lax.psum(jnp.where(here, x, jnp.zeros((), x.dtype)), mesh.axis_names), tree)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import jax
-import numpy as np
 
 from spqr_jax.cli.help import CALIBRATION, COMPUTATION, OUTPUT, TEXT, argument, flag, option
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, LayerRule, SpQRConfig
@@ -18,6 +16,7 @@ from spqr_jax.data import DATA_HELP
 from spqr_jax.errors import SpQRError
 from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP
+from spqr_jax.stream.mesh import parse_mesh as mesh_of
 from spqr_jax.tune import Tune, TuneConfig
 
 Model = Annotated[str, argument("MODEL", f"The model: {MODEL_HELP}.")]
@@ -43,8 +42,17 @@ Mesh = Annotated[
     option(
         COMPUTATION,
         "MESH",
-        "Devices to calibrate on, such as data=4 or data=4,rows=2. auto: all of this machine.",
+        "Devices to quantize on, such as data=4 or data=4,rows=2. auto: all.",
         show_default="one device",
+    ),
+]
+Hosts = Annotated[
+    str | None,
+    option(
+        COMPUTATION,
+        "HOSTS",
+        "Run on several machines, the same command on each: ADDRESS:PORT,COUNT,INDEX. auto: as the cluster says.",
+        show_default="this one",
     ),
 ]
 Json = Annotated[
@@ -86,16 +94,7 @@ def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:
     """
     if text is None:
         return None
-    sizes = {"data": len(jax.devices())}
-    if text != "auto":
-        parts = [part.partition("=") for part in text.split(",")]
-        if any(name not in ("data", "rows") or not _DIGITS.fullmatch(size) for name, _, size in parts):
-            raise SpQRError(f"--mesh {text!r}: expected such as data=4 or data=4,rows=2, or auto")
-        sizes = {name: int(size) for name, _, size in parts}
-    count = math.prod(sizes.values())
-    if not 1 <= count <= len(jax.devices()):
-        raise SpQRError(f"--mesh {text} takes {count} devices, but there are {len(jax.devices())}")
-    return jax.sharding.Mesh(np.array(jax.devices()[:count]).reshape(tuple(sizes.values())), tuple(sizes))
+    return mesh_of(text)
 
 
 def parse_rule(text: str) -> LayerRule:

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import typer
 
 from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.cli.display import EventView, describe_head, say, size, tell, write_json
+from spqr_jax.cli.display import EventView, console, describe_head, errors, say, size, tell, write_json
 from spqr_jax.cli.next_step import after_writing
 from spqr_jax.cli.options import (
     Calibration,
     CalibrationSeed,
     CalibrationSeqLen,
     Dtype,
+    Hosts,
     Json,
     Mesh,
     Model,
@@ -63,10 +64,11 @@ from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.estimate import quantized_bytes
 from spqr_jax.forecast import Text
 from spqr_jax.inspection import summarize
-from spqr_jax.job.directory import quantize_to
+from spqr_jax.job.directory import quantize_to, take_part
 from spqr_jax.job.job import JobReport
 from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
+from spqr_jax.stream.mesh import hosts_together, is_first, start_hosts, wait_for_all
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal import interrupt
 from spqr_jax.texts import read_calibration
@@ -110,8 +112,15 @@ def quantize(
     plan_only: PlanOnly = False,
     machine: MachineName = None,
     mesh: Mesh = None,
+    hosts: Hosts = None,
 ) -> None:
     """Compress a model and save it."""
+    if hosts is not None:
+        start_hosts(hosts)
+        mesh = mesh or "auto"
+        if resume or restart or tune != "none":
+            raise SpQRError("with --hosts, --tune, --resume and --restart do not work: run them on one machine")
+        console.quiet = errors.quiet = not is_first()
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
     config = build_config(
         method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
@@ -125,9 +134,15 @@ def quantize(
         dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
         return
     config, out = config.resolved(), needed_out(out, machine)
-    claim = _claim(context, out, overwrite, resume, restart)
+    if hosts is None:
+        claim = _claim(context, out, overwrite, resume, restart)
+    elif is_first():  # nothing is saved for a later run: the other processes would have to go on, too
+        claim = context.with_resource(Claim(out, overwrite))
+    else:
+        claim = None
     opened = _open_dense(model, dtype)
-    claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
+    if claim is not None:
+        claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
     windows, calibration = None, None
     if config.needs_calibration or tuning is not None:
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
@@ -139,12 +154,19 @@ def quantize(
     watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, count)
     batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
     spill = context.with_resource(watch.spill(out))
-    with EventView() as view, interrupt.at_safe_points():
+    with hosts_together(), EventView() as view, interrupt.at_safe_points():
+        if claim is None:
+            take_part(
+                opened.source, batches, config, mesh=devices, spill=spill, hessian_bytes=watch.thrift.hessian_bytes
+            )
+            wait_for_all("written")
+            return
         place, report = quantize_to(
             claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
             provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill,
             hessian_bytes=watch.thrift.hessian_bytes,
         )  # fmt: skip
+        wait_for_all("written")
     summary = summarize(CheckpointSource(place))
     _show_result(place, summary, report, watch.measured())
     costs = {"seconds": report.seconds, **outlook.to_json(), **watch.to_json()}

@@ -12,6 +12,7 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.events import Events, ignore
 from spqr_jax.job.job import Job, JobReport, Kept, Store
 from spqr_jax.journal import Journal, identity_of
+from spqr_jax.models.decoder import Block, Outer
 from spqr_jax.output import Claim
 from spqr_jax.output.run_folder import has_state
 from spqr_jax.planning.budget import Plan
@@ -73,6 +74,31 @@ def quantize_to(
         )
         report = job.run(events)
     return sink.path, report
+
+
+class _NoSink:
+    """Takes a model's parts and drops them."""
+
+    def put_outer(self, outer: Outer) -> None: ...
+
+    def put_block(self, index: int, block: Block) -> None: ...
+
+    def record(self, path: str, stats: dict[str, float]) -> None: ...
+
+    def describe(self, quantization: SpQRConfig) -> None: ...
+
+
+def take_part(
+    source: ModelSource,
+    batches: Iterable[Any] | None,
+    config: SpQRConfig,
+    *,
+    mesh: Mesh | None,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
+) -> None:
+    """What every process but the first does while the first runs `quantize_to`: the same, but it writes nothing."""
+    Job(source, _NoSink(), batches, config, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes).run()
 
 
 def _kept(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spqr_jax import devices
+import spqr_jax.devices as devices
 from spqr_jax.layout import round_up
 from spqr_jax.solver import columns, panels
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns

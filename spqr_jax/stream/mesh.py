@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spqr_jax import _compat
+from spqr_jax._compat import Watch, barrier, start_distributed
 from spqr_jax.errors import SpQRError
 
 AXES = ("data", "rows")
@@ -70,7 +70,7 @@ def start_hosts(text: str) -> None:
             raise SpQRError(f"--hosts {text}: the processes are counted from 0 to {count - 1}, and this is {index}")
         settings = {"coordinator_address": parts[0], "num_processes": count, "process_id": index}
     try:
-        _compat.start_distributed(_START, **settings)
+        start_distributed(_START, **settings)
     except (RuntimeError, ValueError) as error:
         raise SpQRError(f"--hosts {text}: the processes did not come together: {error}") from None
 
@@ -82,7 +82,7 @@ def is_first() -> bool:
 
 def wait_for_all(name: str) -> None:
     """Returns once every process has come to this point; `name` tells the points of a run apart."""
-    _compat.barrier(name, _START)
+    barrier(name, _START)
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def hosts_together() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    watch = _compat.Watch(_GRACE)
+    watch = Watch(_GRACE)
     try:
         yield
     except BaseException as error:

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spqr_jax import devices
+import spqr_jax.devices as devices
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
 from spqr_jax.solver import Hessian, PanelHessian
-from spqr_jax.solver.panel_hessian import add_panels, empty_panels, gathered_inputs
+from spqr_jax.solver.panel_hessian import add_panels, counted_inputs, empty_panels
 from spqr_jax.stream.activations import Activations, States, checked_batches, places
 from spqr_jax.stream.mesh_sums import (
     drift_at,
@@ -241,7 +241,7 @@ def _head_program(mesh: Mesh, config: DecoderConfig, shapes: tuple[Any, ...], tr
         recorder = InputRecorder()
         logits(config, jax.tree.unflatten(tree, leaves), residual[0], recorder)
         panels, tokens = sums
-        return add_panels(mesh, panels, tokens, gathered_inputs(mesh, recorder.inputs[0], counts[0]))
+        return add_panels(mesh, panels, tokens, counted_inputs(recorder.inputs[0], counts[0]))
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
     return devices.mesh_jit(mesh, accumulate, (whole, cut, cut, (cut, whole)), (cut, whole), donate_argnums=3)

@@ -6,6 +6,7 @@ experts by turns: device d of D has those whose place in the part is d modulo D.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from typing import Any
 
@@ -15,16 +16,16 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from spqr_jax import devices
+import spqr_jax.devices as devices
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.tiles import NO_EXPERT
 from spqr_jax.solver import Hessian, PanelHessian
 from spqr_jax.solver.panel_hessian import (
     add_cross_panels,
     add_panels,
+    counted_inputs,
     cross_matrix,
     empty_panels,
-    gathered_inputs,
 )
 from spqr_jax.stream.stages import (
     PairInput,
@@ -112,14 +113,10 @@ def _inputs(config: DecoderConfig, stage: int, block: Any, state: Any, where: An
     return [x.astype(jnp.float32) for x in recorded(config, stage, block, mine(state), where).inputs]
 
 
-def _gathered_pairs(mesh: Mesh, given: PairInput, counts: jax.Array) -> tuple[Any, Any]:
-    """Rows and tiles of all devices' chunks, [devices, ...]; no tiles of chunks that do not count."""
+def _counted_pairs(given: PairInput, counts: jax.Array) -> tuple[Any, Any]:
+    """Rows and tiles of what experts read; no tiles of a chunk that does not count."""
     number = jnp.where(counts, given.tiles.counts, 0)
-    leaves, tree = jax.tree.flatten(given.tiles)
-    leaves = [number if leaf is given.tiles.counts else leaf for leaf in leaves]
-    both = (given.rows.astype(jnp.float32), jax.tree.unflatten(tree, leaves))
-    rows, tiles = jax.tree.map(lambda leaf: lax.all_gather(leaf, mesh.axis_names), both)
-    return rows, tiles
+    return given.rows.astype(jnp.float32), dataclasses.replace(given.tiles, counts=number)
 
 
 @lru_cache(maxsize=64)
@@ -128,17 +125,20 @@ def hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any, 
 
     def dense(block: Any, state: Any, where: Any, counts: jax.Array, sums: Sums, which: jax.Array) -> Sums:
         read = recorded(config, stage, block, mine(state), where, linear).inputs
-        inputs = [gathered_inputs(mesh, x, counts[0]) for x in read]
+        inputs = [counted_inputs(x, counts[0]) for x in read]
         pairs = [add_panels(mesh, panels, tokens, x) for panels, tokens, x in zip(*sums, inputs, strict=True)]
         return [panels for panels, _ in pairs], [tokens for _, tokens in pairs]
 
     def experts(block: Any, state: Any, where: Any, counts: jax.Array, sums: Sums, which: jax.Array) -> Sums:
         given = recorded(config, stage, block, mine(state), where, linear).pairs[0]
 
-        def add(sums: Hessian, chunk: Any) -> tuple[Hessian, None]:
-            return accumulate_experts(sums, PairInput(given.names, *chunk), which[0]), None
+        pairs = _counted_pairs(given, counts[0])
 
-        total, _ = lax.scan(add, Hessian(*sums), _gathered_pairs(mesh, given, counts[0]))
+        def add(sums: Hessian, sender: jax.Array) -> tuple[Hessian, None]:
+            sent = devices.sent_by(mesh, sender, pairs)
+            return accumulate_experts(sums, PairInput(given.names, *sent), which[0]), None
+
+        total, _ = lax.scan(add, Hessian(*sums), jnp.arange(devices.size(mesh)))
         return total.gram, total.tokens
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
@@ -154,8 +154,8 @@ def drift_program(mesh: Mesh, config: DecoderConfig, stage: int, of_experts: boo
     def dense(
         block: Any, original: Any, state: Any, aim: Any, where: Any, counts: Any, sums: Any, which: jax.Array
     ) -> Any:
-        drifted = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, block, state, where)]
-        aims = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, original, aim, where)]
+        drifted = [counted_inputs(x, counts[0]) for x in _inputs(config, stage, block, state, where)]
+        aims = [counted_inputs(x, counts[0]) for x in _inputs(config, stage, original, aim, where)]
         return [add_cross_panels(mesh, *each) for each in zip(sums, drifted, aims, strict=True)]
 
     def experts(
@@ -164,12 +164,13 @@ def drift_program(mesh: Mesh, config: DecoderConfig, stage: int, of_experts: boo
         drifted = recorded(config, stage, block, mine(state), where).pairs[0]
         aims = recorded(config, stage, original, mine(aim), where).pairs[0]
 
-        def add(sums: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-            x, given = (PairInput(drifted.names, *each) for each in chunk)
+        both = _counted_pairs(drifted, counts[0]), _counted_pairs(aims, counts[0])
+
+        def add(sums: jax.Array, sender: jax.Array) -> tuple[jax.Array, None]:
+            x, given = (PairInput(drifted.names, *pairs) for pairs in devices.sent_by(mesh, sender, both))
             return experts_drift(sums, x, given, config.experts_per_token, which[0]), None
 
-        both = (_gathered_pairs(mesh, drifted, counts[0]), _gathered_pairs(mesh, aims, counts[0]))
-        return lax.scan(add, sums, both)[0]
+        return lax.scan(add, sums, jnp.arange(devices.size(mesh)))[0]
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
     in_specs = (whole, whole, cut, cut, whole, cut, cut, cut)

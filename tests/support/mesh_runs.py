@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -96,5 +97,53 @@ def _sink(model: Any) -> Any:
     return TreeSink(model)
 
 
+def memory(count: int) -> dict[str, int]:
+    """Bytes that one of `count` devices holds of what is spread: from compiled programs, which are not run.
+
+    What every device holds whole is left out: inputs of two chunks of text, and the factor U.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from spqr_jax import SpQRConfig, devices
+    from spqr_jax.solver import columns
+    from spqr_jax.solver.panel_hessian import add_panels, panel_slots
+    from spqr_jax.solver.solve import column_spec
+    from spqr_jax.stream.mesh import parse_mesh
+
+    def held(compiled: Any) -> int:
+        used = compiled.memory_analysis()
+        return (
+            used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+        )
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    mesh, width, tokens, rows = parse_mesh(f"data={count}"), 4096, 64, 8192
+    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
+    program = devices.mesh_jit(
+        mesh, lambda panels, seen, x: add_panels(mesh, panels, seen, x[0]), (cut, whole, cut), (cut, whole),
+        donate_argnums=(0, 1),
+    )  # fmt: skip
+    panels = shape(count, *panel_slots(width, count), width)
+    gram = held(program.lower(panels, shape(), shape(count, tokens, width)).compile())
+    text = jax.sharding.NamedSharding(mesh, cut).shard_shape((8, 2, 1024, width))  # a wave of eight, or eight of one
+    config, inner = SpQRConfig(), 512
+    spec, here = column_spec(config, config.group_size, True), rows // count
+    choices = columns.RowChoices(shape(here), shape(here))
+    loop = jax.jit(columns.all_columns, static_argnums=4)
+    loop = loop.lower(shape(inner, here), shape(inner, inner), shape(inner, dtype=bool), choices, spec).compile()
+    return {
+        "activations": 4 * math.prod(text),
+        "Hessian": gram - 2 * 4 * tokens * width,
+        "column loop": held(loop) - 4 * inner**2,
+    }
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    if "memory" in given:
+        print(json.dumps({str(count): memory(count) for count in given["memory"]}))
+    else:
+        main(given)
