@@ -119,12 +119,12 @@ def quantize(
         drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
         input_shards=input_shards, sequential=sequential, steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
-    ).resolved()  # fmt: skip
+    )  # fmt: skip
     if plan_only:
         text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
         dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
         return
-    out = needed_out(out, machine)
+    config, out = config.resolved(), needed_out(out, machine)
     claim = _claim(context, out, overwrite, resume, restart)
     opened = _open_dense(model, dtype)
     claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))

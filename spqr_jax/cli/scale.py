@@ -42,6 +42,7 @@ from spqr_jax.stream.spill import Spill
 from spqr_jax.tune import TuneConfig
 
 _USABLE = 0.9  # of a named machine's memory
+_JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes at its start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,10 +238,17 @@ def dry_run(
       max_memory: of ``--max-memory``, such as 4GiB.
       json: a file to write all of it to.
     """
+    if machine is None:
+        config = config.resolved()
+    elif config.calibration_dtype == "auto":
+        config = dataclasses.replace(config, calibration_dtype="bfloat16")
     devices = None if mesh is None else mesh_devices(mesh)
     model = read_config(spec, say)
     cluster = None if machine is None else _with_devices(named_cluster(machine), devices)
-    layout = this_layout(devices) if cluster is None else Layout(cluster.devices, cluster.hosts, on_host=False)
+    layout = this_layout(devices)
+    if cluster is not None:
+        usable = _JAX_SHARE * cluster.device.memory
+        layout = Layout(cluster.devices, cluster.hosts, on_host=False, device_memory=usable)
     chosen = dtype or (default_dtype() if cluster is None else "bfloat16")
     run = Run(model, config, text, tuning, chosen, layout)
     thrift, plan = run.fitted(None if max_memory is None else parse_bytes(max_memory))

@@ -1,7 +1,7 @@
 """Seconds of `spqr quantize` on devices that are not here: operations and bytes counted, divided by published rates.
 
 No device was measured. Reading and writing on the host was, on one core. Each part says how it is shared among
-devices: the text's chunks and a Hessian's panels of columns among all, a matrix's rows in whole pieces of 4096,
+devices: the text's chunks and a Hessian's panels of columns among all, a matrix's rows in whole pieces of 512,
 factorizations not at all.
 """
 
@@ -27,19 +27,21 @@ from spqr_jax.forecast.passes import (
     model_weights,
     outer_weights,
 )
-from spqr_jax.forecast.quantizing import calibration_work, head_work, plan_work, solver_work, tuning_work
+from spqr_jax.forecast.quantizing import calibration_work, head_work, plan_work, rounds, solver_work, tuning_work
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.solver.hessian import gram_panels
 from spqr_jax.tune import TuneConfig
 
 ROWS_AT_ONCE = 4096
 """Rows of a matrix that an accelerator solves together, as in `spqr_jax.solver.columns`."""
+MESH_ROWS_AT_ONCE = 512
+"""The same for each device of a mesh, as in `spqr_jax.solver.mesh_columns`."""
 PANEL = 128
 """Columns of a panel of the loop, as there."""
 PANEL_LAUNCHES = 258
 """Kernels of a panel: 8263 for the 32 panels of 4096x4096, counted in the compiled programs (performance.md)."""
 # Assumed: parts of the published rates that kinds of work reach.
-_REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "attention": 0.15}
+_REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "rounded_gram": 0.7, "attention": 0.15}
 _FACTOR_REACHED = {"gpu": 0.3, "tpu": 0.1}
 _DISK = 1e9  # bytes per second to and from a host's disk; assumed
 _HOST_SECONDS_A_WEIGHT = 8.4e-9  # to read (2.3) and to pack and write (6.1) it; measured on one core (AMD, Zen 4)
@@ -58,7 +60,7 @@ def cluster_costs(
     blocks: Costs = {}
     if config.needs_calibration:
         work = calibration_work(model, config, text)
-        forward = dataclasses.replace(work, gram=0.0)
+        forward = dataclasses.replace(work, gram=0.0, rounded_gram=0.0)
         blocks["forward passes"] = waves * _seconds(forward, cluster, dtype)
         blocks["Hessians"] = _gram_seconds(model, config, text, cluster)
         solver = solver_work(model, config, text)
@@ -92,7 +94,12 @@ def _seconds(work: Work, cluster: Cluster, dtype: str) -> float:
     device = cluster.device
     rates = {"bfloat16": device.bfloat16, "float32": device.float32}
     of_weights = rates["float32" if dtype == "float32" else "bfloat16"]
-    by_kind = {"dense": of_weights, "bfloat16": device.bfloat16, "attention": of_weights}
+    by_kind = {
+        "dense": of_weights,
+        "bfloat16": device.bfloat16,
+        "rounded_gram": device.bfloat16,
+        "attention": of_weights,
+    }
     reached = _REACHED | {"factor": _FACTOR_REACHED[device.platform]}
     return sum(getattr(work, kind) / (part * by_kind.get(kind, device.float32)) for kind, part in reached.items())
 
@@ -119,7 +126,7 @@ def _groups(model: DecoderConfig) -> list[_Group]:
 def _gram_seconds(model: DecoderConfig, config: SpQRConfig, text: Text, cluster: Cluster) -> float:
     """Panels of columns, each from the diagonal on; no more devices work than there are panels."""
     total = 0.0
-    rate = cluster.device.float32 if config.calibration_dtype == "float32" else cluster.device.bfloat16
+    rate = cluster.device.bfloat16 if rounds(config) else cluster.device.float32
     for count, _, width, share in _groups(model):
         panels = len(gram_panels(width))
         of_one = math.ceil(panels / cluster.devices) / panels  # panels of the device that has the most
@@ -132,9 +139,10 @@ def _loop_seconds(model: DecoderConfig, config: SpQRConfig, cluster: Cluster) ->
     """The column loops: kernels that are launched one after the other, and the products of panels."""
     total = 0.0
     for count, rows, width, _ in _groups(model):
-        pieces = math.ceil(math.ceil(rows / ROWS_AT_ONCE) / cluster.devices)
+        at_once = ROWS_AT_ONCE if cluster.devices == 1 else MESH_ROWS_AT_ONCE
+        pieces = math.ceil(rows / (at_once * cluster.devices))
         launches = pieces * math.ceil(width / PANEL) * PANEL_LAUNCHES
-        products = 2.0 * pieces * ROWS_AT_ONCE * width**2 / (_REACHED["float32"] * cluster.device.float32)
+        products = 2.0 * pieces * at_once * width**2 / (_REACHED["float32"] * cluster.device.float32)
         total += count * (launches * cluster.device.launch + products)
     return total * (_SOLVED_AGAIN if config.target_bits is not None else 1.0)
 

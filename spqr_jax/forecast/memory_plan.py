@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable
 
 from spqr_jax.config import SpQRConfig
-from spqr_jax.forecast.passes import Text, block_sizes, block_total, block_weights, outer_weights
-from spqr_jax.forecast.quantizing import plan_text
+from spqr_jax.forecast.passes import Text, block_sizes, block_total, block_weights, input_groups, outer_weights
+from spqr_jax.forecast.quantizing import plan_text, rounds
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, stage_groups
@@ -32,11 +32,15 @@ _COLUMN_BYTES = 36  # a weight in the column loop: weight, error, visited, value
 _ROUND_BYTES = 24  # a weight that is rounded to nearest: 22 for Gemma 3 270M's head of 168 M weights, with 8 bits
 _OUTER_COPIES = 2.6  # of the embedding and head while they are read or written; Gemma 3 270M
 _FACTOR_COPIES = 5  # matrix, damped, reversed, factor, inverse
+_BLOCKED_COPIES = 2  # of a Hessian that is factored through host memory: matrix and inverse factor
+_BLOCKED_PANELS = 4  # of 2048 columns, that the device holds then
+_BLOCKED_HOST = 3  # matrices that the host holds then
 _GRADIENT_COPIES = 3  # of what a block computes, in its gradient
 _TUNED_BYTES = 1.6  # a weight in training: its code, and its share of statistics, outliers and optimizer state
 _GATHERED_COPIES = 2.5  # of the inputs of all devices' chunks: XLA's memory_analysis() of a 70B block on 8 devices
 PACKED_BYTES = 0.6
 """Bytes of a quantized weight."""
+_LOGITS = 128  # positions whose logits a gradient of the loss holds
 _SPILLED_CHUNKS = 3  # of activations on disk: the one at hand, the next, and the last on its way out
 # Assumed: never measured.
 _ACCELERATOR_HOST = 1.5e9  # of a process: a GPU's or TPU's libraries and page-locked buffers
@@ -54,11 +58,13 @@ class Layout:
       devices: of all processes together.
       processes: one on each host.
       on_host: whether devices are the hosts' own processors, and their memory the hosts'.
+      device_memory: bytes that JAX may use of one device; None where that is not known.
     """
 
     devices: int = 1
     processes: int = 1
     on_host: bool = True
+    device_memory: float | None = None
 
     @property
     def local_devices(self) -> int:
@@ -148,6 +154,9 @@ def plan_memory(
         "embedding and head": _OUTER_COPIES * outer_weights(model) * itemsize,
         "blocks": (2 * itemsize + 2 * PACKED_BYTES) * largest_block(model),  # read and read ahead; packed and written
     }
+    width = max(width for kind in set(model.kinds) for _, width in input_groups(model, kind))
+    if layout.device_memory is not None and is_blocked(width, layout.device_memory - phases["solving"]["blocks"]):
+        host["factorization"] = float(_BLOCKED_HOST * FLOAT32 * width**2)
     if thrift.spill:
         chunk = _SPILLED_CHUNKS * _chunk_activations(model, config, text, itemsize, thrift)
         host["activations"] = layout.local_devices * chunk
@@ -176,13 +185,15 @@ def _phases(
     if config.needs_calibration:
         flow = _activations(model, config, text, itemsize, layout, thrift)
         flow["one chunk"] = _chunk_bytes(model, text, thrift)
-    solving = max((_solving(model, config, kind, layout, text, thrift) for kind in set(model.kinds)), key=_total)
+    held = _total({**outer, **blocks, **flow})
+    room = math.inf if layout.device_memory is None else layout.device_memory - held
+    solving = max((_solving(model, config, kind, layout, text, thrift, room) for kind in set(model.kinds)), key=_total)
     phases = {
         "solving": {**outer, **blocks, **flow, **solving},
         "reading and writing the embedding": {"embedding and head": _OUTER_COPIES * outer["embedding and head"]},
     }
-    if config.for_head(model.head_path) is not None:
-        head_input = {name: size for name, size in flow.items() if name == "activations"}
+    if (head := config.for_head(model.head_path)) is not None:
+        head_input = {name: size for name, size in flow.items() if name == "activations" and head.needs_calibration}
         in_loop = float(_ROUND_BYTES * model.vocab_size * model.hidden_size)
         phases["output head"] = {**outer, **head_input, "output head": in_loop}
     if config.target_bits is not None:
@@ -217,7 +228,8 @@ def calibration_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, item
     """The residual stream of all windows, and what the stage at hand made of it; twice with a correction of drift."""
     times = 2 if config.corrects_drift or not config.sequential or config.solver == "brecq" else 1
     importance = 2 * model.num_layers * model.hidden_size if config.solver == "brecq" else 0  # bfloat16
-    return text.tokens * (times * (model.hidden_size + widest_inner(model)) * itemsize + importance)
+    inner = BFLOAT16 if rounds(config) else itemsize
+    return text.tokens * (times * (model.hidden_size * itemsize + widest_inner(model) * inner) + importance)
 
 
 def _chunk(text: Text, thrift: Thrift) -> int:
@@ -250,15 +262,22 @@ def _chunk_bytes(model: DecoderConfig, text: Text, thrift: Thrift) -> float:
 
 
 def _solving(
-    model: DecoderConfig, config: SpQRConfig, kind: BlockKind, layout: Layout, text: Text, thrift: Thrift
+    model: DecoderConfig, config: SpQRConfig, kind: BlockKind, layout: Layout, text: Text, thrift: Thrift, room: float
 ) -> Parts:
     """One stage's Hessians, and the factorization and column loop of the matrices that read one input."""
-    stages = (_stage(model, config, kind, stage, layout, text, thrift) for stage in range(len(STAGES)))
+    stages = (_stage(model, config, kind, stage, layout, text, thrift, room) for stage in range(len(STAGES)))
     return max(stages, key=_total)
 
 
 def _stage(
-    model: DecoderConfig, config: SpQRConfig, kind: BlockKind, stage: int, layout: Layout, text: Text, thrift: Thrift
+    model: DecoderConfig,
+    config: SpQRConfig,
+    kind: BlockKind,
+    stage: int,
+    layout: Layout,
+    text: Text,
+    thrift: Thrift,
+    room: float,
 ) -> Parts:
     shapes, groups = block_sizes(model, kind), stage_groups(model, kind, stage)
     parts: Parts = {}
@@ -267,13 +286,24 @@ def _stage(
         copies = 2 if config.corrects_drift else 1
         sums = _hessian_bytes((width for _, width in groups), groups[0][0][0].startswith("experts."), thrift)
         parts["Hessians"] = copies * sums / layout.devices
-        parts["factorization"] = float(_FACTOR_COPIES * FLOAT32 * width**2)
+        parts["factorization"] = _factor_bytes(width, room)
         if layout.devices > 1:
             parts["gathered inputs"] = _GATHERED_COPIES * FLOAT32 * layout.devices * _chunk(text, thrift) * width
     loop = _COLUMN_BYTES if config.needs_calibration else _ROUND_BYTES
     weights = max(width * sum(shapes[name][0] for name in names) for names, width in groups)
     gathered = 2 * FLOAT32 * weights if layout.devices > 1 else 0  # the whole result on every device
     return {**parts, "column loop": loop * weights / layout.devices + gathered}
+
+
+def is_blocked(width: int, room: float) -> bool:
+    """Whether a Hessian is factored panel by panel through host memory, as there is no room for all copies of it."""
+    return (_FACTOR_COPIES + 1) * FLOAT32 * width**2 > room
+
+
+def _factor_bytes(width: int, room: float) -> float:
+    if is_blocked(width, room):
+        return float(FLOAT32 * (_BLOCKED_COPIES * width**2 + _BLOCKED_PANELS * 2048 * width))
+    return float(_FACTOR_COPIES * FLOAT32 * width**2)
 
 
 def _hessian_bytes(widths: Iterable[int], experts: bool, thrift: Thrift) -> float:
@@ -285,17 +315,19 @@ def _hessian_bytes(widths: Iterable[int], experts: bool, thrift: Thrift) -> floa
 def _planning(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> Parts:
     """Activations before every block, the gradient of one block and one chunk, and the trials of one stage."""
     seen, alone = plan_text(text), Layout()
-    kept = (model.num_layers + 2) * seen.tokens * model.hidden_size * itemsize
+    kept_size = BFLOAT16 if rounds(config) else itemsize
+    kept = (model.num_layers + 1) * seen.tokens * model.hidden_size * kept_size
     if thrift.spill:
-        kept = (_SPILLED_CHUNKS * _chunk(text, thrift) + seen.tokens) * model.hidden_size * itemsize
+        kept = _SPILLED_CHUNKS * _chunk(text, thrift) * model.hidden_size * kept_size
+    kept += seen.tokens * model.hidden_size * itemsize
     gradient = {
         "Hessians": 2 * max(_block_hessians(model, kind, thrift) for kind in set(model.kinds)),
         "gradients": _gradient_bytes(model, _chunk(text, thrift)),
     }
     windows = max(1, _chunk(text, thrift) // max(text.seqlen, 1))
-    logits = {"logits": float(3 * FLOAT32 * min(512, text.seqlen) * windows * model.vocab_size)}
+    logits = {"logits": float(3 * FLOAT32 * min(_LOGITS, text.seqlen) * windows * model.vocab_size)}
     kinds = set(model.kinds)
-    trials = max((_solving(model, config, kind, alone, text, thrift) for kind in kinds), key=_total)
+    trials = max((_solving(model, config, kind, alone, text, thrift, math.inf) for kind in kinds), key=_total)
     largest: Parts = max([gradient, logits, trials], key=_total)
     return {"activations": float(kept), **largest}
 

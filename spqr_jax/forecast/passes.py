@@ -46,6 +46,7 @@ class Work:
       bfloat16: operations of products whose factors are rounded to bfloat16.
       attention: operations of attention's two products; the softmax between them is part of this kind's speed.
       gram: operations of Gram matrices X Xᵀ, which Hessians are summed from.
+      rounded_gram: the same of inputs that are rounded to bfloat16.
       factor: operations of factorizations.
       searched, plain: weights that the column loop visits, with the search fit and with a min-max fit.
       rounded: weights that are rounded to nearest, without the column loop.
@@ -60,6 +61,7 @@ class Work:
     bfloat16: float = 0.0
     attention: float = 0.0
     gram: float = 0.0
+    rounded_gram: float = 0.0
     factor: float = 0.0
     searched: float = 0.0
     plain: float = 0.0

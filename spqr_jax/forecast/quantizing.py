@@ -27,7 +27,7 @@ from spqr_jax.tune import TuneConfig
 _BACKWARD_ATTENTION = 4  # passes: forward, once more for the gradient, and twice as much backwards
 _HEAD_GRADIENT = 3  # passes of the output head: forward, once more for the gradient, backwards
 _FACTOR = 4 / 3  # operations of a Cholesky factor (1/3) and its inverse (1), times the cube of the width
-_PLAN_TOKENS = 4096  # of calibration text that a plan looks at, as in `spqr_jax.planning.budget`
+_PLAN_TOKENS, _PLAN_WINDOW = 4096, 512  # of calibration text that a plan looks at, as in `spqr_jax.planning.budget`
 _PLAN_PRICES = 5  # outlier thresholds that a plan tries with each width
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target: assumed; whole runs at 4.3 bits agree
 _SMALLEST_STACK = 128  # rows that the column loop pads few rows to
@@ -68,11 +68,19 @@ def calibration_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Wo
     """
     passed = forward_pass(model, text)
     times = 2 if config.corrects_drift or not config.sequential else 1
-    work = times * _products(passed, config.calibration_dtype == "bfloat16")
-    work += Work(gram=hessian_operations(model, text.tokens))
+    work = times * _products(passed, rounds(config)) + _grams(hessian_operations(model, text.tokens), config)
     if config.corrects_drift:  # X₀ Xᵀ, which is not symmetric
         work += Work(gram=drift_operations(model, text.tokens))
     return work
+
+
+def rounds(config: SpQRConfig) -> bool:
+    """Whether calibration rounds the factors of its products to bfloat16."""
+    return config.calibration_dtype != "float32"
+
+
+def _grams(operations: float, config: SpQRConfig) -> Work:
+    return Work(rounded_gram=operations) if rounds(config) else Work(gram=operations)
 
 
 def drift_operations(model: DecoderConfig, tokens: int) -> float:
@@ -92,10 +100,9 @@ def _products(passed: Pass, rounded: bool) -> Work:
 
 
 def plan_text(text: Text) -> Text:
-    """The windows that a plan looks at: whole batches of about 1024 tokens, 4096 tokens or a little more."""
-    batch = max(1, 1024 // text.seqlen)
-    batches = math.ceil(_PLAN_TOKENS / (batch * text.seqlen))
-    return Text(min(text.windows, batch * batches), text.seqlen)
+    """The beginnings of windows that a plan looks at, about 4096 tokens: 512 of each, or more if there are few."""
+    windows = min(text.windows, math.ceil(_PLAN_TOKENS / min(text.seqlen, _PLAN_WINDOW)))
+    return Text(windows, min(text.seqlen, max(_PLAN_WINDOW, _PLAN_TOKENS // max(windows, 1))))
 
 
 def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
@@ -106,11 +113,9 @@ def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     """
     seen = plan_text(text)
     passed = forward_pass(model, seen)
-    work = Work(
-        dense=3 * passed.products + _HEAD_GRADIENT * head_operations(model, seen.tokens),
-        attention=(1 + _BACKWARD_ATTENTION) * passed.attention,
-        gram=hessian_operations(model, seen.tokens),
-    )
+    products = 3 * passed.products + _HEAD_GRADIENT * head_operations(model, seen.tokens)
+    work = _products(Pass(products, (1 + _BACKWARD_ATTENTION) * passed.attention), rounds(config))
+    work += _grams(hessian_operations(model, seen.tokens), config)
     choices = _PLAN_PRICES * len(config.bit_choices)
     for kind, count in kind_counts(model):
         shapes = block_sizes(model, kind)

@@ -34,8 +34,8 @@ def local_costs(
     blocks: Costs = {"reading and writing": cost(Work(handled=weights))}
     if config.needs_calibration:
         calibration = calibration_work(model, config, text)
-        blocks["forward passes"] = cost(dataclasses.replace(calibration, gram=0.0))
-        blocks["Hessians"] = cost(Work(gram=calibration.gram))
+        blocks["forward passes"] = cost(dataclasses.replace(calibration, gram=0.0, rounded_gram=0.0))
+        blocks["Hessians"] = cost(Work(gram=calibration.gram, rounded_gram=calibration.rounded_gram))
         blocks["factorization"] = cost(Work(factor=solver.factor))
     blocks["column loop"] = cost(dataclasses.replace(solver, factor=0.0))
     whole = dict(blocks)

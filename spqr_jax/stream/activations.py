@@ -147,7 +147,8 @@ class Activations:
 
     def restore(self, residuals: Sequence[np.ndarray]) -> None:
         """Goes to the place between two blocks where `residuals` were taken from the same text."""
-        self._states = [State(jax.device_put(residual)) for residual in residuals]
+        for index, residual in enumerate(residuals):
+            self._states[index] = State(jax.device_put(residual))
 
     def copy(self) -> Activations:
         """The same place in the model, to go on from twice."""

@@ -77,11 +77,15 @@ def test_a_target_measures_first():
     text = Text(40, 128)
     assert quantizing.plan_text(text) == Text(32, 128)  # batches of 8 windows, 4096 tokens in all
     plan = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3), text)
-    assert plan.dense == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
+    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
     assert plan.attention == 5 * passes.forward_pass(TINY, Text(32, 128)).attention
     with_target = quantizing.quantize_work(TINY, SpQRConfig(target_bits=4.3), text)
     without = quantizing.quantize_work(TINY, SpQRConfig(), text)
-    assert with_target.dense - without.dense == plan.dense
+    assert with_target.bfloat16 - without.bfloat16 == plan.bfloat16
+    exact = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3, calibration_dtype="float32"), text)
+    assert (exact.dense, exact.gram) == (plan.bfloat16, plan.rounded_gram)
+    assert quantizing.plan_text(Text(40, 2048)) == Text(8, 512)
+    assert quantizing.plan_text(Text(4, 2048)) == Text(4, 1024)
     assert with_target.searched > plan.searched + without.searched  # some weights are solved again
 
 
@@ -130,9 +134,10 @@ def test_more_text_is_never_less_work_or_memory(config):
 
 
 def test_bytes_of_calibration_and_models():
-    # A token: the residual stream (64) and the widest input between stages (96), float32.
-    assert memory_plan.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 + 96) * 4
-    assert memory_plan.calibration_bytes(TINY, SpQRConfig(drift_correction=0.5), TEXT, 4) == 2 * 384 * (64 + 96) * 4
+    # A token: the residual stream (64) in float32, and the widest input between stages (96), rounded to bfloat16.
+    assert memory_plan.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 * 4 + 96 * 2)
+    exact = SpQRConfig(drift_correction=0.5, calibration_dtype="float32")
+    assert memory_plan.calibration_bytes(TINY, exact, TEXT, 4) == 2 * 384 * (64 + 96) * 4
     dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)
     assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (
         2 * BLOCK + 2 * HEAD
