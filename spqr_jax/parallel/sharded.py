@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
@@ -201,7 +201,12 @@ def place_pieces(source: PieceSource, mesh: Mesh, axis: str) -> ShardedDecoder:
         group_sizes.update({prefix + name: p.group_size for name, p in part.items() if p.group_size is not None})
         return {name: spread_pieces(pieces.by_place, mesh, axis) for name, pieces in part.items()}
 
-    blocks = [Block(placed(f"layers.{index}.", source.block(index)), kind) for index, kind in enumerate(config.kinds)]
+    blocks: list[Block] = []
+
+    def visit(index: int, part: Any) -> None:
+        blocks.append(Block(placed(f"layers.{index}.", part), config.kind(index)))
+
+    sweep.forward(cast(Any, source), visit, read_ahead=False)  # a block's pieces in place of a block
     pieces = Decoder(Outer(**placed("", source.outer())), tuple(blocks), small)
     return ShardedDecoder(pieces, tuple(sorted(group_sizes.items())), config, mesh, axis)
 
