@@ -158,7 +158,8 @@ class Job:
         report = Reporter(len(quantizable_paths(self._source, config)), self._recording(events), layers)
         store = self._store()
         if self._state.phase in ("plan", "blocks"):
-            store.describe(config)
+            if store is not self._sink:
+                store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
             self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
@@ -235,7 +236,7 @@ class Job:
                 hessian_bytes=self._hessian_bytes,
             )  # fmt: skip
         ledger = None if plan is None else Ledger(plan)
-        solver = choose_solver(self._source, self._batches, activations, config, report, ledger)
+        solver = choose_solver(self._source, self._batches, activations, config, report, ledger, self._mesh)
         saves = self._saves_activations(activations, solver, events)
         first = self._go_on(activations, solver, ledger, events)
         reads_end = head_needs_text(model.head_path, config)
@@ -253,7 +254,7 @@ class Job:
         if not reads_end:  # the head, the largest matrix, needs their memory
             activations = None
             give_back_memory()
-        store.put_outer(quantized_head(model.head_path, outer, activations, config, report))
+        store.put_outer(quantized_head(model.head_path, outer, activations, config, report, self._mesh))
         if self._kept is not None:
             self._save_blocks(self._kept, report, ledger, None)
             self._state.save(phase="tune" if self._tuning is not None else "done")

@@ -170,7 +170,7 @@ def accumulate_stage(
     """
     recorder = recorded(config, stage, block, state, where, linear)
     if recorder.pairs:
-        return (_accumulate_experts(sums[0], recorder.pairs[0], experts),)
+        return (accumulate_experts(sums[0], recorder.pairs[0], experts),)
     return tuple(accumulate_hessian(h, x) for h, x in zip(sums, recorder.inputs, strict=True))
 
 
@@ -185,7 +185,8 @@ def recorded(
     return recorder
 
 
-def _accumulate_experts(sums: Hessian, given: PairInput, experts: np.ndarray) -> Hessian:
+def accumulate_experts(sums: Hessian, given: PairInput, experts: jax.Array | np.ndarray) -> Hessian:
+    """Adds what experts read to their stacked Hessians, to be traced."""
     tiles, rows = given.tiles.only(experts), padded(given.rows.astype(jnp.float32), given.tiles)
 
     def step(tile: jax.Array, sums: Hessian) -> Hessian:
@@ -241,12 +242,12 @@ def accumulate_drift(
     drifted = recorded(config, stage, block, state, where)
     dense = recorded(config, stage, original, dense_state, where)
     if drifted.pairs:
-        return (_experts_drift(sums[0], drifted.pairs[0], dense.pairs[0], config.experts_per_token, experts),)
+        return (experts_drift(sums[0], drifted.pairs[0], dense.pairs[0], config.experts_per_token, experts),)
     return tuple(total + cross_gram(aim, x) for total, x, aim in zip(sums, drifted.inputs, dense.inputs, strict=True))
 
 
-def _experts_drift(
-    sums: jax.Array, drifted: PairInput, dense: PairInput, choices: int, experts: np.ndarray
+def experts_drift(
+    sums: jax.Array, drifted: PairInput, dense: PairInput, choices: int, experts: jax.Array | np.ndarray
 ) -> jax.Array:
     """What the dense model sends elsewhere is a zero in x_dense."""
     token = drifted.tiles.order // choices

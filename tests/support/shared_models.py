@@ -27,7 +27,7 @@ _LLAMA = dataclasses.replace(
 )
 _GEMMA = dataclasses.replace(
     _LLAMA, num_layers=2, num_kv_heads=1, tied_head=True, post_norms=True, qk_norm=True, norm_offset=1.0,
-    embedding_scale=8.0, sliding_window=4, local_layers=(0,), local_rope_theta=1000.0, logit_softcap=30.0,
+    embedding_scale=0.2, sliding_window=4, local_layers=(0,), local_rope_theta=1000.0, logit_softcap=30.0,
     activation="gelu_tanh", query_scale=0.2,
 )  # fmt: skip
 _EXPERTS = dataclasses.replace(
