@@ -37,7 +37,7 @@ _BLOCKED_PANELS = 4  # of 2048 columns, that the device holds then
 _BLOCKED_HOST = 3  # matrices that the host holds then
 _GRADIENT_COPIES = 3  # of what a block computes, in its gradient
 _TUNED_BYTES = 1.6  # a weight in training: its code, and its share of statistics, outliers and optimizer state
-_GATHERED_COPIES = 2.5  # of the inputs of all devices' chunks: XLA's memory_analysis() of a 70B block on 8 devices
+_PASSED_CHUNKS = 2  # of inputs that go round among devices: the one at hand, and the one that is sent
 PACKED_BYTES = 0.6
 """Bytes of a quantized weight."""
 _LOGITS = 128  # positions whose logits a gradient of the loss holds
@@ -288,7 +288,7 @@ def _stage(
         parts["Hessians"] = copies * sums / layout.devices
         parts["factorization"] = _factor_bytes(width, room)
         if layout.devices > 1:
-            parts["gathered inputs"] = _GATHERED_COPIES * FLOAT32 * layout.devices * _chunk(text, thrift) * width
+            parts["inputs from other devices"] = float(_PASSED_CHUNKS * FLOAT32 * _chunk(text, thrift) * width)
     loop = _COLUMN_BYTES if config.needs_calibration else _ROUND_BYTES
     weights = max(width * sum(shapes[name][0] for name in names) for names, width in groups)
     gathered = 2 * FLOAT32 * weights if layout.devices > 1 else 0  # the whole result on every device
