@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spqr_jax.checkpoint.reading import CheckpointSource
 from spqr_jax.files.content import digest_of_file, digest_of_values
+from spqr_jax.stream import sweep
 
 
 def content_digest(path: Path | str, *, verify: bool = True) -> str:
@@ -24,8 +25,7 @@ def content_digest(path: Path | str, *, verify: bool = True) -> str:
     source = CheckpointSource(path)
     if verify:
         source.outer()
-        for index in range(source.config.num_layers):
-            source.block(index)
+        sweep.forward(source, lambda index, block: None)
     files = {
         place.as_posix(): digest_of_file(source.path / place)
         for file in sorted(source.path.rglob("*"))
