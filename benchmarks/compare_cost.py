@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from timings import CompareRow, add_csv_options, check_csv, save
 
-from spqr_jax.cli.options import read_tokens
 from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate import fidelity
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import collect
+from spqr_jax.texts import read_tokens
 
 
 def main() -> None:

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from timings import GenerationRow, add_csv_options, check_csv, save
 
-from spqr_jax.cli.bench import candidates, show, summary
-from spqr_jax.cli.display import console, progress_bar, say, write_json
-from spqr_jax.cli.stream import describe_products
 from spqr_jax.generate import Generator
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.speed import Rival, Speed, generating, read_bandwidth, take_turns
+from spqr_jax.terminal.display import console, say, write_json
+from spqr_jax.terminal.models import candidates, describe_products, show, summary
+from spqr_jax.terminal.progress import progress_bar
 
 
 def torch_rival(config: DecoderConfig, threads: int) -> Rival:

@@ -28,12 +28,12 @@ from timings import UNKNOWN, ProductRow, add_csv_options, check_csv, save
 
 import cpu_kernels
 from spqr_jax import SpQRArray
-from spqr_jax.cli.display import console, number, table
 from spqr_jax.layout import array_layout
 from spqr_jax.packing import pack_codes
 from spqr_jax.products import linear
 from spqr_jax.products.cpu import pack_for_cpu
 from spqr_jax.speed import read_bandwidth
+from spqr_jax.terminal.display import console, number, table
 
 SHAPES = {"SmolLM2-135M": ["576x576", "1536x576", "576x1536"], "Llama-7B": ["4096x4096", "11008x4096", "4096x11008"]}
 OUTLIERS = 0.01

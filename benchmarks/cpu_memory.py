@@ -21,12 +21,12 @@ from pathlib import Path
 
 from timings import MemoryRow, add_csv_options, check_csv, save
 
-from spqr_jax.cli.display import console, number, table
-from spqr_jax.cli.stream import load_generator
 from spqr_jax.generate import Generator
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.resolve import open_model
 from spqr_jax.speed import generating
+from spqr_jax.terminal.display import console, number, table
+from spqr_jax.terminal.models import load_generator
 
 PROMPT, NEW = 64, 64
 

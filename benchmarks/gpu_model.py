@@ -265,7 +265,7 @@ def _compared(what: str, batch: str, predicted: float, us: float) -> list[str]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    from spqr_jax.cli.display import table
+    from spqr_jax.terminal.display import table
 
     bits = f"{bits_a_weight():.2f}"
     table(f"PREDICTED, 4096 x 4096; {bits} bits per weight with 1% outliers", HEADER, rows_of_table())

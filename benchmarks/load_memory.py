@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from timings import LoadRow, add_csv_options, check_csv, save
 
-from spqr_jax.cli.display import table
 from spqr_jax.formats.directory import HFDirectory
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.families import FAMILIES
@@ -34,6 +33,7 @@ from spqr_jax.models.hf import hf_config
 from spqr_jax.models.weights import weight_shapes
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import collect
+from spqr_jax.terminal.display import table
 
 QWEN = DecoderConfig(
     family="qwen2",

@@ -2,6 +2,7 @@
 
     python benchmarks/quantize_time.py                     the demo model, two layers, growth (a few minutes)
     python benchmarks/quantize_time.py --layer 4096x4096   one layer only
+    python benchmarks/quantize_time.py --target-bits 4.3   with the plan for a size
 
 Shows wall-clock seconds and CPU seconds of all threads. Each problem runs twice: the difference between the first and
 the second run is the time of compilation. The second run is split into parts. To time a part, the script waits for its
@@ -26,15 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from timings import QuantizeRow, add_csv_options, check_csv, save
 
+import spqr_jax.planning.budget
+import spqr_jax.planning.sensitivity
 import spqr_jax.solver.solve
 import spqr_jax.stream.activations
 from spqr_jax import SpQRConfig, accumulate_hessian, empty_hessian
-from spqr_jax.cli.display import console, say, table
 from spqr_jax.job.job import Job
 from spqr_jax.methods import quantize_weight
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import TreeSink, TreeSource, collect
 from spqr_jax.stream.windows import batched
+from spqr_jax.terminal.display import console, say, table
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward": [(spqr_jax.stream.activations, "run_stage")],
@@ -42,6 +45,9 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "factorization": [(spqr_jax.solver.solve, "factor_hessian")],
     "columns": [(spqr_jax.solver.solve, "solve_columns")],
     "stacking, packing, statistics": [(spqr_jax.solver.solve, name) for name in ("_stack", "cut", "_result")],
+    "plan: forward": [(spqr_jax.planning.sensitivity, "run_stage")],
+    "plan: gradients": [(spqr_jax.planning.sensitivity, name) for name in ("loss_gradient", "_backward")],
+    "plan: trials": [(spqr_jax.planning.budget, "try_choices")],
 }
 
 
@@ -111,13 +117,13 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def model_time(model: str, windows: np.ndarray) -> list[dict[str, Any]]:
+def model_time(model: str, windows: np.ndarray, config: SpQRConfig) -> list[dict[str, Any]]:
     params = collect(open_model(model, "float32", say).source)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**30
 
     def run() -> Any:
         sink = TreeSink(params.config)
-        Job(TreeSource(params), sink, batched(windows), SpQRConfig()).run()
+        Job(TreeSource(params), sink, batched(windows), config).run()
         return sink.params()
 
     title = f"{model}: {windows.shape[0]} x {windows.shape[1]} tokens, model in memory {size:.2f} GiB"
@@ -166,6 +172,7 @@ def main() -> None:
     parser.add_argument("--calib", help=".npy file of token ids [windows, length]; default: random ids")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--target-bits", type=float, help="plan for so many stored bits; default: 3 bits, tau 0.2")
     parser.add_argument("--layer", action="append", help="OUTxIN: time only this layer; repeatable")
     add_csv_options(parser, "quantize_time.csv")
     arguments = parser.parse_args()
@@ -178,7 +185,7 @@ def main() -> None:
         else:
             shape = (arguments.nsamples, arguments.seqlen)
             windows = np.random.default_rng(0).integers(0, 32000, shape).astype(np.int32)
-        rows += model_time(arguments.model, windows)
+        rows += model_time(arguments.model, windows, SpQRConfig(target_bits=arguments.target_bits))
     for layer in arguments.layer or ["4096x4096", "11008x4096"]:
         rows += layer_time(*(int(side) for side in layer.split("x")))
     if arguments.layer is None:

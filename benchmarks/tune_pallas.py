@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--out", type=Path, default=tuning.TABLE)
     given = parser.parse_args()
-    from spqr_jax.cli.display import table
+    from spqr_jax.terminal.display import table
 
     target = spqr_matmul.target()
     if target.platform != "gpu":

@@ -28,10 +28,9 @@ def encode(text):
 
 
 def show(event):
-    print(f"{event.phase} {event.done} of {event.total}  {event.note}")
-    if isinstance(event.detail, spqr_jax.LayerReport):
-        stats = event.detail.stats
-        print(f"  {event.detail.bits} bits, {stats.stored_bits:.2f} stored, error {stats.output_error:.3f}")
+    if isinstance(layer := event.detail, spqr_jax.LayerReport):
+        stats = layer.stats
+        print(f"{layer.path:24} {layer.bits} bits, {stats.stored_bits:.2f} stored, error {stats.output_error:.3f}")
 
 
 length = min(1024, params.config.max_positions)  # tokens in one window of calibration text

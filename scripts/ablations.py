@@ -30,16 +30,16 @@ import numpy as np
 from kept_rows import file_name, kept_or_made, markdown_table
 
 from spqr_jax import SpQRConfig, SpQRError
-from spqr_jax.cli.display import console, number, say, table
-from spqr_jax.cli.options import default_corpus, read_tokens
-from spqr_jax.cli.zero_shot import import_harness
 from spqr_jax.data import calibration_windows, evaluation_windows
 from spqr_jax.evaluate.perplexity import perplexity
+from spqr_jax.integrations import import_harness
 from spqr_jax.job.job import Job
 from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream.blocks import TreeSink, collect
 from spqr_jax.stream.windows import batched
+from spqr_jax.terminal.display import console, number, say, table
+from spqr_jax.texts import default_corpus, read_tokens
 
 BASE = "SpQR"
 

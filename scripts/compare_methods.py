@@ -29,7 +29,7 @@ from typing import Any
 from kept_rows import file_name, kept_or_made, markdown_table, measured
 
 from spqr_jax import SpQRError
-from spqr_jax.cli.display import console, number, table
+from spqr_jax.terminal.display import console, number, table
 
 METHODS = ("rtn", "gptq", "obq", "adaround", "adaquant", "bit-split", "brecq")
 

@@ -28,7 +28,7 @@ from kept_rows import file_name, kept_or_made, markdown_table, measured
 from rich.text import Text
 
 from spqr_jax import SpQRError
-from spqr_jax.cli.display import console, number, table
+from spqr_jax.terminal.display import console, number, table
 
 
 @dataclasses.dataclass(frozen=True)

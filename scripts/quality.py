@@ -32,12 +32,12 @@ from kept_rows import file_name, kept_or_made, markdown_table, measured
 from quality_csv import write_rows
 
 from spqr_jax import SpQRError
-from spqr_jax.cli.display import console, number, say, table
-from spqr_jax.cli.options import read_tokens
 from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import collect
+from spqr_jax.terminal.display import console, number, say, table
+from spqr_jax.texts import read_tokens
 
 DENSE = "dense"
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
+import itertools
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -40,7 +43,7 @@ def orbax_of_one_process(context: Any) -> Iterator[Any]:
     context.multiprocessing.primary_host = here
     context.multiprocessing.active_processes = {here}
     context.multiprocessing.barrier_sync_key_prefix = f"process{here}"
-    counting = [
+    counting: list[Any] = [
         module
         for name, module in list(sys.modules.items())
         if name.startswith("orbax.checkpoint") and name.endswith("synchronization.multihost")
@@ -77,7 +80,94 @@ def compile_as_graph(lowered: Any) -> Any:
         return lowered.compile()
 
 
+_SMALL_FACTOR = 4096  # inputs of a Hessian from which on several threads factor it noticeably faster
+
+
+def few_lapack_threads(widest: int) -> None:
+    """Lets LAPACK work with one thread where all matrices are small. Call it before the first factorization.
+
+    The threads of OpenBLAS, which SciPy brings and JAX calls, wait for work in a busy loop. Between small
+    factorizations this takes more CPU seconds than all of them. A value of OPENBLAS_NUM_THREADS that is set already
+    stays, and once SciPy's library is loaded this has no effect.
+
+    Args:
+      widest: inputs of the widest matrix.
+    """
+    if widest < _SMALL_FACTOR:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@functools.lru_cache
+def multiplies_bfloat16() -> bool:
+    """Whether JAX's default device has instructions for products of bfloat16 matrices. A CPU's flags tell."""
+    if jax.default_backend() != "cpu":
+        return True
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        flags = next((line.split() for line in lines if line.startswith("flags")), [])
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return False
+
+
 def give_back_memory() -> None:
     """Returns what was freed to the system, where the C library keeps it otherwise (glibc's `malloc_trim`)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function; TypeError: Windows
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def start_distributed(timeout: int, **settings: Any) -> None:
+    """`jax.distributed.initialize`, with collective operations between processes on CPUs, too; seconds to wait."""
+    if jax.config._read("jax_cpu_collectives_implementation") in (None, "", "none"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(initialization_timeout=timeout, **settings)
+
+
+def _coordinator() -> Any:
+    from jax._src import distributed  # not public in any version
+
+    return distributed.global_state.client
+
+
+_barriers = itertools.count()
+
+
+def barrier(name: str, timeout: int) -> None:
+    """Returns once all processes are here, or raises after so many seconds."""
+    if jax.process_count() > 1:
+        _coordinator().wait_at_barrier(f"spqr/{name}/{next(_barriers)}", 1000 * timeout)
+
+
+class Watch:
+    """Ends this process once another has told that it failed.
+
+    Args:
+      grace: seconds that the process has to end by itself.
+    """
+
+    _FOLDER = "spqr/failed/"
+
+    def __init__(self, grace: float) -> None:
+        self._grace, self._closed = grace, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="other processes")
+        self._thread.start()
+
+    def tell(self, message: str) -> None:
+        """Tells the others."""
+        with contextlib.suppress(Exception):  # they may be gone
+            _coordinator().key_value_set(f"{self._FOLDER}{jax.process_index()}", message)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        mine = f"{self._FOLDER}{jax.process_index()}"
+        while not self._closed.wait(1.0):
+            try:
+                failed = [text for key, text in _coordinator().key_value_dir_get(self._FOLDER) if key != mine]
+            except Exception as error:  # process 0 is gone, which keeps what is told
+                failed = [f"the first process does not answer: {error}"]
+            if failed:
+                print(f"spqr: {failed[0]}; all processes end", file=sys.stderr, flush=True)
+                if not self._closed.wait(self._grace):
+                    os._exit(1)
+                return

@@ -13,13 +13,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from spqr_jax._compat import multiplies_bfloat16
 from spqr_jax.errors import SpQRError
 from spqr_jax.files.entries import Entries, shown
 from spqr_jax.files.fields import read_fields
 
 Order = Literal["activation", "identity"]
 Fit = Literal["search", "minmax", "reference"]
-CalibrationDtype = Literal["bfloat16", "float32"]
+CalibrationDtype = Literal["auto", "bfloat16", "float32"]
 Solver = Literal["columns", "obq", "adaround", "adaquant", "bit-split", "brecq"]
 
 UNQUANTIZED_STATS_BITS = 16
@@ -97,7 +98,8 @@ class SpQRConfig:
       sequential: calibrate the later weights of a block on activations that passed through its earlier, already
         quantized weights.
       calibration_dtype: type to which matrix products round their factors when calibration text passes through the
-        model. Everything else stays float32. ``bfloat16`` is faster if the processor has instructions for it.
+        model, Hessians included. Sums and everything else stay float32. ``bfloat16`` is faster if the processor has
+        instructions for it, ``float32`` if not; ``auto`` is the faster one (see `resolved`).
       drift_correction: 0..1. Before a weight is quantized, move it this far towards making up for the changed inputs
         that quantizing the earlier layers caused (`spqr_jax.solver.drift`). It works with sequential calibration only
         and needs a second, dense forward pass. 0 for none.
@@ -142,7 +144,7 @@ class SpQRConfig:
     damping: float = 0.1
     compensate: bool = True
     sequential: bool = True
-    calibration_dtype: CalibrationDtype = "bfloat16"
+    calibration_dtype: CalibrationDtype = "auto"
     drift_correction: float = 0.0
     fit: Fit = "search"
     leave_one_out: bool = True
@@ -240,6 +242,12 @@ class SpQRConfig:
     def needs_calibration(self) -> bool:
         """Whether the method needs calibration text."""
         return self.compensate
+
+    def resolved(self) -> SpQRConfig:
+        """The same configuration, with the type that this device multiplies faster for ``calibration_dtype="auto"``."""
+        if self.calibration_dtype != "auto":
+            return self
+        return dataclasses.replace(self, calibration_dtype="bfloat16" if multiplies_bfloat16() else "float32")
 
     @classmethod
     def preset(cls, name: str = DEFAULT_PRESET, **changes: Any) -> SpQRConfig:

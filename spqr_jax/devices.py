@@ -8,6 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spqr_jax.product_jit import product_options
@@ -58,6 +60,14 @@ def put_parts(mesh: Mesh, part: Callable[[int], Any]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, cut_along(mesh)), here)
 
 
+def cut(mesh: Mesh, array: jax.Array, axis: int = 0) -> jax.Array:
+    """An array of this process's, cut along one axis into a part for each device; all processes must hold the same."""
+    sharding = NamedSharding(mesh, cut_along(mesh, axis))
+    places = sharding.addressable_devices_indices_map(array.shape)
+    parts = [jax.device_put(array[place], device) for device, place in places.items()]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
 @lru_cache
 def _gather(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, EVERYWHERE))
@@ -84,3 +94,9 @@ def mesh_jit(
     if options is None:
         options = product_options(mesh.devices.flat[0].platform)
     return jax.jit(mapped, compiler_options=options, **jit_options)
+
+
+def sent_by(mesh: Mesh, index: jax.Array, tree: Any) -> Any:
+    """Inside a program of a mesh: the arrays of device `index`, on every device; none of the others' is held."""
+    here = lax.axis_index(mesh.axis_names) == index
+    return jax.tree.map(lambda x: lax.psum(jnp.where(here, x, jnp.zeros((), x.dtype)), mesh.axis_names), tree)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,11 +14,10 @@ import numpy as np
 
 from spqr_jax._compat import compile_as_graph
 from spqr_jax.errors import DataError, NotFiniteError, SpQRError
-from spqr_jax.files.entries import shown
 from spqr_jax.layout import round_up
 from spqr_jax.models.attention import KVCache, positions
-from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, embed, logits
+from spqr_jax.models.prompts import checked_prompts
 from spqr_jax.models.ready import ReadyDecoder, run_parts
 from spqr_jax.parallel import (
     ReadyShards,
@@ -148,7 +146,7 @@ def _decode(
 
 # The same on all devices of a mesh, for `ReadyShards`.
 _prefill_shared = jax.jit(with_cache(_step), donate_argnums=1)
-_decode_shared = jax.jit(with_cache(_decode.__wrapped__), donate_argnums=1)
+_decode_shared = jax.jit(with_cache(_decode), donate_argnums=1)
 
 
 class Generator:
@@ -211,7 +209,7 @@ class Generator:
     ) -> Generation:
         """Continues prompts. Arguments, result and errors are those of `generate`."""
         config = self.config
-        lengths = _checked_prompts(prompts, config, max_new_tokens)
+        lengths = checked_prompts(prompts, config, max_new_tokens)
         if not -_SEEDS <= seed < _SEEDS:
             raise DataError(f"seed must be a 64-bit number, got {seed}")
         stops = frozenset(config.eos_token_ids if stop_tokens is None else stop_tokens)
@@ -400,26 +398,3 @@ def generate(params: Decoder | ShardedDecoder, prompts: Sequence[Sequence[int]],
       True
     """
     return Generator(params)(prompts, **options)
-
-
-def _checked_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig, max_new_tokens: int) -> list[int]:
-    try:
-        rows = [[operator.index(token) for token in prompt] for prompt in prompts]
-    except TypeError:  # a text, a number for a list, fractions
-        raise DataError(f"prompts must be lists of integer token ids, got {shown(prompts)}") from None
-    lengths = [len(row) for row in rows]
-    if not lengths or min(lengths) == 0:
-        raise DataError(f"expected at least one prompt and at least one token in each, got lengths {lengths}")
-    if max_new_tokens < 1:
-        raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if max(lengths) >= config.max_positions:
-        raise DataError(
-            f"a prompt of {max(lengths)} tokens leaves no room in the model's context of {config.max_positions}"
-        )
-    ids = [token for row in rows for token in row]
-    if min(ids) < 0 or max(ids) >= config.vocab_size:
-        raise DataError(
-            f"prompt token ids range from {min(ids)} to {max(ids)}, but the vocabulary has {config.vocab_size} tokens: "
-            "was the text tokenized for another model?"
-        )
-    return lengths

@@ -14,12 +14,14 @@ import numpy as np
 
 from spqr_jax.checkpoint import CheckpointSource, is_checkpoint
 from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.files import read_object
 from spqr_jax.files.companions import origin_files
 from spqr_jax.files.first_bytes import first_bytes
 from spqr_jax.formats.hf_spqr_source import HFSpQRSource, is_hf_spqr
 from spqr_jax.formats.legacy import is_legacy
+from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Decoder
-from spqr_jax.models.families import first_token
+from spqr_jax.models.families import family_of_hf, first_token
 from spqr_jax.models.gguf import GGUFFile, is_gguf, open_gguf
 from spqr_jax.models.hf import open_hf
 from spqr_jax.models.packaged import PACKAGED, packaged_model
@@ -110,6 +112,39 @@ def open_model(spec: str, dtype: Any = None, say: Callable[[str], None] = lambda
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not unfinished_note(path):
         return _open_hf_directory(spec, _fetch_from_hub(spec, say), weights_dtype, say)
     raise ModelError(f"no model found for {spec!r}: expected {MODEL_HELP}{unfinished_note(path)}")
+
+
+def read_config(spec: str, say: Callable[[str], None] = lambda message: None) -> DecoderConfig:
+    """A dense model's sizes, for which its weights need not be there.
+
+    Args:
+      spec: a ``config.json``, a directory that holds one, a hub id whose ``config.json`` is in the hub's cache, or any
+        model that `open_model` takes.
+      say: told of downloads.
+
+    Raises:
+      ModelError: nothing of that kind, a model that we do not run, or one that is quantized already.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir() and not is_checkpoint(path) and (path / "config.json").is_file():
+        path = path / "config.json"
+    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        path = _cached_config(spec) or path
+    if path.suffix == ".json" and path.is_file():
+        values = read_object(path)
+        return family_of_hf(values).from_hf(values)
+    opened = open_model(spec, None, say)
+    if opened.quantized:
+        raise ModelError(f"{spec} is already quantized: give the original model instead")
+    return opened.source.config
+
+
+def _cached_config(name: str) -> Path | None:
+    """The config.json of a hub id, where the hub's client has fetched it before."""
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _known_dtype(dtype: Any) -> np.dtype:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parents[1] / "spqr_jax"
 
 # From the bottom up: a module may import from its own layer's earlier entries and
 # from the layers before it. Modules of one entry may import each other.
 LAYERS = [
-    ["errors", "events", "_compat", "compile_cache", "product_jit", "devices"],
+    ["errors", "events", "_compat", "compile_cache", "product_jit"],
+    ["devices"],
     ["files"],
     ["output"],
     ["atomic"],
@@ -35,6 +38,7 @@ LAYERS = [
     ["formats"],
     ["resolve", "inspection"],
     ["report", "terminal"],
+    ["texts"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -48,8 +52,11 @@ def top(module: str) -> str:
 def imports_of(path: Path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "spqr_jax":
-            is_version = [alias.name for alias in node.names] == ["__version__"]  # a constant that any layer may show
-            yield from () if is_version else (top(node.module),)
+            names = [alias.name for alias in node.names if alias.name != "__version__"]  # any layer may show it
+            if node.module == "spqr_jax":  # modules by their names, or public names
+                yield from (name if name in LEVEL else "__init__" for name in names)
+            elif names:
+                yield top(node.module)
         if isinstance(node, ast.Import):
             yield from (top(alias.name) for alias in node.names if alias.name.split(".")[0] == "spqr_jax")
 
@@ -94,6 +101,18 @@ def test_importing_needs_jax_and_numpy_only():
     code = f"import sys, spqr_jax; print([m for m in {heavy!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks"])
+def test_programs_beside_the_package_import_no_command(folder):
+    """What they share with commands is in `spqr_jax.terminal` and `spqr_jax.texts`."""
+    paths = list((PACKAGE.parent / folder).rglob("*.py"))
+    assert len(paths) > 5
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith("spqr_jax.cli")], path
 
 
 def test_no_test_file_imports_another():

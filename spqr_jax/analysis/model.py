@@ -22,7 +22,7 @@ from spqr_jax.solver.solve import factor_hessian
 from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
-from spqr_jax.stream.stages import rounded_linear, stage_groups
+from spqr_jax.stream.stages import rounded_linear
 
 _MAP_CELLS = 192  # cells of a map's longer side
 _quadratic_form = jax.jit(quadratic_form)
@@ -150,8 +150,7 @@ def _analyze_block(
     with_map: re.Pattern[str],
 ) -> Iterator[WeightAnalysis]:
     for stage in range(len(STAGES)):
-        groups = stage_groups(model, block.kind, stage)
-        for (names, _), hessian in zip(groups, activations.hessians(stage, block), strict=True):
+        for names, hessian, _ in activations.calibrate(stage, block):
             factors: dict[tuple[str, float, int], Any] = {}
             matrix = hessian.matrix()
             for name in names:

@@ -25,7 +25,7 @@ def content_digest(path: Path | str, *, verify: bool = True) -> str:
     source = CheckpointSource(path)
     if verify:
         source.outer()
-        sweep.forward(source, lambda index, block: None)
+        sweep.forward(source, lambda index, block: None, read_ahead=False)
     files = {
         place.as_posix(): digest_of_file(source.path / place)
         for file in sorted(source.path.rglob("*"))

@@ -49,7 +49,7 @@ def orbax_context() -> Any:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
     context = ocp.Context()
     context.checkpointables.registry = registry
-    # Otherwise Orbax' threads may write below a directory before it is made, and what they wrote is removed.
+    # Otherwise Orbax' threads may write below a directory before the thread that makes it, which removes all of it.
     context.async_options.create_directories_asynchronously = False
     return orbax_of_one_process(context)
 

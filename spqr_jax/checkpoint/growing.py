@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from spqr_jax._compat import orbax_v1
@@ -162,6 +163,8 @@ class CheckpointFolder:
         tree, specs = _describe(weights)
         config = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "weights": specs}
         place, ocp = _place(part), orbax_v1()
+        if jax.process_count() > 1:  # Orbax takes an array of one process's device for an oversight
+            tree = jax.tree.map(np.asarray, tree)
         with _without_patterns(self._path) as folder, orbax_context():
             ocp.save_checkpointables(folder / place, {"params": tree, "config": config})
         if self._durable:

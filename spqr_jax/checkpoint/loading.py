@@ -47,8 +47,8 @@ def load(path: Path | str, sharding: Mesh | NamedSharding | None = None) -> Deco
       path: a directory that `save` or ``spqr`` wrote.
       sharding: devices that share the model, as `shard` has them: a mesh with an axis ``model``, or a
         `jax.sharding.NamedSharding` whose spec names the axis. This process then holds one block at a time, besides
-        its devices' parts. One of several processes reads its own devices' parts of codes, statistics and dense
-        weights, and all outliers (the smaller part of a model). The processes verify the checkpoint together: each
+        its devices' parts. One of several processes holds less: its own devices' parts of codes, statistics and dense
+        weights of a block, and all its outliers until they are cut. The processes verify the checkpoint together: each
         reads an equal part of it once more, and all fail if one finds damage. All must call `load`. None for the whole
         model on one device.
 

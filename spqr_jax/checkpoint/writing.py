@@ -157,8 +157,7 @@ def save(
     """
     source = ShardedSource(params) if isinstance(params, ShardedDecoder) else TreeSource(params)
     if isinstance(params, ShardedDecoder) and jax.process_index() > 0:  # it takes part in the exchange of pieces
-        for index in range(params.config.num_layers):
-            source.block(index)
+        sweep.forward(source, lambda index, block: None, read_ahead=False)
         source.outer()
         multihost_utils.sync_global_devices("saved")
         return Path(path)
@@ -169,7 +168,7 @@ def save(
         claim.need(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
         for layer in report:
             sink.record(layer.path, dataclasses.asdict(layer.stats))
-        sweep.forward(source, sink.put_block)
+        sweep.forward(source, sink.put_block, read_ahead=False)  # in memory; a read may be an exchange of pieces
         sink.put_outer(source.outer())
     if isinstance(params, ShardedDecoder) and jax.process_count() > 1:
         multihost_utils.sync_global_devices("saved")

@@ -18,10 +18,10 @@ from spqr_jax.cli.measure import compare, perplexity
 from spqr_jax.cli.options import Json
 from spqr_jax.cli.quantize import quantize
 from spqr_jax.cli.report import analyze, report
-from spqr_jax.cli.stream import describe_products
 from spqr_jax.cli.version import show_version
 from spqr_jax.cli.zero_shot import evaluate
 from spqr_jax.inspection import summarize
+from spqr_jax.terminal.models import describe_products
 
 app = PlainTyper(
     no_args_is_help=True,

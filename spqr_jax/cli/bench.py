@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from spqr_jax.cli.display import console, number, progress_bar, say, size, table, write_json
+from spqr_jax.cli.display import console, progress_bar, write_json
 from spqr_jax.cli.help import flag, option
 from spqr_jax.cli.next_step import after_bench
 from spqr_jax.cli.options import Json, Model
 from spqr_jax.cli.outlook import before_bench, say_next
-from spqr_jax.cli.stream import describe_products
 from spqr_jax.errors import DataError
 from spqr_jax.generate import Generator
-from spqr_jax.models.decoder import Decoder
-from spqr_jax.models.ready import ReadyDecoder, make_ready
-from spqr_jax.products import default_implementation
-from spqr_jax.quantized import quantized_leaves
-from spqr_jax.resolve import open_model
-from spqr_jax.speed import Speed, generating, read_bandwidth, take_turns
-from spqr_jax.stream.blocks import collect
+from spqr_jax.speed import generating, read_bandwidth, take_turns
+from spqr_jax.terminal.models import candidates, describe_products, held_bytes, show, summary
 
 COMPARISON, WORK = "Comparison", "Work"
 
@@ -72,59 +64,3 @@ def describe_processors() -> str:
     """How many processors there are, and how busy they are where the system says so (Windows does not)."""
     busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return f"{os.cpu_count()} processors{busy}"
-
-
-def candidates(model: str, dense: str | None, bfloat16: bool) -> dict[str, Decoder | ReadyDecoder]:
-    """The models to measure, ready to generate, the dense ones first."""
-    models: dict[str, Decoder | ReadyDecoder] = {}
-    if dense is not None:
-        models["dense float32"] = collect(open_model(dense, "float32", say).source)
-        if bfloat16:
-            models["dense bfloat16"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models["dense float32"])
-    given = collect(open_model(model, "float32", say).source)
-    if not quantized_leaves(given):
-        models["not quantized"] = given
-    elif default_implementation() == "cpu":
-        models["packed"] = make_ready(given)
-        models["packed, int8 activations"] = make_ready(given, int8_activations=True)
-    else:
-        models["dequantized" if default_implementation() == "xla" else "packed"] = make_ready(given)
-    return models
-
-
-def held_bytes(params: Decoder | ReadyDecoder) -> int:
-    """Bytes of a model's weights."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-
-
-def summary(speed: Speed, params: Decoder | ReadyDecoder | None) -> dict[str, Any]:
-    """Medians, and what of its weights a model reads a second (not an untied embedding, of which it reads rows)."""
-    values: dict[str, Any] = {
-        "decode_tokens_per_second": float(np.median(speed.decode)),
-        "prefill_tokens_per_second": float(np.median(speed.prefill)),
-        "decode_turns": speed.decode.tolist(),
-        "prefill_turns": speed.prefill.tolist(),
-    }
-    if params is not None:
-        held = held_bytes(params)
-        rows_only = 0 if params.config.tied_head else params.outer.embed_tokens.nbytes
-        values["bytes"] = held
-        values["gb_per_second"] = (held - rows_only) * values["decode_tokens_per_second"] / 1e9
-    return values
-
-
-def show(title: str, results: dict[str, dict[str, Any]]) -> None:
-    """The table; ratios are to the first row."""
-    base = next(iter(results.values()))
-    lines = []
-    for name, values in results.items():
-        decode, prefill = values["decode_tokens_per_second"], values["prefill_tokens_per_second"]
-        line = [name, number(decode, 1), number(decode / base["decode_tokens_per_second"], 2)]
-        line += [number(prefill, 0), number(prefill / base["prefill_tokens_per_second"], 2)]
-        known = "bytes" in values
-        lines.append(
-            [*line, size(values["bytes"]) if known else "–", number(values["gb_per_second"], 1) if known else "–"]
-        )
-    notes = "×: relative to the first row. Weights read: GB of weights read per second while generating."
-    columns = ["model", "tokens/s", "×", "prefill tokens/s", "×", "weights", "weights read, GB/s"]
-    table(title, columns, lines, notes)

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from spqr_jax.cli.display import number, say, write_json
 from spqr_jax.cli.help import COMPUTATION, flag, option
 from spqr_jax.cli.options import Dtype, Json, Model
-from spqr_jax.cli.stream import TextStream, converse, encode_prompts, load_generator, read_prompts
+from spqr_jax.cli.stream import TextStream, converse, encode_prompts, read_prompts
 from spqr_jax.errors import SpQRError
 from spqr_jax.generate import Generation
 from spqr_jax.models.tokenizer import pick_template
 from spqr_jax.resolve import open_model
 from spqr_jax.sampling import Sampling
+from spqr_jax.terminal.models import load_generator
 
 PROMPT, GENERATION = "Prompt", "Generation"
 
@@ -54,6 +55,16 @@ def generate(
             "On a CPU: round activations to 8 bits. Faster, with an error of about 0.5% per matrix product.",
         ),
     ] = False,
+    mesh: Annotated[
+        str | None,
+        option(
+            COMPUTATION,
+            "model=N",
+            "Let N devices share the model. It must have been quantized with --input-shards N (or a multiple), or with "
+            "--order identity.",
+            show_default="one device",
+        ),
+    ] = None,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
@@ -76,7 +87,7 @@ def generate(
 
     context = opened.source.config.max_positions
     if chat and not prompt and sys.stdin is not None and sys.stdin.isatty():
-        generator = load_generator(opened.source, int8_activations)
+        generator = load_generator(opened.source, int8_activations, mesh)
         converse(
             tokenizer,
             lambda ids, stream: answer([ids], stream),
@@ -86,7 +97,7 @@ def generate(
         return
     prompts = read_prompts(prompt)
     ids = encode_prompts(tokenizer, prompts, chat, template)
-    generator = load_generator(opened.source, int8_activations)
+    generator = load_generator(opened.source, int8_activations, mesh)
     stream = TextStream(tokenizer, live=len(prompts) == 1)
     result = answer(ids, stream)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in result.tokens]

@@ -10,13 +10,14 @@ import numpy as np
 from spqr_jax.cli.display import EventView, number, say, table, tell, write_json
 from spqr_jax.cli.help import COMPUTATION, TEXT, argument, option
 from spqr_jax.cli.next_step import after_compare, after_perplexity
-from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen, default_corpus, read_tokens
+from spqr_jax.cli.options import Data, Dtype, Json, Model, SeqLen
 from spqr_jax.cli.outlook import before_compare, before_perplexity
 from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import Fidelity
 from spqr_jax.evaluate.fidelity import compare as compare_models
 from spqr_jax.evaluate.perplexity import perplexity as measure_perplexity
 from spqr_jax.resolve import MODEL_HELP, OpenedModel, open_model
+from spqr_jax.texts import default_corpus, read_tokens
 
 Windows = Annotated[int | None, option(TEXT, "N", "Use only the first N windows.", min=1, show_default="all")]
 BatchSize = Annotated[int, option(COMPUTATION, "N", "Windows to compute at the same time.", min=1)]

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import os
 import re
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import jax
-import numpy as np
 
-from spqr_jax.cli.display import say
 from spqr_jax.cli.help import CALIBRATION, COMPUTATION, OUTPUT, TEXT, argument, flag, option
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, LayerRule, SpQRConfig
-from spqr_jax.data import DATA_HELP, Split, load_tokens, mixed_windows, shares, split_weight
+from spqr_jax.data import DATA_HELP
 from spqr_jax.errors import SpQRError
-from spqr_jax.models.tokenizer import encode_stream, render_chat
 from spqr_jax.output import check_file
-from spqr_jax.resolve import DTYPES, MODEL_HELP, OpenedModel
-from spqr_jax.stream.windows import checked_windows
+from spqr_jax.resolve import DTYPES, MODEL_HELP
+from spqr_jax.stream.mesh import parse_mesh as mesh_of
 from spqr_jax.tune import Tune, TuneConfig
 
 Model = Annotated[str, argument("MODEL", f"The model: {MODEL_HELP}.")]
@@ -49,8 +42,17 @@ Mesh = Annotated[
     option(
         COMPUTATION,
         "MESH",
-        "Devices to calibrate on, such as data=4 or data=4,rows=2. auto: all of this machine.",
+        "Devices to quantize on, such as data=4 or data=4,rows=2. auto: all.",
         show_default="one device",
+    ),
+]
+Hosts = Annotated[
+    str | None,
+    option(
+        COMPUTATION,
+        "HOSTS",
+        "Run on several machines, the same command on each: ADDRESS:PORT,COUNT,INDEX. auto: as the cluster says.",
+        show_default="this one",
     ),
 ]
 Json = Annotated[
@@ -83,69 +85,6 @@ CalibrationSeed = Annotated[int, option(CALIBRATION, "N", "Seed for the random c
 
 _DIGITS = re.compile("[0-9]{1,9}")
 
-_HUB = ("huggingface.co", 443)
-
-
-def default_corpus() -> str:
-    """`wikitext2` where the hub can be reached, else `pydoc`."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false", "False"):
-        try:
-            socket.create_connection(_HUB, timeout=2).close()
-            return "wikitext2"
-        except OSError:
-            pass
-    say("the Hugging Face hub cannot be reached: using the text 'pydoc'")
-    return "pydoc"
-
-
-def read_tokens(spec: str, split: Split, model: OpenedModel) -> np.ndarray:
-    """Token ids of `spec`; the tokenizer is read only if there is text, and once."""
-    tokenizer = functools.cache(model.tokenizer)
-    return load_tokens(
-        spec,
-        split,
-        encode=lambda text: encode_stream(tokenizer(), text),
-        render=lambda messages: render_chat(tokenizer(), messages),
-    )
-
-
-def read_calibration(
-    specs: Sequence[str] | None, model: OpenedModel, seqlen: int, nsamples: int, seed: int
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Calibration windows of the texts that were asked for, and what is kept about them.
-
-    Args:
-      specs: texts as `DATA_HELP` says, each with ``=WEIGHT`` or without; none: the default.
-      model: whose tokens they are.
-      seqlen, nsamples, seed: length, number and draw of the windows.
-
-    Returns:
-      int32 [nsamples, seqlen], and `data`, `windows`, `seqlen`, `seed`; of several texts also
-      `texts`, with the `name`, `weight` and `windows` of each.
-
-    Raises:
-      DataError: no such text, too little of it, or tokens that are not this model's.
-    """
-    texts = [split_weight(spec) for spec in specs or [default_corpus()]]
-    names, weights = [name for name, _ in texts], [weight for _, weight in texts]
-    counts = shares(weights, nsamples)
-    tokens = [read_tokens(name, "calibration", model) for name in names]
-    windows = mixed_windows(tokens, weights, seqlen, nsamples, seed, names, model.first_token)
-    kept: dict[str, Any] = {"data": _mixture(texts), "windows": len(windows), "seqlen": seqlen, "seed": seed}
-    if len(texts) > 1:
-        kept["texts"] = [
-            {"name": name, "weight": weight, "windows": count}
-            for name, weight, count in zip(names, weights, counts, strict=True)
-        ]
-    return checked_windows(windows, model.source.config), kept
-
-
-def _mixture(texts: Sequence[tuple[str, float]]) -> str:
-    """Texts and their weights for people: ``wikitext2 + 2 × code.jsonl``; a text alone needs no weight."""
-    if len(texts) == 1:
-        return texts[0][0]
-    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in texts)
-
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:
     """Devices by axes: ``data=4,rows=2``, or ``auto`` for all of them along ``data``; None for one device.
@@ -155,16 +94,7 @@ def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:
     """
     if text is None:
         return None
-    sizes = {"data": len(jax.devices())}
-    if text != "auto":
-        parts = [part.partition("=") for part in text.split(",")]
-        if any(name not in ("data", "rows") or not _DIGITS.fullmatch(size) for name, _, size in parts):
-            raise SpQRError(f"--mesh {text!r}: expected such as data=4 or data=4,rows=2, or auto")
-        sizes = {name: int(size) for name, _, size in parts}
-    count = math.prod(sizes.values())
-    if not 1 <= count <= len(jax.devices()):
-        raise SpQRError(f"--mesh {text} takes {count} devices, but there are {len(jax.devices())}")
-    return jax.sharding.Mesh(np.array(jax.devices()[:count]).reshape(tuple(sizes.values())), tuple(sizes))
+    return mesh_of(text)
 
 
 def parse_rule(text: str) -> LayerRule:

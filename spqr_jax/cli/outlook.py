@@ -26,6 +26,7 @@ from spqr_jax.forecast import (
     memory,
     seconds,
 )
+from spqr_jax.forecast.memory_plan import plan_memory
 from spqr_jax.forecast.quantizing import quantize_work
 from spqr_jax.forecast.words import about_count
 from spqr_jax.job.driver import quantizable_paths
@@ -93,7 +94,7 @@ def before_quantize(
     return _announce(
         what,
         quantize_work(model, config, text, tuning),
-        memory.quantize_bytes(model, config, text, tuning, itemsize(dtype)),
+        plan_memory(model, config, text, tuning, itemsize(dtype)).host_bytes,
         dtype,
         kept_programs.run_key("quantize", model, kept_programs.program_settings(config), text.seqlen, tuning, dtype),
         [*advice, *_smaller_dtype(dtype)],

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import typer
 
 from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.cli.display import EventView, describe_head, say, size, tell, write_json
+from spqr_jax.cli.display import EventView, console, describe_head, errors, say, size, tell, write_json
 from spqr_jax.cli.next_step import after_writing
 from spqr_jax.cli.options import (
     Calibration,
     CalibrationSeed,
     CalibrationSeqLen,
     Dtype,
+    Hosts,
     Json,
     Mesh,
     Model,
-    Out,
     Overwrite,
     Restart,
     Resume,
@@ -30,7 +30,6 @@ from spqr_jax.cli.options import (
     build_tuning,
     parse_mesh,
     parse_rule,
-    read_calibration,
 )
 from spqr_jax.cli.outlook import before_quantize
 from spqr_jax.cli.quantize_options import (
@@ -42,9 +41,13 @@ from spqr_jax.cli.quantize_options import (
     GroupSize,
     HeadBits,
     InputShards,
+    MachineName,
+    MaxMemory,
     Method,
     Order,
     OutlierThreshold,
+    OutUnlessPlanning,
+    PlanOnly,
     Preset,
     Rule,
     Sequential,
@@ -56,21 +59,25 @@ from spqr_jax.cli.quantize_options import (
     TuneLearningRate,
     TuneObjective,
 )
+from spqr_jax.cli.scale import MemoryWatch, dry_run, needed_out
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.estimate import quantized_bytes
+from spqr_jax.forecast import Text
 from spqr_jax.inspection import summarize
-from spqr_jax.job.directory import quantize_to
+from spqr_jax.job.directory import quantize_to, take_part
 from spqr_jax.job.job import JobReport
 from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
+from spqr_jax.stream.mesh import hosts_together, is_first, start_hosts, wait_for_all
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal import interrupt
+from spqr_jax.texts import read_calibration
 
 
 def quantize(
     context: typer.Context,
     model: Model,
-    out: Out,
+    out: OutUnlessPlanning = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     restart: Restart = False,
@@ -101,9 +108,19 @@ def quantize(
     sequential: Sequential = None,
     calibration_dtype: CalibrationDtype = None,
     dtype: Dtype = None,
+    max_memory: MaxMemory = None,
+    plan_only: PlanOnly = False,
+    machine: MachineName = None,
     mesh: Mesh = None,
+    hosts: Hosts = None,
 ) -> None:
     """Compress a model and save it."""
+    if hosts is not None:
+        start_hosts(hosts)
+        mesh = mesh or "auto"
+        if resume or restart or tune != "none":
+            raise SpQRError("with --hosts, --tune, --resume and --restart do not work: run them on one machine")
+        console.quiet = errors.quiet = not is_first()
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
     config = build_config(
         method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
@@ -112,25 +129,48 @@ def quantize(
         input_shards=input_shards, sequential=sequential, steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
     )  # fmt: skip
-    claim = _claim(context, out, overwrite, resume, restart)
+    if plan_only:
+        text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
+        dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
+        return
+    config, out = config.resolved(), needed_out(out, machine)
+    if hosts is None:
+        claim = _claim(context, out, overwrite, resume, restart)
+    elif is_first():  # nothing is saved for a later run: the other processes would have to go on, too
+        claim = context.with_resource(Claim(out, overwrite))
+    else:
+        claim = None
     opened = _open_dense(model, dtype)
-    claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
-    batches, calibration = None, None
+    if claim is not None:
+        claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
+    windows, calibration = None, None
     if config.needs_calibration or tuning is not None:
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
-        batches = batched(windows)
     elif calib:
         say(f"--method {method} uses no calibration text: --calib is ignored")
     outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
-    with EventView() as view, interrupt.at_safe_points():
+    devices = parse_mesh(mesh)
+    count = None if devices is None else devices.size
+    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, count)
+    batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
+    spill = context.with_resource(watch.spill(out))
+    with hosts_together(), EventView() as view, interrupt.at_safe_points():
+        if claim is None:
+            take_part(
+                opened.source, batches, config, mesh=devices, spill=spill, hessian_bytes=watch.thrift.hessian_bytes
+            )
+            wait_for_all("written")
+            return
         place, report = quantize_to(
             claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
-            provenance=_provenance(opened, method, calibration), mesh=parse_mesh(mesh),
+            provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill,
+            hessian_bytes=watch.thrift.hessian_bytes,
         )  # fmt: skip
+        wait_for_all("written")
     summary = summarize(CheckpointSource(place))
-    _show_result(place, summary, report)
-    figures = {name: value for name, value in summary.items() if name != "layers"}
-    write_json(json, {**figures, "seconds": report.seconds, **outlook.to_json(), "layers": summary["layers"]})
+    _show_result(place, summary, report, watch.measured())
+    costs = {"seconds": report.seconds, **outlook.to_json(), **watch.to_json()}
+    write_json(json, {**costs, **summary})  # the long entry, layers, is the last
     if opened.note is not None:
         say(opened.note)
     outlook.end(after_writing(out))
@@ -175,11 +215,11 @@ def _files_to_keep(opened: OpenedModel) -> dict[str, bytes]:
         return opened.configurations()
 
 
-def _show_result(place: Path, summary: dict[str, Any], report: JobReport) -> None:
+def _show_result(place: Path, summary: dict[str, Any], report: JobReport, memory: str) -> None:
     """The line that a run ends with."""
     tell(
         (str(place), "bold"),
         f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in total "
-        f"(dense: {size(summary['dense_bytes'])}); {report.seconds:.0f} s",
+        f"(dense: {size(summary['dense_bytes'])}); {report.seconds:.0f} s; {memory}",
     )

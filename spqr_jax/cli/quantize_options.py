@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from spqr_jax.cli.help import NOTHING, option
+from spqr_jax.cli.help import COMPUTATION, NOTHING, OUTPUT, flag, option
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, DEFAULT_STEPS, PRESETS
 
 SIZE, TUNING = "Size and quality", "Tuning afterwards"
@@ -193,7 +194,41 @@ CalibrationDtype = Annotated[
     option(
         MORE_CALIBRATION,
         "TYPE",
-        "Type of the matrix products during calibration: bfloat16 or float32.",
-        show_default="float32 for reference, else bfloat16",
+        "Type of the matrix products during calibration: bfloat16, float32, or auto for the one that your "
+        "processor has instructions for.",
+        show_default="float32 for reference, else auto",
+    ),
+]
+
+# ---- before the work ------------------------------------------------------------------------------
+
+OutUnlessPlanning = Annotated[Path | None, option(OUTPUT, "DIR", "Directory to write.", "--out", show_default=False)]
+PlanOnly = Annotated[
+    bool,
+    flag(
+        OUTPUT,
+        "--plan",
+        "Show sizes, memory and time of this run, and do nothing else. MODEL may be a config.json: no weights needed.",
+    ),
+]
+MachineName = Annotated[
+    str | None,
+    option(
+        OUTPUT,
+        "NAME",
+        "With --plan: another machine, such as H100, 8xH100, 2x8xH100 (two hosts) or v5e-256.",
+        "--machine",
+        show_default="this machine",
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    option(
+        COMPUTATION,
+        "SIZE",
+        "Most memory to plan for, of the host and of each device, such as 4GiB. To keep to it, spqr keeps activations "
+        "on disk. The result has the same bytes, unless spqr says that it takes smaller chunks of text.",
+        "--max-memory",
+        show_default="no limit",
     ),
 ]

@@ -28,7 +28,6 @@ from spqr_jax.cli.options import (
     Model,
     Overwrite,
     Windows,
-    read_calibration,
 )
 from spqr_jax.cli.outlook import before_analyze
 from spqr_jax.config import SpQRConfig
@@ -38,6 +37,7 @@ from spqr_jax.output import Claim, check_file, refuse_existing, write_file
 from spqr_jax.report import Run, figures, read_result, read_run, render_page, write_analysis
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream.windows import batched
+from spqr_jax.texts import read_calibration
 
 ANALYSIS = "Analysis"
 

@@ -7,39 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cpu_kernels import chosen_kernels
-from spqr_jax._compat import give_back_memory
 from spqr_jax.cli.display import console, say
 from spqr_jax.errors import DataError
 from spqr_jax.files.text import decode_text
-from spqr_jax.generate import Generation, Generator
+from spqr_jax.generate import Generation
 from spqr_jax.models.tokenizer import render_chat, token_ids
-from spqr_jax.products import default_implementation, why_no_kernels
-from spqr_jax.quantized import quantized_leaves
-from spqr_jax.stream.blocks import BlockSource, collect
 
 Message = dict[str, str]
-
-
-def describe_products() -> str:
-    """How products with quantized weights are made on this machine."""
-    implementation = default_implementation()
-    if implementation == "cpu":
-        return f"matrix products use the native CPU kernels ({chosen_kernels()})"
-    if implementation != "xla":
-        return f"matrix products use the Pallas kernels ({implementation})"
-    return f"matrix products dequantize the weights, which is slow: {why_no_kernels()}"
-
-
-def load_generator(source: BlockSource, int8_activations: bool) -> Generator:
-    """Reads a whole model and makes it ready; says so if that is the slow way."""
-    params = collect(source)
-    if quantized_leaves(params) and default_implementation() == "xla":
-        say(describe_products())
-    generator = Generator(params, int8_activations=int8_activations)
-    del params  # what was read is no longer needed: with a small model it is half of what the process holds
-    give_back_memory()
-    return generator
 
 
 # ---- prompts ------------------------------------------------------------------------------------

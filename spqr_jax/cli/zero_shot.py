@@ -12,7 +12,7 @@ from spqr_jax.cli.help import COMPUTATION, flag, option
 from spqr_jax.cli.next_step import after_eval
 from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.cli.outlook import before_eval, say_next
-from spqr_jax.errors import SpQRError
+from spqr_jax.integrations import import_harness
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import collect
 
@@ -80,19 +80,6 @@ def evaluate(
     tell((f"lm-eval {found['harness']}; ± is the standard error that the harness reports", "dim"))
     write_json(json, {"model": model, "num_fewshot": num_fewshot, "limit": limit, "seed": seed, **found})
     say_next(after_eval(opened, "--tasks", tasks, *(() if limit is None else ("--limit", f"{limit:g}"))))
-
-
-def import_harness() -> Any:
-    """The adapter's module, which imports the harness.
-
-    Raises:
-      SpQRError: the harness is not installed.
-    """
-    try:
-        from spqr_jax.integrations import harness
-    except ImportError as error:
-        raise SpQRError(f"the LM Evaluation Harness is not installed ({error}): pip install 'spqr-jax[eval]'") from None
-    return harness
 
 
 def task_rows(found: dict[str, Any]) -> list[list[str]]:

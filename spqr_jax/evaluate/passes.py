@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spqr_jax._compat import give_back_memory
 from spqr_jax.events import Steps
 from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
@@ -23,8 +24,8 @@ from spqr_jax.quantized import is_quantized
 from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource
 
-_FEWEST_NUMBERS, _MOST_NUMBERS = 2**24, 2**28  # 64 MiB and 1 GiB in float32
-_WEIGHTS_A_NUMBER = 32
+_FEWEST_NUMBERS, _MOST_NUMBERS = 2**23, 2**28  # 32 MiB and 1 GiB in float32
+_WEIGHTS_A_NUMBER = 64
 
 T = TypeVar("T")
 
@@ -32,13 +33,14 @@ embed_batch = jax.jit(embed, static_argnums=0)
 
 
 def stream_numbers(config: DecoderConfig) -> int:
-    """Numbers of residual stream that are held at a time: 1 for 32 weights of the model, from 64 MiB to 1 GiB.
+    """Numbers of residual stream that are held at a time: 1 for 64 weights of the model, from 32 MiB to 1 GiB.
 
-    In float32 that is an eighth of a byte for each weight, a quarter of a model with 4 bits per weight: the memory that
-    a text needs does not depend on its length, and is small beside a small model. More text is read in groups. Every
-    group reads each block again and makes it dense again. A model of 0.5 billion weights and hidden size 896 has groups
-    of 19 thousand tokens, one of 7 billion and 4096 groups of 55 thousand: their products take over 100 times as long
-    as the dequantization. A group stays where the model is. On a CPU, the host has no other memory to put it into.
+    In float32 that is a sixteenth of a byte for each weight, an eighth of a model with 4 bits per weight: the memory
+    that a text needs does not depend on its length, and is small beside a small model. More text is read in groups.
+    Every group reads each block again and makes it dense again. A model of 0.5 billion weights and hidden size 896 has
+    groups of 9 thousand tokens. A model of 7 billion weights and hidden size 4096 has groups of 27 thousand tokens:
+    their products take over 40 times as long as the dequantization. A group stays where the model is. On a CPU, the
+    host has no other memory to put it into.
     """
     weights = sum(int(np.prod(shape)) for shape in weight_shapes(config).values())
     return min(max(weights // _WEIGHTS_A_NUMBER, _FEWEST_NUMBERS), _MOST_NUMBERS)
@@ -114,10 +116,12 @@ def embed_group(
     else:
         tables = embedding_rows(outer, batches)
         ids = [np.arange(batch.size, dtype=np.int32).reshape(batch.shape) for batch in batches]
-    return [
+    residuals = [
         embed_batch(config, table, jnp.asarray(tokens), place)
         for table, tokens, place in zip(tables, ids, where, strict=True)
     ]
+    give_back_memory()  # of reading the weights outside of the blocks
+    return residuals
 
 
 def pass_blocks(
@@ -136,7 +140,12 @@ def pass_blocks(
       dtype: of the activations.
       passed: called with each new state once it is computed.
     """
-    sweep.forward(source, lambda index, block: _pass_dense(dense_block(block, dtype), states, step, passed))
+
+    def visit(index: int, block: Block) -> None:
+        _pass_dense(dense_block(block, dtype), states, step, passed)
+        give_back_memory()  # of reading: threads that read leave freed memory behind
+
+    sweep.forward(source, visit)
 
 
 def _pass_dense(block: Block, states: list[T], step: Callable[[Block, T], T], passed: Callable[[T], None]) -> None:

@@ -52,8 +52,8 @@ def perplexity(
     mean over windows. Losses are computed in float32 and averaged in float64.
 
     A quantized model stays packed: one block at a time becomes dense, reads all windows, and is dropped. An output head
-    and an embedding that are packed become dense by pieces. The residual stream of the windows takes an eighth of a
-    byte for each weight of the model, between 64 MiB and 1 GiB. More text than that is read in several groups.
+    and an embedding that are packed become dense by pieces. The residual stream of the windows takes a sixteenth of
+    a byte for each weight of the model, between 32 MiB and 1 GiB. More text than that is read in several groups.
 
     Args:
       params: the model, dense or quantized: in memory, or a `BlockSource`, whose blocks are read one at a time.

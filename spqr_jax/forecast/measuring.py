@@ -10,6 +10,7 @@ from spqr_jax.forecast.passes import (
     head_operations,
     hessian_operations,
     input_groups,
+    kind_counts,
     model_weights,
 )
 from spqr_jax.models.config import DecoderConfig
@@ -57,13 +58,13 @@ def analyze_work(model: DecoderConfig, text: Text) -> Work:
 
     Then patterns are looked for in the map of every matrix, which takes most of the time of short texts.
     """
-    passed = forward_pass(model, text, every_expert=True)
+    passed = forward_pass(model, text)
     work = Work(bfloat16=passed.products, attention=passed.attention, gram=hessian_operations(model, text.tokens))
-    for kind in model.kinds:
-        weights = block_weights(model, kind)
+    for kind, count in kind_counts(model):
+        weights = count * block_weights(model, kind)
         groups = input_groups(model, kind)
         mean_width = sum(width for _, width in groups) / len(groups)
-        work += Work(factor=sum(4 / 3 * width**3 for _, width in groups))
+        work += Work(factor=count * sum(4 / 3 * width**3 for _, width in groups))
         work += Work(float32=2 * 2.0 * weights * mean_width, mapped=weights, handled=weights)
     return work + Work(programs=_START + _ANALYSIS_BY_KIND * len(set(model.kinds)))
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 from spqr_jax.models.config import BlockKind, DecoderConfig
@@ -14,6 +18,10 @@ from spqr_jax.stream.stages import stage_groups
 
 QUERY_CHUNK = 128
 """Queries that attention takes at a time, as in `spqr_jax.models.attention`."""
+
+
+TILE_PADDING = 1.2
+"""Rows that experts multiply, padding of their tiles included, for each pair of a token and an expert."""
 
 
 class Text(NamedTuple):
@@ -38,6 +46,7 @@ class Work:
       bfloat16: operations of products whose factors are rounded to bfloat16.
       attention: operations of attention's two products; the softmax between them is part of this kind's speed.
       gram: operations of Gram matrices X Xᵀ, which Hessians are summed from.
+      rounded_gram: the same of inputs that are rounded to bfloat16.
       factor: operations of factorizations.
       searched, plain: weights that the column loop visits, with the search fit and with a min-max fit.
       rounded: weights that are rounded to nearest, without the column loop.
@@ -52,6 +61,7 @@ class Work:
     bfloat16: float = 0.0
     attention: float = 0.0
     gram: float = 0.0
+    rounded_gram: float = 0.0
     factor: float = 0.0
     searched: float = 0.0
     plain: float = 0.0
@@ -62,10 +72,10 @@ class Work:
     programs: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __mul__(self, times: float) -> Work:
-        return Work(*(times * amount for amount in dataclasses.astuple(self)))
+        return Work(*(times * amount for amount in vars(self).values()))
 
     __rmul__ = __mul__
 
@@ -77,26 +87,42 @@ class Pass(NamedTuple):
     attention: float
 
 
+@lru_cache(maxsize=64)
+def block_sizes(config: DecoderConfig, kind: BlockKind) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of a block's weights, as `block_shapes`; counted once for all blocks of a kind."""
+    return MappingProxyType(block_shapes(config, kind))
+
+
+def kind_counts(config: DecoderConfig) -> list[tuple[BlockKind, int]]:
+    """The kinds of blocks that a model has, and how many of each."""
+    return list(Counter(config.kinds).items())
+
+
+@lru_cache(maxsize=64)
 def block_weights(config: DecoderConfig, kind: BlockKind) -> int:
     """Weights of the matrices of a block, its router left out."""
-    shapes = block_shapes(config, kind)
+    shapes = block_sizes(config, kind)
     return sum(math.prod(shapes[name]) for name in matrix_names(config, kind))
 
 
-def forward_pass(config: DecoderConfig, text: Text, every_expert: bool = False) -> Pass:
+def expert_share(config: DecoderConfig, name: str) -> float:
+    """Part of the tokens that are multiplied by a weight: a token passes `experts_per_token` of the experts."""
+    if not name.startswith("experts."):
+        return 1.0
+    return min(1.0, TILE_PADDING * config.experts_per_token / config.num_experts)
+
+
+def forward_pass(config: DecoderConfig, text: Text) -> Pass:
     """Text through all blocks, the output head left out.
 
-    A matrix [out, in] takes 2·out·in operations a token. A token passes `experts_per_token` of the
-    experts, or all of them where gradients or Hessians are asked for (`every_expert`).
+    A matrix [out, in] takes 2·out·in operations a token that passes it.
     """
     products, attention = 0.0, 0.0
-    for kind in config.kinds:
-        shapes = block_shapes(config, kind)
-        share = 1.0 if every_expert or not config.num_experts else config.experts_per_token / config.num_experts
+    for kind, count in kind_counts(config):
+        shapes = block_sizes(config, kind)
         for name in matrix_names(config, kind):
-            passed = share if name.startswith("experts.") else 1.0
-            products += 2.0 * passed * math.prod(shapes[name]) * text.tokens
-        attention += attention_operations(config, bool(kind.local), text)
+            products += count * 2.0 * expert_share(config, name) * math.prod(shapes[name]) * text.tokens
+        attention += count * attention_operations(config, bool(kind.local), text)
     return Pass(products, attention)
 
 
@@ -130,8 +156,17 @@ def input_groups(config: DecoderConfig, kind: BlockKind) -> list[tuple[tuple[str
 
 
 def hessian_operations(config: DecoderConfig, tokens: int) -> float:
-    """The Hessians of all blocks over so many tokens."""
-    return sum(gram_operations(width, tokens) for kind in config.kinds for _, width in input_groups(config, kind))
+    """The Hessians of all blocks over so many tokens, each over the tokens that pass its weights."""
+    return sum(
+        count * gram_operations(width, 1) * tokens * expert_share(config, names[0])
+        for kind, count in kind_counts(config)
+        for names, width in input_groups(config, kind)
+    )
+
+
+def block_total(config: DecoderConfig) -> int:
+    """Weights of all blocks."""
+    return sum(count * block_weights(config, kind) for kind, count in kind_counts(config))
 
 
 def outer_weights(config: DecoderConfig) -> int:
@@ -141,4 +176,4 @@ def outer_weights(config: DecoderConfig) -> int:
 
 def model_weights(config: DecoderConfig) -> int:
     """Weights of all matrices, embedding and output head included."""
-    return outer_weights(config) + sum(block_weights(config, kind) for kind in config.kinds)
+    return outer_weights(config) + block_total(config)

@@ -9,12 +9,15 @@ from spqr_jax.forecast.passes import (
     Pass,
     Text,
     Work,
-    block_weights,
+    block_sizes,
+    block_total,
+    expert_share,
     forward_pass,
     gram_operations,
     head_operations,
     hessian_operations,
     input_groups,
+    kind_counts,
     model_weights,
 )
 from spqr_jax.models.config import BlockKind, DecoderConfig
@@ -24,7 +27,7 @@ from spqr_jax.tune import TuneConfig
 _BACKWARD_ATTENTION = 4  # passes: forward, once more for the gradient, and twice as much backwards
 _HEAD_GRADIENT = 3  # passes of the output head: forward, once more for the gradient, backwards
 _FACTOR = 4 / 3  # operations of a Cholesky factor (1/3) and its inverse (1), times the cube of the width
-_PLAN_TOKENS = 4096  # of calibration text that a plan looks at, as in `spqr_jax.planning.budget`
+_PLAN_TOKENS, _PLAN_WINDOW = 4096, 512  # of calibration text that a plan looks at, as in `spqr_jax.planning.budget`
 _PLAN_PRICES = 5  # outlier thresholds that a plan tries with each width
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target: assumed; whole runs at 4.3 bits agree
 _SMALLEST_STACK = 128  # rows that the column loop pads few rows to
@@ -63,14 +66,30 @@ def calibration_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Wo
     One forward pass; two with a correction of drift or where a block's weights do not see its
     earlier ones quantized.
     """
-    passed = forward_pass(model, text, every_expert=True)
+    passed = forward_pass(model, text)
     times = 2 if config.corrects_drift or not config.sequential else 1
-    work = times * _products(passed, config.calibration_dtype == "bfloat16")
-    work += Work(gram=hessian_operations(model, text.tokens))
+    work = times * _products(passed, rounds(config)) + _grams(hessian_operations(model, text.tokens), config)
     if config.corrects_drift:  # X₀ Xᵀ, which is not symmetric
-        widths = [width for kind in model.kinds for _, width in input_groups(model, kind)]
-        work += Work(gram=sum(2.0 * width**2 * text.tokens for width in widths))
+        work += Work(gram=drift_operations(model, text.tokens))
     return work
+
+
+def rounds(config: SpQRConfig) -> bool:
+    """Whether calibration rounds the factors of its products to bfloat16."""
+    return config.calibration_dtype != "float32"
+
+
+def _grams(operations: float, config: SpQRConfig) -> Work:
+    return Work(rounded_gram=operations) if rounds(config) else Work(gram=operations)
+
+
+def drift_operations(model: DecoderConfig, tokens: int) -> float:
+    """X₀ Xᵀ of every input, whole."""
+    return sum(
+        count * 2.0 * width**2 * tokens * expert_share(model, names[0])
+        for kind, count in kind_counts(model)
+        for names, width in input_groups(model, kind)
+    )
 
 
 def _products(passed: Pass, rounded: bool) -> Work:
@@ -81,10 +100,9 @@ def _products(passed: Pass, rounded: bool) -> Work:
 
 
 def plan_text(text: Text) -> Text:
-    """The windows that a plan looks at: whole batches of about 1024 tokens, 4096 tokens or a little more."""
-    batch = max(1, 1024 // text.seqlen)
-    batches = math.ceil(_PLAN_TOKENS / (batch * text.seqlen))
-    return Text(min(text.windows, batch * batches), text.seqlen)
+    """The beginnings of windows that a plan looks at, about 4096 tokens: 512 of each, or more if there are few."""
+    windows = min(text.windows, math.ceil(_PLAN_TOKENS / min(text.seqlen, _PLAN_WINDOW)))
+    return Text(windows, min(text.seqlen, max(_PLAN_WINDOW, _PLAN_TOKENS // max(windows, 1))))
 
 
 def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
@@ -94,22 +112,20 @@ def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     weights get no gradient. Trials take as many rows of each matrix as it has, or a little more.
     """
     seen = plan_text(text)
-    passed = forward_pass(model, seen, every_expert=True)
-    work = Work(
-        dense=3 * passed.products + _HEAD_GRADIENT * head_operations(model, seen.tokens),
-        attention=(1 + _BACKWARD_ATTENTION) * passed.attention,
-        gram=hessian_operations(model, seen.tokens),
-    )
+    passed = forward_pass(model, seen)
+    products = 3 * passed.products + _HEAD_GRADIENT * head_operations(model, seen.tokens)
+    work = _products(Pass(products, (1 + _BACKWARD_ATTENTION) * passed.attention), rounds(config))
+    work += _grams(hessian_operations(model, seen.tokens), config)
     choices = _PLAN_PRICES * len(config.bit_choices)
-    for kind in model.kinds:
+    for kind, count in kind_counts(model):
+        shapes = block_sizes(model, kind)
         for names, width in input_groups(model, kind):
-            rows = sum(_trial_rows(model, kind, name, config, choices) for name in names)
-            work += _column_loop(config, rows, width) + Work(factor=_FACTOR * width**3)
+            rows = sum(_trial_rows(shapes[name][0], config, choices) for name in names)
+            work += count * (_column_loop(config, rows, width) + Work(factor=_FACTOR * width**3))
     return work
 
 
-def _trial_rows(model: DecoderConfig, kind: BlockKind, name: str, config: SpQRConfig, choices: int) -> int:
-    rows = block_shapes(model, kind)[name][0]
+def _trial_rows(rows: int, config: SpQRConfig, choices: int) -> int:
     tile = config.stats_group_size if config.quantized_stats else 16
     return max(rows, choices * tile * max(1, math.ceil(rows / tile) // choices))
 
@@ -117,16 +133,16 @@ def _trial_rows(model: DecoderConfig, kind: BlockKind, name: str, config: SpQRCo
 def solver_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     """Factorizations and the column loop of all blocks; other methods' steps."""
     work, solved = Work(), _SOLVED_AGAIN if config.target_bits is not None else 1.0
-    for kind in model.kinds:
-        shapes = block_shapes(model, kind)
+    for kind, count in kind_counts(model):
+        shapes = block_sizes(model, kind)
         for names, width in input_groups(model, kind):
             rows = sum(shapes[name][0] for name in names)
             if config.solver != "columns":
-                work += _other_solver(config, rows, width)
+                work += count * _other_solver(config, rows, width)
             elif config.compensate:
-                work += solved * _column_loop(config, rows, width) + Work(factor=solved * _FACTOR * width**3)
+                work += count * solved * (_column_loop(config, rows, width) + Work(factor=_FACTOR * width**3))
             else:
-                work += Work(rounded=rows * width)
+                work += Work(rounded=count * rows * width)
     if config.solver == "brecq":
         work += _block_reconstruction(model, config, text)
     return work
@@ -162,8 +178,8 @@ def _block_reconstruction(model: DecoderConfig, config: SpQRConfig, text: Text) 
 
     A step runs one chunk of text, its gradients by inputs and by weights.
     """
-    passed = forward_pass(model, text, every_expert=True)
-    chunk = forward_pass(model, Text(max(1, 1024 // text.seqlen), text.seqlen), every_expert=True)
+    passed = forward_pass(model, text)
+    chunk = forward_pass(model, Text(max(1, 1024 // text.seqlen), text.seqlen))
     importance = Work(
         dense=3 * passed.products + _HEAD_GRADIENT * head_operations(model, text.tokens),
         attention=(1 + _BACKWARD_ATTENTION) * passed.attention,
@@ -192,8 +208,8 @@ def tuning_work(model: DecoderConfig, tuning: TuneConfig, text: Text, batch_toke
     forwards, the gradient by inputs, and by weights in float32. A step of ``blocks`` leaves the first
     and the head out, but the text runs through each finished block once.
     """
-    passed = forward_pass(model, text, every_expert=True)
-    weights = sum(block_weights(model, kind) for kind in model.kinds)
+    passed = forward_pass(model, text)
+    weights = block_total(model)
     steps = tuning.epochs * math.ceil(text.windows / max(1, batch_tokens // text.seqlen))
     teacher = _products(passed, rounded=False)
     gradient = Work(

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SpQRConfig
@@ -164,10 +165,11 @@ class GroupSolver:
       config: what to do.
       report: told of each weight.
       ledger: keeps to a budget, or None where there is none.
+      mesh: of devices that solve the rows together, or None.
     """
 
-    def __init__(self, config: SpQRConfig, report: Reporter, ledger: Ledger | None) -> None:
-        self._config, self._report, self._ledger = config, report, ledger
+    def __init__(self, config: SpQRConfig, report: Reporter, ledger: Ledger | None, mesh: Mesh | None = None) -> None:
+        self._config, self._report, self._ledger, self._mesh = config, report, ledger, mesh
         self.by_columns = config.solver == "columns"
         self.starved: dict[str, int] = {}  # experts of the block at hand that few tokens reached, and how many
 
@@ -236,12 +238,12 @@ class GroupSolver:
     ) -> list[Solved]:
         ledger = self._ledger
         if ledger is None:
-            return quantize_weights(weights, hessian, list(configs.values()))
+            return quantize_weights(weights, hessian, list(configs.values()), self._mesh)
         factor: float | None = ledger.factor()
         tried: list[tuple[float, dict[str, SpQRArray]]] = []
         while factor is not None and len(tried) < _TRIES:
             own = [dataclasses.replace(c, outlier_threshold=factor * c.outlier_threshold) for c in configs.values()]
-            solved = quantize_weights(weights, hessian, own)
+            solved = quantize_weights(weights, hessian, own, self._mesh)
             tried.append((factor, {path: one.array for path, one in zip(configs, solved, strict=True)}))
             factor = ledger.next_factor(tried)
         for path, one in zip(configs, solved, strict=True):

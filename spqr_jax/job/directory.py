@@ -12,10 +12,13 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.events import Events, ignore
 from spqr_jax.job.job import Job, JobReport, Kept, Store
 from spqr_jax.journal import Journal, identity_of
+from spqr_jax.models.decoder import Block, Outer
 from spqr_jax.output import Claim
 from spqr_jax.output.run_folder import has_state
 from spqr_jax.planning.budget import Plan
 from spqr_jax.stream.blocks import ModelSource
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -38,6 +41,8 @@ def quantize_to(
     provenance: dict[str, Any] | None = None,
     mesh: Mesh | None = None,
     events: Events = ignore,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> tuple[Path, JobReport]:
     """Quantizes a model into a directory.
 
@@ -49,6 +54,7 @@ def quantize_to(
       files: path in the directory -> content of more files to keep with the model.
       provenance: JSON values that tell where the model comes from; the target and the tuning are added.
       events: told of each step.
+      spill, hessian_bytes: as `Job` takes them.
 
     Returns:
       Where the directory lies, and what was done.
@@ -63,8 +69,36 @@ def quantize_to(
     batches = None if batches is None else list(batches)
     with CheckpointSink(claim, source.config, config, tokenizer=tokenizer, provenance=kept, files=files) as sink:
         state = None if claim.run is None else _kept(claim.run, sink, source, batches, config, tuning)
-        report = Job(source, sink, batches, config, tuning, plan, kept=state, mesh=mesh).run(events)
+        job = Job(
+            source, sink, batches, config, tuning, plan, kept=state, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes
+        )
+        report = job.run(events)
     return sink.path, report
+
+
+class _NoSink:
+    """Takes a model's parts and drops them."""
+
+    def put_outer(self, outer: Outer) -> None: ...
+
+    def put_block(self, index: int, block: Block) -> None: ...
+
+    def record(self, path: str, stats: dict[str, float]) -> None: ...
+
+    def describe(self, quantization: SpQRConfig) -> None: ...
+
+
+def take_part(
+    source: ModelSource,
+    batches: Iterable[Any] | None,
+    config: SpQRConfig,
+    *,
+    mesh: Mesh | None,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
+) -> None:
+    """What every process but the first does while the first runs `quantize_to`: the same, but it writes nothing."""
+    Job(source, _NoSink(), batches, config, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes).run()
 
 
 def _kept(

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, NotFiniteError
 from spqr_jax.job.block_solver import BlockSolver, GroupSolver, Parallel, Sequential, Uncalibrated
@@ -33,6 +35,7 @@ def choose_solver(
     config: SpQRConfig,
     report: Reporter,
     ledger: Ledger | None,
+    mesh: Mesh | None = None,
 ) -> BlockSolver:
     """The solver that a configuration asks for.
 
@@ -43,9 +46,10 @@ def choose_solver(
       config: how to quantize.
       report: told of each weight.
       ledger: keeps to a budget, or None where there is none.
+      mesh: of devices that solve rows together, or None.
     """
     check_shards(config, source.config)
-    weights = GroupSolver(config, report, ledger)
+    weights = GroupSolver(config, report, ledger, mesh)
     if activations is None:
         return Uncalibrated(weights, source.config)
     if config.solver == "brecq":
@@ -64,7 +68,12 @@ def head_needs_text(path: str, config: SpQRConfig) -> bool:
 
 
 def quantized_head(
-    path: str, outer: Outer, activations: Activations | None, config: SpQRConfig, report: Reporter
+    path: str,
+    outer: Outer,
+    activations: Activations | None,
+    config: SpQRConfig,
+    report: Reporter,
+    mesh: Mesh | None = None,
 ) -> Outer:
     """The outer weights with a quantized output head, where `config` asks for one.
 
@@ -74,6 +83,7 @@ def quantized_head(
       activations: the text behind all blocks; only read if `head_needs_text`.
       config: how to quantize.
       report: told of the head.
+      mesh: of devices that solve its rows together, or None.
 
     Raises:
       NotFiniteError: what the head reads is infinite or NaN.
@@ -84,7 +94,7 @@ def quantized_head(
     weight = getattr(outer, path)
     hessian = None if activations is None or not chosen.needs_calibration else activations.head_hessian(outer)
     try:
-        solved = quantize_weights([weight], hessian, [chosen])[0]
+        solved = quantize_weights([weight], hessian, [chosen], mesh)[0]
     except DataError as error:
         raise NotFiniteError(f"inputs of {path}: {error}; {advice(weight.dtype)}") from None
     report(path, solved.array, solved.stats)

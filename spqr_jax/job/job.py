@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
 from spqr_jax.events import Event, Events, Remark, SafePoint, ignore
@@ -24,7 +25,8 @@ from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, as_source
 from spqr_jax.stream.mesh_activations import text_activations
-from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
 from spqr_jax.stream.windows import batched
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from spqr_jax.tune import TuneConfig
 
 _SAVED_ACTIVATIONS = 1 << 30  # bytes beyond which activations are made again, not saved
+SAVE_EVERY = 60.0  # seconds between two saves of a long phase
 _DISK_SHARE = 0.1  # of the free space that they may take
 
 
@@ -104,6 +107,8 @@ class Job:
       plan: made before for `config.target_bits`; None to make it now.
       kept: saves the state at safe points, and goes on with a state that is there; None to save nothing.
       mesh: devices that calibration is spread over; None for one device.
+      spill: where activations are kept on disk; None to keep them in memory.
+      hessian_bytes: of experts' Hessians that are summed at once. It does not change the result.
     """
 
     def __init__(
@@ -117,11 +122,15 @@ class Job:
         *,
         kept: Kept | None = None,
         mesh: Mesh | None = None,
+        spill: Spill | None = None,
+        hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self._source, self._sink = source, sink
-        self._config, self._tuning, self._plan = config, tuning, plan
+        self._config, self._tuning, self._plan = config.resolved(), tuning, plan
         self._kept, self._mesh = kept, mesh
+        self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
+        self._saved_now = False
         needed = config.needs_calibration or tuning is not None
         if needed and batches is None:
             raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")
@@ -138,6 +147,7 @@ class Job:
           NotFiniteError: activations are infinite or NaN. The message says at which weight this begins.
           SpQRError: the model or the configuration cannot be used.
         """
+        few_lapack_threads(max(self._source.config.hidden_size, self._source.config.intermediate_size))
         self._adopt()
         plan = self._planned(events)
         config = self._config if plan is None else plan.config(self._config)
@@ -148,7 +158,8 @@ class Job:
         report = Reporter(len(quantizable_paths(self._source, config)), self._recording(events), layers)
         store = self._store()
         if self._state.phase in ("plan", "blocks"):
-            store.describe(config)
+            if store is not self._sink:
+                store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
             self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
@@ -201,6 +212,7 @@ class Job:
             plan = plan_budget(
                 self._source, self._batches, self._config, self._stopping(events),
                 begin=self._state.measured(), keep=self._state.save_measured if self._state.is_kept else None,
+                spill=self._spill,
             )  # fmt: skip
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
@@ -219,9 +231,12 @@ class Job:
         model, outer, activations = self._source.config, self._source.outer(), None
         if config.needs_calibration:
             linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-            activations = text_activations(model, outer, self._batches, linear, mesh=self._mesh)
+            activations = text_activations(
+                model, outer, self._batches, linear, mesh=self._mesh, spill=self._spill,
+                hessian_bytes=self._hessian_bytes,
+            )  # fmt: skip
         ledger = None if plan is None else Ledger(plan)
-        solver = choose_solver(self._source, self._batches, activations, config, report, ledger)
+        solver = choose_solver(self._source, self._batches, activations, config, report, ledger, self._mesh)
         saves = self._saves_activations(activations, solver, events)
         first = self._go_on(activations, solver, ledger, events)
         reads_end = head_needs_text(model.head_path, config)
@@ -229,13 +244,17 @@ class Job:
         def visit(index: int, block: Block) -> None:
             last = index + 1 == model.num_layers and not reads_end
             store.put_block(index, solver.solve(activations, block, f"layers.{index}.", last))
+            give_back_memory()  # else what the C library keeps grows from block to block
             if self._kept is not None:
                 streams = self._put_streams(activations, solver) if saves and not last else "remake"
                 self._save_blocks(self._kept, report, ledger, streams)
                 events(Event("quantizing", len(report.layers), report.total, f"block {index}", SafePoint()))
 
         sweep.forward(self._source, visit, first=first)
-        store.put_outer(quantized_head(model.head_path, outer, activations, config, report))
+        if not reads_end:  # the head, the largest matrix, needs their memory
+            activations = None
+            give_back_memory()
+        store.put_outer(quantized_head(model.head_path, outer, activations, config, report, self._mesh))
         if self._kept is not None:
             self._save_blocks(self._kept, report, ledger, None)
             self._state.save(phase="tune" if self._tuning is not None else "done")
@@ -255,7 +274,9 @@ class Job:
             return False
         streams = 1 + len(solver.streams)
         size = streams * sum(state.residual.nbytes for state, _ in activations.chunks())
-        saves = size <= min(_SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free)
+        saves = self._spill is None and size <= min(
+            _SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free
+        )
         how = "saved after each block" if saves else "not saved: a run that goes on makes them again from its blocks"
         events(Event("quantizing", 0, 0, detail=Remark(f"activations ({readable_size(size)}) are {how}")))
         return saves
@@ -294,10 +315,32 @@ class Job:
 
     def _tune(self, quantized: Any, tuning: TuneConfig, events: Events) -> None:
         """Trains the quantized model and puts it."""
-        from spqr_jax.tune.objectives import tune_into  # it needs optax
+        from spqr_jax.tune.objectives import TuningPlace, tune_into  # they need optax
 
         batches = regrouped(self._batches, tuning.batch_tokens)
-        tune_into(as_source(quantized), self._sink, self._source, batches, tuning, events)
+        place, kept = self._state.tuning_place(), self._kept is not None
+        tune_into(
+            as_source(quantized), self._sink, self._source, batches, tuning, self._tuning_events(events),
+            begin=None if place is None else TuningPlace(*place), keep=self._keep_tuning if kept else None,
+        )  # fmt: skip
+
+    def _keep_tuning(self, place: Any) -> None:
+        """Saves a `TuningPlace`: after a block that is finished, else once a minute."""
+        assert self._kept is not None
+        assert self._tuning is not None
+        by_blocks = self._tuning.objective == "blocks"
+        self._saved_now = by_blocks or self._state.since_saved >= SAVE_EVERY
+        if self._saved_now:
+            self._state.save_tuning(place.done, place.arrays, self._kept.result.digests())
+
+    def _tuning_events(self, events: Events) -> Events:
+        """Events that say where a step was saved; where there is nothing to lose, each may stop."""
+
+        def told(event: Event) -> None:
+            safe = self._kept is None or self._saved_now or event.phase == "reading"
+            events(dataclasses.replace(event, detail=SafePoint()) if safe else event)
+
+        return told
 
 
 def regrouped(batches: Sequence[Any], tokens_per_batch: int) -> Sequence[np.ndarray]:

@@ -32,19 +32,20 @@ class StateKeeper(Protocol):
 class JobState:
     """The entries of a job's state: read when it goes on, saved at its safe points.
 
-    Entries: ``phase`` (plan, blocks, tune, done), ``seconds`` of all runs so far; in phase plan ``measured``
-    (what `Measured` holds); afterwards ``plan``, ``blocks`` (part of the result -> digest), ``layers`` (reports),
-    ``ledger``, and ``activations`` (digests of streams, or "remake").
+    Entries: ``phase`` (plan, blocks, tune, done) and ``seconds`` of all runs so far. In phase plan ``measured`` (what
+    `Measured` holds). After it ``plan``, ``blocks`` (part of the result -> digest), ``layers`` (reports), ``ledger``
+    and ``activations`` (digests of streams, or "remake"). In phase tune ``tuning`` (what `TuningPlace` holds) and
+    ``result`` (digests of trained parts).
 
     Args:
       journal: keeps it; None to keep nothing.
     """
 
     def __init__(self, journal: StateKeeper | None) -> None:
-        self._journal, self._begun = journal, time.perf_counter()
+        self._journal = journal
+        self._begun = self._saved = time.perf_counter()
         self.entries: dict[str, Any] = dict(journal.state or {}) if journal is not None else {}
         self._seconds_before = float(self.entries.get("seconds", 0.0))
-        self._digests: dict[int, str] = {}  # of JSON that does not change
 
     @property
     def is_kept(self) -> bool:
@@ -60,12 +61,18 @@ class JobState:
         """Wall-clock time of this run and of those that it goes on with."""
         return self._seconds_before + time.perf_counter() - self._begun
 
+    @property
+    def since_saved(self) -> float:
+        """Seconds since the last save, or since the beginning."""
+        return time.perf_counter() - self._saved
+
     def save(self, **changes: Any) -> None:
         """Changes entries and makes them safe; an entry that is None is dropped."""
         self.entries |= {**changes, "seconds": self.seconds}
         self.entries = {name: value for name, value in self.entries.items() if value is not None}
         if self._journal is not None:
             self._journal.commit(self.entries)
+        self._saved = time.perf_counter()
 
     # ---- arrays and large JSON, in parts of the journal -------------------------------------
 
@@ -105,6 +112,14 @@ class JobState:
         """The plan of a run that has made one."""
         digest = self.entries.get("plan")
         return None if digest is None else plan_from_json(self._get_json(digest))
+
+    def save_tuning(self, done: int, arrays: Sequence[Any], result: dict[str, str]) -> None:
+        self.save(phase="tune", tuning={"done": done, "arrays": self.put_arrays(arrays)}, result=result)
+
+    def tuning_place(self) -> tuple[int, list[np.ndarray]] | None:
+        """Steps of tuning that are done, and its arrays; None where it has not begun."""
+        kept = self.entries.get("tuning")
+        return None if kept is None else (kept["done"], self.get_arrays(kept["arrays"]))
 
     def layers(self) -> list[LayerReport]:
         """Reports of the weights in finished blocks."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import SHARED_INPUTS, SpQRConfig
@@ -15,7 +16,7 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.layout import check_input_shards
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.weights import block_shapes
-from spqr_jax.solver import Hessian, Solved, solve
+from spqr_jax.solver import Hessian, PanelHessian, Solved, solve
 
 
 def quantize_weight(w: jax.Array, hessian: Hessian | jax.Array | None, config: SpQRConfig | None = None) -> SpQRArray:
@@ -62,19 +63,22 @@ def check_shards(config: SpQRConfig, model: DecoderConfig) -> None:
 
 
 def quantize_weights(
-    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
+    weights: Sequence[jax.Array],
+    hessian: Hessian | PanelHessian | jax.Array | None,
+    configs: Sequence[SpQRConfig],
+    mesh: Mesh | None = None,
 ) -> list[Solved]:
     """Quantizes matrices that read the same input, each with its own configuration.
 
     As `quantize_weight`, for a list of [out_k, in]. Those of SpQR, GPTQ and round-to-nearest are solved together where
-    they can be, see `spqr_jax.solver.solve`.
+    they can be, see `spqr_jax.solver.solve`; with a mesh on all its devices. Other methods use one device.
     """
     if all(config.solver == "columns" for config in configs):
-        solved = solve.quantize_weights(weights, hessian, configs)
+        solved = solve.quantize_weights(weights, hessian, configs, mesh)
     else:
         h = solve.checked_hessian(weights, hessian, configs)
         solved = [_solve_otherwise(*problem, h) for problem in zip(weights, configs, strict=True)]
-    if not isinstance(hessian, Hessian):
+    if not isinstance(hessian, (Hessian, PanelHessian)):
         return solved
     tokens = round(float(hessian.tokens))
     return [result._replace(stats=dataclasses.replace(result.stats, tokens=tokens)) for result in solved]

@@ -24,8 +24,8 @@ from spqr_jax.models.weights import Block, Outer, Weight
 from spqr_jax.packing import CODES_PER_RUN
 from spqr_jax.quantized import QuantizedMatrix, is_quantized
 
-PIECE_WEIGHTS = 2**23
-"""Weights of a packed output head or embedding that are dense at a time: 32 MiB in float32."""
+PIECE_WEIGHTS = 2**21
+"""Weights of a packed output head or embedding that are dense at a time: 8 MiB in float32."""
 
 
 def dense_block(block: Block, dtype: Any) -> Block:

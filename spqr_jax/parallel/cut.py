@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +84,7 @@ def cut(weight: Weight, split: Split, device: int) -> Weight:
 
 
 def piece_of(
-    whole: SpQRArray, split: Split, leaves: dict[str, np.ndarray], outliers: Outliers, perm: np.ndarray | None
+    whole: SpQRArray, split: Split, leaves: Mapping[str, Any], outliers: Outliers, perm: np.ndarray | None
 ) -> SpQRArray:
     """The `SpQRArray` of a piece from its leaves. Only the static attributes of `whole` are read."""
     out, inner = whole.shape

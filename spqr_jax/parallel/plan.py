@@ -25,7 +25,9 @@ def local_config(config: DecoderConfig, devices: int) -> DecoderConfig:
     if problem := _why_not(config, devices):
         most = max(config.num_heads, devices)
         fitting = [str(count) for count in range(1, most + 1) if not _why_not(config, count)]
-        raise ModelError(f"{problem}: use {', '.join(fitting)} devices" if fitting[1:] else f"{problem}: use 1 device")
+        raise ModelError(
+            f"{problem}: use {' or '.join(fitting)} devices" if fitting[1:] else f"{problem}: use 1 device"
+        )
     has_dense = any(not kind.sparse for kind in config.kinds)
     return dataclasses.replace(
         config,

@@ -20,7 +20,6 @@ from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.ready import ReadyDecoder, empty_cache, make_ready
 from spqr_jax.parallel.collectives import with_collectives
 from spqr_jax.parallel.sharded import ShardedDecoder, own_devices, spread
-from spqr_jax.products import Implementation
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +44,7 @@ def ready_anywhere(
 ) -> ReadyDecoder | ReadyShards:
     """A model prepared for generation where it is: `make_ready` on one device, `make_ready_shards` on several."""
     if isinstance(params, ShardedDecoder):
-        return make_ready_shards(params, int8_activations=int8_activations)
+        return make_ready_shards(params, partial(make_ready, int8_activations=int8_activations))
     return make_ready(params, int8_activations=int8_activations) if isinstance(params, Decoder) else params
 
 
@@ -72,26 +71,27 @@ def _copied(leaf: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def make_ready_shards(
-    params: ShardedDecoder, implementation: Implementation | None = None, *, int8_activations: bool = False
-) -> ReadyShards:
-    """Prepares every device's pieces for its kernels; as `make_ready`, device by device.
+def make_ready_shards(params: ShardedDecoder, make: Callable[[Decoder], ReadyDecoder] = make_ready) -> ReadyShards:
+    """Prepares every device's pieces for its kernels, device by device.
+
+    Args:
+      params: the model.
+      make: prepares the decoder of one device, which is JAX's default device meanwhile.
 
     Raises:
-      SpQRError: as `prepare`.
+      SpQRError: as `make`.
     """
     mesh, axis = params.mesh, params.axis
     prepared = {}
     for device, _ in own_devices(mesh, axis):
         with jax.default_device(device):
-            local = make_ready(_on_device(params.pieces, device), implementation, int8_activations=int8_activations)
-            prepared[device] = jax.tree.flatten(local)
-    tree = next(iter(prepared.values()))[1]
+            local = make(_on_device(params.pieces, device))
+            prepared[device] = jax.tree.leaves(local)
     leaves = [
-        _spread_padded({device: flat[number] for device, (flat, _) in prepared.items()}, mesh, axis)
-        for number in range(tree.num_leaves)
+        _spread_padded(dict(zip(prepared, values, strict=True)), mesh, axis)
+        for values in zip(*prepared.values(), strict=True)
     ]
-    return ReadyShards(jax.tree.unflatten(tree, leaves), params.config, mesh, axis)
+    return ReadyShards(jax.tree.unflatten(jax.tree.structure(local), leaves), params.config, mesh, axis)
 
 
 def _on_device(pieces: Decoder, device: Any) -> Decoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from spqr_jax.models.weights import OUTER_NAMES, Block, Decoder, Outer, Weight, 
 from spqr_jax.parallel.cut import Split, cut, join, row_unit, with_equal_lists
 from spqr_jax.parallel.plan import VOCABULARY, block_splits, local_config, vocabulary_split
 from spqr_jax.quantized import is_quantized
+from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource, TreeSource
 
 AXIS = "model"
@@ -86,14 +87,15 @@ def spread(values: Mapping[Any, np.ndarray], mesh: Mesh, axis: str) -> jax.Array
 def spread_pieces(pieces: Mapping[int, Weight], mesh: Mesh, axis: str) -> Weight:
     """A weight's pieces on their devices: piece by its place along the axis; leaves are NumPy arrays."""
     places = own_devices(mesh, axis)
-    leaves = {place: jax.tree.flatten(piece) for place, piece in pieces.items()}
-    tree = next(iter(leaves.values()))[1]
+    leaves = {place: jax.tree.leaves(piece) for place, piece in pieces.items()}
 
     def leaf(number: int) -> jax.Array:
         # Copied: on a CPU the device may otherwise keep a view, and with it the whole weight.
-        return spread({device: np.array(leaves[place][0][number]) for device, place in places}, mesh, axis)
+        return spread({device: np.array(leaves[place][number]) for device, place in places}, mesh, axis)
 
-    return jax.tree.unflatten(tree, [leaf(number) for number in range(tree.num_leaves)])
+    first = places[0][1]
+    spread_leaves = [leaf(number) for number in range(len(leaves[first]))]
+    return jax.tree.unflatten(jax.tree.structure(pieces[first]), spread_leaves)
 
 
 def shard(params: Decoder, mesh: Mesh, axis: str = AXIS) -> ShardedDecoder:
@@ -199,7 +201,12 @@ def place_pieces(source: PieceSource, mesh: Mesh, axis: str) -> ShardedDecoder:
         group_sizes.update({prefix + name: p.group_size for name, p in part.items() if p.group_size is not None})
         return {name: spread_pieces(pieces.by_place, mesh, axis) for name, pieces in part.items()}
 
-    blocks = [Block(placed(f"layers.{index}.", source.block(index)), kind) for index, kind in enumerate(config.kinds)]
+    blocks: list[Block] = []
+
+    def visit(index: int, part: Any) -> None:
+        blocks.append(Block(placed(f"layers.{index}.", part), config.kind(index)))
+
+    sweep.forward(cast(Any, source), visit, read_ahead=False)  # a block's pieces in place of a block
     pieces = Decoder(Outer(**placed("", source.outer())), tuple(blocks), small)
     return ShardedDecoder(pieces, tuple(sorted(group_sizes.items())), config, mesh, axis)
 
@@ -243,9 +250,12 @@ class ShardedSource:
     def identity(self) -> str:
         """As `BlockSource` has it, of the whole weights."""
         digest = hashlib.sha256(TreeSource(Decoder(self.outer(), (), self.config)).identity().encode())
-        for index in range(self.config.num_layers):
-            block = Decoder(Outer(None, None), (self.block(index),), self.config)
-            digest.update(TreeSource(block).identity().encode())
+
+        def add(index: int, block: Block) -> None:
+            alone = Decoder(Outer(None, None), (block,), self.config)
+            digest.update(TreeSource(alone).identity().encode())
+
+        sweep.forward(self, add, read_ahead=False)  # a read may be an exchange of pieces
         return digest.hexdigest()
 
     def outer(self) -> Outer:

@@ -21,23 +21,29 @@ from typing import Any
 
 import numpy as np
 
+from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.array import SpQRArray
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.methods.choose import check_shards
+from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.windows import beginnings, checked_batch
 
 _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
 # Prices tried, in nats per token for one bit more on every weight of the model.
 _PRICES = np.geomspace(0.01, 2.0, 5)
 _LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `_STEEPNESS`
-_TOKENS = 4096  # of calibration text that a plan looks at, at least one batch
+_TOKENS = 4096  # of calibration text that a plan looks at, about
+_WINDOW = 512  # tokens of a window that a plan looks at, or more if there are few windows
 _TOLERANCE = 0.005  # bits per weight by which a finished model may miss its target
 _GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
 _STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
@@ -170,6 +176,7 @@ def measure_curves(
     *,
     begin: Measured | None = None,
     keep: Callable[[Measured], None] | None = None,
+    spill: Spill | None = None,
 ) -> list[WeightCurve]:
     """Tries every width and price on every weight of a dense model, from its last block to its first."""
     total = 0
@@ -185,10 +192,12 @@ def measure_curves(
                 same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
                 curves.extend(_block_curves(block, same, hessian, config, total))
 
+    linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
     block_sensitivities(
-        source, batches, measure, events,
+        source, batches, measure, events, linear=linear,
         begin=None if begin is None else begin.place,
         keep=None if keep is None else lambda place: keep(Measured(tuple(curves), place)),
+        spill=spill,
     )  # fmt: skip
     return curves
 
@@ -370,26 +379,26 @@ def plan_budget(
     *,
     begin: Measured | None = None,
     keep: Callable[[Measured], None] | None = None,
+    spill: Spill | None = None,
 ) -> Plan:
-    """Plans how to meet `config.target_bits`; looks at the first 4096 or so tokens only.
+    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, 4096 or so tokens in all.
 
     Args:
-      source: the dense model.
-      batches: int32 [batch, seq] of token ids.
+      source, batches: the dense model; int32 [batch, seq] of token ids.
       config: with `target_bits`.
       events: told of each block, once forward and once backward, as phase "measuring".
       begin: what an earlier pass over the same text came to; None to begin anew.
       keep: is given what was measured so far, after each block on the way back.
+      spill: where the text's activations are kept on disk; None to keep them in memory.
 
     Raises:
       SpQRError: the target is out of reach.
     """
-    assert config.target_bits is not None
     check_shards(config, source.config)
-    some: list[Any] = []
-    for batch in batches:
-        if sum(np.size(taken) for taken in some) >= _TOKENS:
-            break
-        some.append(np.asarray(batch))
-    curves = measure_curves(source, some, config, events, begin=begin, keep=keep)
+    config = config.resolved()
+    assert config.target_bits is not None
+    few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
+    text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches], _TOKENS, _WINDOW)
+    curves = measure_curves(source, text, config, events, begin=begin, keep=keep, spill=spill)
+    give_back_memory()
     return make_plan(curves, config.target_bits, config)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import BlockKind, DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, State, matrix_names, pass_block, plain_linear, run_block
+from spqr_jax.models.decoder import STAGES, Block, Linear, State, matrix_names, plain_linear, run_block
 from spqr_jax.models.finite import refuse_infinite
 from spqr_jax.models.tiles import Tiles, multiply_tiles
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
@@ -33,7 +33,15 @@ from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.head import loss_gradient
-from spqr_jax.stream.stages import Group, InputRecorder, stage_groups
+from spqr_jax.stream.spill import Spill, SpilledStates
+from spqr_jax.stream.stages import (
+    Group,
+    InputRecorder,
+    rounded_linear,
+    rounded_throughout,
+    run_stage,
+    stage_groups,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +78,18 @@ class BackwardPlace:
 class _Watching(InputRecorder):
     """A `linear` that applies the weights, notes their inputs and adds to their outputs."""
 
-    def __init__(self, added: dict[str, jax.Array]) -> None:
+    def __init__(self, added: dict[str, jax.Array], linear: Linear) -> None:
         super().__init__()
-        self._added = added
+        self._added, self._linear = added, linear
 
     def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
         super().__call__(name, w, x)
-        return plain_linear(name, w, x) + self._added[name]
+        y = self._linear(name, w, x)
+        return y + self._added[name].astype(y.dtype)
 
     def experts(self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles) -> list[jax.Array]:
         super().experts(block, names, x, tiles)
-        results = multiply_tiles(plain_linear, block, names, x, tiles)
+        results = multiply_tiles(self._linear, block, names, x, tiles)
         return [y + self._added[name] for name, y in zip(names[0], results, strict=True)]
 
 
@@ -109,11 +118,18 @@ def _first_alike(name: str) -> str:
     return re.sub(r"^experts\.\d+\.", "experts.0.", name)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=5)
 def _backward(
-    config: DecoderConfig, block: Block, residual: jax.Array, where: Positions, gradient: jax.Array, sums: _Sums
+    config: DecoderConfig,
+    block: Block,
+    residual: jax.Array,
+    where: Positions,
+    gradient: jax.Array,
+    sums: _Sums,
+    linear: Linear = plain_linear,
 ) -> tuple[jax.Array, _Sums]:
     """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`."""
+    residual = residual.astype(gradient.dtype)
     # Adding a zero to each output and asking for its gradient gives g.
     tokens = residual.shape[:-1]
     pairs = (tokens[0] * tokens[1] * config.experts_per_token,)
@@ -123,7 +139,7 @@ def _backward(
     }
 
     def run(residual: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        watching = _Watching(added)
+        watching = _Watching(added, rounded_throughout if linear is rounded_linear else linear)
         after = run_block(config, block, State(residual), where, watching).residual
         return after, [*watching.inputs, *(given.rows for given in watching.pairs)]
 
@@ -133,6 +149,7 @@ def _backward(
         name: sums[0][name] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(g.ndim - 1)))
         for name, g in by_output.items()
     }
+    inputs = [x.astype(jnp.bfloat16) if linear is rounded_linear else x for x in inputs]
     return before, (squares, [accumulate_hessian(h, x) for h, x in zip(sums[1], inputs, strict=True)])
 
 
@@ -156,20 +173,25 @@ def block_sensitivities(
     visit: Callable[[BlockSensitivity], None],
     events: Events = ignore,
     *,
+    linear: Linear = plain_linear,
     begin: BackwardPlace | None = None,
     keep: Callable[[BackwardPlace], None] | None = None,
+    spill: Spill | None = None,
 ) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
 
-    Held at once: one block, the next one, and the text's activations before every block.
+    Held at once: one block, the next one, and the text's activations before every block, in bfloat16 if `linear`
+    rounds to it.
 
     Args:
       source: the dense model.
       batches: int32 [batch, seq] of token ids, few will do.
       visit: is given a :class:`BlockSensitivity` for each block, the last block first.
       events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
+      linear: what multiplies with the weights, as in calibration.
       begin: where an earlier pass came to on its way back; None to begin with the last block.
       keep: is given the place after each block on the way back, once `visit` has seen it.
+      spill: where the activations before every block are kept on disk; None to keep them in memory.
 
     Raises:
       NotFiniteError: activations or gradients are no numbers; says behind which block.
@@ -177,13 +199,18 @@ def block_sensitivities(
     config, outer, batches = source.config, source.outer(), list(batches)
     chunks = list(Activations(config, outer, batches).chunks())
     places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
-    before: list[list[jax.Array]] = []
+    before: list[list[jax.Array] | SpilledStates] = []
+    kept_as = jnp.bfloat16 if linear is rounded_linear else residuals[0].dtype
     steps = Steps("measuring", 2 * config.num_layers, events)
 
     def pass_forward(index: int, block: Block) -> None:
-        before.append(list(residuals))
+        before.append([] if spill is None else spill.states())
         for chunk, where in enumerate(places):
-            residuals[chunk] = pass_block(config, block, residuals[chunk], where)
+            before[-1].append(residuals[chunk].astype(kept_as))
+            state = State(residuals[chunk])
+            for stage in range(len(STAGES)):  # calibration's own programs
+                state = run_stage(config, stage, block, state, where, linear)
+            residuals[chunk] = state.residual
         refuse_infinite(residuals, f"activations after block {index}")
         steps.advance(note=f"forward through block {index}", detail=index)
 
@@ -193,7 +220,8 @@ def block_sensitivities(
     sweep.forward(source, pass_forward, end=left)
     if begin is None:
         gradients = [
-            loss_gradient(config, outer, x, jnp.asarray(tokens)) for x, tokens in zip(residuals, batches, strict=True)
+            loss_gradient(config, outer, x, jnp.asarray(tokens), linear)
+            for x, tokens in zip(residuals, batches, strict=True)
         ]
         refuse_infinite(gradients, "gradients of the loss after the last block")
     else:
@@ -204,7 +232,7 @@ def block_sensitivities(
     def pass_backward(index: int, block: Block) -> None:
         sums = _empty_sums(config, block)
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
-            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums)
+            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums, linear)
         visit(_sensitivity(config, index, block, sums, tokens_seen))
         if keep is not None:
             keep(BackwardPlace(index - 1, tuple(gradients)))

@@ -46,6 +46,7 @@ class ColumnSpec:
       outliers: whether weights may be kept apart.
       leave_one_out: whether a fit leaves outlier candidates out.
       compensate: whether errors are pushed on (False: round to nearest).
+      rows_at_once: about how many rows an accelerator solves together.
     """
 
     grid: GridSpec
@@ -53,6 +54,7 @@ class ColumnSpec:
     outliers: bool
     leave_one_out: bool
     compensate: bool
+    rows_at_once: int = _CHUNK
 
     def step(self) -> int:
         """Columns a step: at most 16, a divisor of the group size."""
@@ -69,7 +71,7 @@ class ColumnSpec:
     @property
     def chunk(self) -> int:
         """Rows that an accelerator solves together, whole tiles."""
-        return round_up(_CHUNK, self.grid.stats_group_size if self.grid.quantized_stats else 1)
+        return round_up(self.rows_at_once, self.grid.stats_group_size if self.grid.quantized_stats else 1)
 
     def padded(self, columns: int, rows: int) -> tuple[int, int]:
         """Columns and rows with their padding, whole panels and tiles.
@@ -261,17 +263,22 @@ def solve_columns(
 
 @lru_cache
 def _program(platform: str) -> Callable[..., SolvedColumns]:
+    return jax.jit(all_columns, static_argnums=4, compiler_options=column_options(platform))
+
+
+def column_options(platform: str) -> dict[str, int] | None:
+    """The compiler's options for the loop."""
     # On a CPU, LLVM's loop passes spoil the vector loops over the rows that XLA makes: without
     # them, and with full vectors, the loop takes half the time (benchmarks/quantize_time.py).
     options = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
     flags = os.environ.get("XLA_FLAGS", "")  # what the user sets there stays
-    options = {name: value for name, value in options.items() if name not in flags}
-    return jax.jit(_solve_columns, static_argnums=4, compiler_options=options or None)
+    return {name: value for name, value in options.items() if name not in flags} or None
 
 
-def _solve_columns(
+def all_columns(
     w: jax.Array, u: jax.Array | None, valid: jax.Array, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
+    """`solve_columns`, to be traced."""
     columns, rows = w.shape
     panel = spec.panel(columns)
     u_diag = jnp.ones(columns, w.dtype) if u is None else jnp.diagonal(u)
@@ -328,7 +335,10 @@ def rounded_columns(
             spec,
         )
     )
-    loss = jnp.sum(jnp.where(valid[:, None], jnp.square(errors), 0.0), axis=0)
+    loss = jnp.zeros(rows, errors.dtype)
+    if spec.compensate:  # column by column, so that a row's sum does not depend on how many rows there are
+        counted = jnp.broadcast_to(valid[:, None], errors.shape)
+        loss = over_columns(lambda e, counts: jnp.where(counts, e * e, 0.0), errors, counted, at_once=spec.grid.at_once)
     return SolvedColumns(
         codes.astype(jnp.uint8),
         values,

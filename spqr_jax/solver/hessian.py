@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from spqr_jax.errors import DataError, SpQRError
+from spqr_jax.solver.blocked_factor import PANEL, fits_plainly, inverse_of_cholesky
 
 _DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfold
 _LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
@@ -72,7 +73,8 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
 
     Args:
       hessian: the sum so far; `empty_hessian` at the start.
-      x: inputs [..., in], any float type.
+      x: inputs [..., in], any float type. Products of bfloat16 inputs are exact in float32, and a processor with
+        instructions for them takes half the time.
 
     Returns:
       The new sum, in float32.
@@ -85,7 +87,8 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
       >>> float(hessian.tokens), hessian.matrix().shape
       (256.0, (32, 32))
     """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
     large = partial(_added, about=_LARGE_PANEL)
     gram = lax.platform_dependent(hessian.gram, x, cpu=partial(_added, about=_GRAM_PANEL), default=large)
     return Hessian(gram, hessian.tokens + jnp.sum(jnp.any(x != 0, axis=1), dtype=jnp.float32))
@@ -94,9 +97,23 @@ def accumulate_hessian(hessian: Hessian, x: jax.Array) -> Hessian:
 def _added(gram: jax.Array, x: jax.Array, about: int) -> jax.Array:
     """gram + xᵀ x in panels of about so many columns, each from the diagonal on."""
     for first, end in _panels(x.shape[1], about):
-        part = lax.dot_general(x[:, first:end], x[:, first:], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        part = gram_panel(x, first, end)
         gram = lax.dynamic_update_slice(gram, gram[first:end, first:] + part, (first, first))
     return gram
+
+
+def gram_panel(x: jax.Array, first: int, end: int) -> jax.Array:
+    """Rows `first` to `end` of xᵀ x, from column `first` on: x [tokens, in], float32 or bfloat16, summed in float32."""
+    panel = x[:, first:end].T
+    if x.dtype == jnp.bfloat16:  # without the barrier XLA multiplies x as it lies, on a CPU as slowly as float32
+        panel = lax.optimization_barrier(panel)
+    return lax.dot_general(
+        panel,
+        x[:, first:],
+        (((1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def accumulate_in_stack(hessians: Hessian, index: jax.Array, x: jax.Array) -> Hessian:
@@ -204,7 +221,22 @@ def _damped_factor(
     return perm, inverse[::-1, ::-1], shift, finite
 
 
-def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int = 1) -> Factor:
+def _damped_factor_by_blocks(
+    h: jax.Array, damping: jax.Array, by_size: bool, ranges: int, panel: int
+) -> tuple[np.ndarray | None, jax.Array, jax.Array, tuple[bool, bool]]:
+    """`_damped_factor` through host memory."""
+    diagonal = jnp.diagonal(h)
+    shift = damping_shift(diagonal, damping)
+    perm = np.asarray(falling_order(diagonal, ranges)) if by_size else None
+    order = (np.arange(len(diagonal)) if perm is None else perm)[::-1]
+    damped = np.array(h)
+    np.fill_diagonal(damped, np.asarray(diagonal + shift))
+    h_is_finite = bool(np.isfinite(damped).all())
+    inverse = inverse_of_cholesky(damped[np.ix_(order, order)], panel)
+    return perm, jax.device_put(inverse[::-1, ::-1]), shift, (h_is_finite, bool(np.isfinite(inverse).all()))
+
+
+def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int = 1, panel: int | None = None) -> Factor:
     """Orders and factors H, damping it more if that is what it takes.
 
     Args:
@@ -212,14 +244,19 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int =
       damping: share of the mean diagonal that is added to the diagonal.
       by_size: visit inputs by falling mean square, not as they are.
       ranges: number of equal ranges of inputs that are ordered each by itself and visited one after the other.
+      panel: columns that are factored together, through host memory (`blocked_factor.py`). None: all at once, or
+        `blocked_factor.PANEL` where the device's free memory does not hold what that takes.
 
     Raises:
       DataError: `h` has values that are not finite.
       SpQRError: no damping made `h` positive definite, so it is no Hessian.
     """
     used = damping
+    if panel is None and not fits_plainly(h.shape[0], next(iter(h.devices()))):
+        panel = PANEL
+    factored = _damped_factor if panel is None else partial(_damped_factor_by_blocks, panel=panel)
     for _ in range(_DAMPING_STEPS):
-        perm, u, shift, finite = _damped_factor(h, jnp.float32(used), by_size, ranges)
+        perm, u, shift, finite = factored(h, jnp.float32(used), by_size, ranges)
         perm, (h_is_finite, u_is_finite) = jax.device_get((perm, finite))  # the only wait
         if not h_is_finite:
             raise DataError(

@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from spqr_jax import devices
-from spqr_jax.solver.hessian import gram_panels, mean_square
+import spqr_jax.devices as devices
+from spqr_jax.solver.hessian import gram_panel, gram_panels, mean_square
 
 
 def panels_of(width: int, device: int, count: int) -> list[tuple[int, int]]:
@@ -34,7 +34,7 @@ def panels_of(width: int, device: int, count: int) -> list[tuple[int, int]]:
     return [panel for panel, index in zip(panels, order, strict=False) if index == device]
 
 
-def _slots(width: int, count: int) -> tuple[int, int]:
+def panel_slots(width: int, count: int) -> tuple[int, int]:
     """Most panels of a device, and rows of a panel."""
     panels = gram_panels(width)
     return -(-len(panels) // count), panels[0][1]
@@ -64,23 +64,6 @@ class PanelHessian:
         panels, tokens = devices.gather(self.mesh, (self.panels, self.tokens))
         return mean_square(_assembled(panels), tokens)
 
-    def host_matrix(self) -> np.ndarray:
-        """The same in host memory; a device holds one panel more than its own."""
-        width, count = self.width, devices.size(self.mesh)
-        gram = np.zeros((width, width), np.float32)
-        for slot in range(self.panels.shape[1]):
-            rows = devices.gather(self.mesh, self.panels[:, slot])
-            for device in range(count):
-                own = panels_of(width, device, count)
-                if slot < len(own):
-                    first, end = own[slot]
-                    gram[first:end, first:] = np.asarray(rows[device, : end - first, first:])
-        scale = np.float32(2.0) / np.maximum(np.asarray(devices.gather(self.mesh, self.tokens)), np.float32(1))
-        lower = np.tril_indices(width, -1)
-        gram[lower] = gram.T[lower]
-        gram *= scale
-        return gram
-
 
 @jax.jit
 def _assembled(panels: jax.Array) -> jax.Array:
@@ -95,7 +78,7 @@ def _assembled(panels: jax.Array) -> jax.Array:
 
 def empty_panels(mesh: Mesh, width: int) -> PanelHessian:
     """A Hessian of no tokens."""
-    slots, rows = _slots(width, devices.size(mesh))
+    slots, rows = panel_slots(width, devices.size(mesh))
     zeros = _zeros(mesh, (devices.size(mesh), slots, rows, width))
     return PanelHessian(zeros, devices.put_everywhere(mesh, np.zeros((), np.float32)), mesh)
 
@@ -111,80 +94,69 @@ def _zeros(mesh: Mesh, shape: tuple[int, ...]) -> jax.Array:
     return zeros
 
 
-def gathered_inputs(mesh: Mesh, x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Inside a program of a mesh: all devices' inputs, f32 [devices, tokens, in]; zeros of chunks that do not count.
-
-    Args:
-      mesh: of the program.
-      x: [..., in], this device's.
-      counts: bool scalar, whether this device's chunk does.
-    """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return lax.all_gather(jnp.where(counts, x, 0.0), mesh.axis_names)
+def counted_inputs(x: jax.Array, counts: jax.Array) -> jax.Array:
+    """Inputs [..., in] as f32 (or bfloat16) [tokens, in]; zeros where the bool scalar `counts` says no."""
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+    return jnp.where(counts, x, jnp.zeros((), x.dtype))
 
 
-def add_panels(mesh: Mesh, panels: jax.Array, tokens: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inside a program of a mesh: adds X Xᵀ of all chunks, in their order, to this device's panels.
+def add_panels(mesh: Mesh, panels: jax.Array, tokens: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inside a program of a mesh: adds X Xᵀ of all devices' chunks, in their order, to this device's panels.
 
     Args:
       mesh: of the program.
       panels: [1, panels a device, rows, in], this device's.
       tokens: f32 scalar.
-      inputs: from `gathered_inputs`.
+      x: [tokens, in], from `counted_inputs`, this device's.
     """
     width, count = panels.shape[-1], devices.size(mesh)
-    seen = jnp.sum(jnp.any(inputs != 0, axis=2), axis=1, dtype=jnp.float32)
 
-    def product(x: jax.Array, first: int, end: int) -> jax.Array:
-        return _product(x[:, first:end], x[:, first:])
+    def added(columns: Sequence[tuple[int, int]], panels: jax.Array, x: jax.Array) -> jax.Array:
+        for slot, (first, end) in enumerate(columns):
+            part = panels[slot, : end - first, first:] + gram_panel(x, first, end)
+            panels = lax.dynamic_update_slice(panels, part[None], (slot, 0, first))
+        return panels
 
-    total = _added(mesh, panels[0], inputs, [panels_of(width, i, count) for i in range(count)], product, True)
-    return total[None], lax.fori_loop(0, count, lambda chunk, tokens: tokens + seen[chunk], tokens)
+    branches = [partial(added, panels_of(width, device, count)) for device in range(count)]
+
+    def chunk(sums: tuple[jax.Array, jax.Array], sender: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        total, tokens = sums
+        sent = devices.sent_by(mesh, sender, x)
+        total = lax.switch(lax.axis_index(mesh.axis_names), branches, total, sent)
+        return (total, tokens + jnp.sum(jnp.any(sent != 0, axis=1), dtype=jnp.float32)), None
+
+    (total, tokens), _ = lax.scan(chunk, (panels[0], tokens), jnp.arange(count))
+    return total[None], tokens
 
 
-def add_cross_panels(mesh: Mesh, panels: jax.Array, inputs: jax.Array, aims: jax.Array) -> jax.Array:
+def add_cross_panels(mesh: Mesh, panels: jax.Array, x: jax.Array, aim: jax.Array) -> jax.Array:
     """Inside a program of a mesh: adds (aim - X) Xᵀ of all chunks, whole rows, to this device's panels.
 
     Args:
-      mesh, panels, inputs: as `add_panels` has them.
-      aims: what is read in the dense model, as `inputs`.
+      mesh, panels, x: as `add_panels` has them.
+      aim: what is read in the dense model, as `x`.
     """
     width, count = panels.shape[-1], devices.size(mesh)
 
-    def product(both: jax.Array, first: int, end: int) -> jax.Array:
-        x, aim = both[: len(both) // 2], both[len(both) // 2 :]
-        return _product((aim - x)[:, first:end], x)
+    def added(columns: Sequence[tuple[int, int]], panels: jax.Array, miss: jax.Array, x: jax.Array) -> jax.Array:
+        for slot, (first, end) in enumerate(columns):
+            part = panels[slot, : end - first] + _product(miss[:, first:end], x)
+            panels = lax.dynamic_update_slice(panels, part[None], (slot, 0, 0))
+        return panels
 
-    both = jnp.concatenate([inputs, aims], axis=1)
-    every = [panels_of(width, i, count) for i in range(count)]
-    return _added(mesh, panels[0], both, every, product, False)[None]
+    branches = [partial(added, panels_of(width, device, count)) for device in range(count)]
+
+    def chunk(total: jax.Array, sender: jax.Array) -> tuple[jax.Array, None]:
+        miss, sent = devices.sent_by(mesh, sender, (aim - x, x))
+        return lax.switch(lax.axis_index(mesh.axis_names), branches, total, miss, sent), None
+
+    return lax.scan(chunk, panels[0], jnp.arange(count))[0][None]
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """aᵀ b in full float32."""
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
-
-
-def _added(
-    mesh: Mesh,
-    panels: jax.Array,
-    chunks: jax.Array,
-    every: Sequence[Sequence[tuple[int, int]]],
-    product: Any,
-    from_diagonal: bool,
-) -> jax.Array:
-    """This device's panels [panels a device, rows, in], the products of all chunks added one after the other."""
-
-    def add(own: Sequence[tuple[int, int]], panels: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
-        for slot, (first, end) in enumerate(own):
-            begin = first if from_diagonal else 0
-            part = panels[slot, : end - first, begin:] + product(x, first, end)
-            panels = lax.dynamic_update_slice(panels, part[None], (slot, 0, begin))
-        return panels, None
-
-    branches = [lambda panels, own=own: lax.scan(partial(add, own), panels, chunks)[0] for own in every]
-    total: jax.Array = lax.switch(lax.axis_index(mesh.axis_names), branches, panels)
-    return total
 
 
 def cross_matrix(hessian: PanelHessian, panels: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ columns. The calls are dispatched without waiting for their results.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -33,22 +34,22 @@ def solve_columns(
     if not spec.grid.at_once:
         return columns.solve_columns(w, u, valid, choices, spec)
     if w.shape[1] == spec.chunk:
-        return _solve_chunk(w, u, valid, choices, spec)
+        return solve_chunk(w, u, valid, choices, spec, LOCAL)
     chunks = []
     for first in range(0, w.shape[1], spec.chunk):
-        w_chunk, choices_chunk = _chunk(w, choices, first, spec.chunk)
-        chunks.append(_solve_chunk(w_chunk, u, valid, choices_chunk, spec))
-    return _side_by_side(chunks)
+        w_chunk, choices_chunk = rows_from(w, choices, first, spec.chunk)
+        chunks.append(solve_chunk(w_chunk, u, valid, choices_chunk, spec, LOCAL))
+    return side_by_side(chunks)
 
 
-class _Progress(NamedTuple):
+class Progress(NamedTuple):
     """A chunk on its way: `errors` f32 [in, rows] made so far, and what is solved; both zero where nothing is yet."""
 
     errors: jax.Array
     solved: SolvedColumns
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
     """A panel that is up to date: `w` [panel, rows], its diagonal block `u` [panel, panel], `valid` [panel]."""
 
     w: jax.Array
@@ -56,15 +57,24 @@ class _Panel(NamedTuple):
     valid: jax.Array
 
 
-def _solve_chunk(
-    w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
+class Programs(NamedTuple):
+    """What a chunk is solved with: `_begin`, `_take_panel`, `_solve_panel` and `_put_panel`, or their like."""
+
+    begin: Callable[..., Progress]
+    take: Callable[..., Panel]
+    solve: Callable[..., tuple[jax.Array, SolvedColumns]]
+    put: Callable[..., Progress]
+
+
+def solve_chunk(
+    w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec, programs: Programs
 ) -> SolvedColumns:
     """Solves rows side by side, w [in, chunk]."""
     size = spec.panel(w.shape[0])
-    progress = _begin(len(valid), spec)
+    progress = programs.begin(len(valid), spec)
     for first in np.arange(0, len(valid), size, dtype=np.int32):
-        panel = _take_panel(w, u, valid, progress.errors, first, size)
-        progress = _put_panel(progress, *_solve_panel(*panel, choices, spec), first)
+        panel = programs.take(w, u, valid, progress.errors, first, size)
+        progress = programs.put(progress, *programs.solve(*panel, choices, spec), first)
     return progress.solved
 
 
@@ -82,19 +92,19 @@ def _solve_panel(
 @product_jit(static_argnums=5)
 def _take_panel(
     w: jax.Array, u: jax.Array | None, valid: np.ndarray, errors: jax.Array, first: np.int32, size: int
-) -> _Panel:
+) -> Panel:
     """The panel that begins at column `first`: W - Uᵀ E; errors not made yet are zero."""
     w_panel = lax.dynamic_slice_in_dim(w, first, size)
     valid_panel = lax.dynamic_slice_in_dim(jnp.asarray(valid), first, size)
     if u is None:
-        return _Panel(w_panel, jnp.eye(size, dtype=w.dtype), valid_panel)
+        return Panel(w_panel, jnp.eye(size, dtype=w.dtype), valid_panel)
     u_columns = lax.dynamic_slice_in_dim(u, first, size, axis=1)
     u_panel = lax.dynamic_slice_in_dim(u_columns, first, size)
-    return _Panel(w_panel - product(u_columns, errors), u_panel, valid_panel)
+    return Panel(w_panel - product(u_columns, errors), u_panel, valid_panel)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put_panel(progress: _Progress, errors: jax.Array, solved: SolvedColumns, first: np.int32) -> _Progress:
+def _put_panel(progress: Progress, errors: jax.Array, solved: SolvedColumns, first: np.int32) -> Progress:
     """Writes a panel's errors and results to their places; its loss is added to that of the panels before."""
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -103,11 +113,11 @@ def _put_panel(progress: _Progress, errors: jax.Array, solved: SolvedColumns, fi
     so_far = progress.solved
     loss = so_far.loss + solved.loss
     whole = {name: put(getattr(so_far, name), part) for name, part in solved._asdict().items() if name != "loss"}
-    return _Progress(put(progress.errors, errors), SolvedColumns(**whole, loss=loss))
+    return Progress(put(progress.errors, errors), SolvedColumns(**whole, loss=loss))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _begin(inner: int, spec: ColumnSpec) -> _Progress:
+def _begin(inner: int, spec: ColumnSpec) -> Progress:
     """A chunk of `inner` columns of which nothing is solved."""
     rows, groups = spec.chunk, inner // spec.group_size
     stats = (rows // spec.grid.stats_group_size, 4) if spec.grid.quantized_stats else (rows, 2)
@@ -121,18 +131,22 @@ def _begin(inner: int, spec: ColumnSpec) -> _Progress:
         stats=jnp.zeros((groups, *stats), jnp.float16),
         loss=jnp.zeros(rows),
     )
-    return _Progress(jnp.zeros((inner, rows)), solved)
+    return Progress(jnp.zeros((inner, rows)), solved)
+
+
+LOCAL = Programs(_begin, _take_panel, _solve_panel, _put_panel)
+"""On one device."""
 
 
 @partial(jax.jit, static_argnums=3)
-def _chunk(w: jax.Array, choices: RowChoices, first: int, size: int) -> tuple[jax.Array, RowChoices]:
+def rows_from(w: jax.Array, choices: RowChoices, first: int, size: int) -> tuple[jax.Array, RowChoices]:
     """Some rows of Wᵀ [in, rows], and their choices."""
     rows = RowChoices(*(lax.dynamic_slice_in_dim(choice, first, size) for choice in choices))
     return lax.dynamic_slice_in_dim(w, first, size, axis=1), rows
 
 
 @jax.jit
-def _side_by_side(chunks: list[SolvedColumns]) -> SolvedColumns:
+def side_by_side(chunks: list[SolvedColumns]) -> SolvedColumns:
     """Rows of several chunks together: they are the second axis, or the only one."""
     fields = zip(*chunks, strict=True)
     return SolvedColumns(*(jnp.concatenate(parts, axis=min(parts[0].ndim - 1, 1)) for parts in fields))

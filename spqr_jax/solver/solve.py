@@ -16,16 +16,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import ArrayLayout, array_layout, check_input_shards
 from spqr_jax.packing import pack_codes
+from spqr_jax.solver import mesh_columns
 from spqr_jax.solver.columns import ColumnSpec, RowChoices
 from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
+from spqr_jax.solver.panel_hessian import PanelHessian
 from spqr_jax.solver.panels import by_panels, solve_columns
 from spqr_jax.solver.pieces import Piece, cut
 from spqr_jax.solver.sparse import OutlierList, outlier_list
@@ -65,7 +68,10 @@ class Solved(NamedTuple):
 
 
 def quantize_weights(
-    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
+    weights: Sequence[jax.Array],
+    hessian: Hessian | PanelHessian | jax.Array | None,
+    configs: Sequence[SpQRConfig],
+    mesh: Mesh | None = None,
 ) -> list[Solved]:
     """Quantizes matrices that read the same input, sharing its factorization.
 
@@ -75,6 +81,8 @@ def quantize_weights(
       weights: [out_k, in] each, any float type.
       hessian: of their input: a `Hessian`, or H [in, in] with any positive scale; None for round-to-nearest.
       configs: how to quantize each; `solver` is ``columns``.
+      mesh: of devices that solve the rows together; None for JAX's default device. Every process of it must make the
+        same call, and gets the whole result.
 
     Raises:
       SpQRError: shapes that do not fit, values that are not finite, or a method that needs a Hessian without one.
@@ -96,7 +104,7 @@ def quantize_weights(
                 factors[key] = factor_hessian(h, config)
             factor = factors[key]
         own = [configs[index] for index in members]
-        results.update(zip(members, _solve_stack([weights[i] for i in members], h, factor, own), strict=True))
+        results.update(zip(members, _solve_stack([weights[i] for i in members], h, factor, own, mesh), strict=True))
     return [results[index] for index in range(len(weights))]
 
 
@@ -148,12 +156,19 @@ def factor_hessian(h: jax.Array, config: SpQRConfig) -> Factor:
 
 
 def _solve_stack(
-    weights: Sequence[jax.Array], h: jax.Array | None, factor: Factor | None, configs: Sequence[SpQRConfig]
+    weights: Sequence[jax.Array],
+    h: jax.Array | None,
+    factor: Factor | None,
+    configs: Sequence[SpQRConfig],
+    mesh: Mesh | None,
 ) -> list[Solved]:
     """Solves matrices whose configurations differ in bits and thresholds only."""
     config = configs[0]
     layouts = tuple(weight_layout(w, config) for w in weights)
     spec = column_spec(config, layouts[0].group_size, config.outliers)
+    solve = solve_columns if mesh is None else partial(mesh_columns.solve_columns, mesh)
+    if mesh is not None:
+        spec = mesh_columns.spec_for(spec)
     padded = spec.padded(layouts[0].padded_in, sum(layout.padded_out for layout in layouts))
     u = None if factor is None else factor.u
     perm = None if factor is None else factor.perm
@@ -163,7 +178,7 @@ def _solve_stack(
     valid = np.arange(padded[0]) < weights[0].shape[1]
     if u is not None and u.shape[0] < padded[0]:
         u = pad_factor(u, padded[0])
-    solved = solve_columns(w_stack, u, valid, choices, spec)
+    solved = solve(w_stack, u, valid, choices, spec)
     shift = None if factor is None else factor.shift
     pieces, figures = cut(
         solved, tuple(weights), h, place, shift, layouts, config.outliers, config.stats_bits, config.stats_group_size
@@ -185,12 +200,12 @@ def _solve_stack(
 
 
 def checked_hessian(
-    weights: Sequence[jax.Array], hessian: Hessian | jax.Array | None, configs: Sequence[SpQRConfig]
+    weights: Sequence[jax.Array], hessian: Hessian | PanelHessian | jax.Array | None, configs: Sequence[SpQRConfig]
 ) -> jax.Array | None:
     shapes = [tuple(w.shape) for w in weights]
     if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[1] for shape in shapes}) != 1:
         raise SpQRError(f"expected matrices [out, in] with one common `in`, got shapes {shapes}")
-    h = hessian.matrix() if isinstance(hessian, Hessian) else hessian
+    h = hessian.matrix() if isinstance(hessian, (Hessian, PanelHessian)) else hessian
     inner = shapes[0][1]
     if h is None:
         if any(config.needs_calibration for config in configs):
@@ -248,10 +263,10 @@ def _stack(
         thresholds.append(jnp.full(layout.padded_out, threshold))
     w_t = jnp.concatenate(stacked, axis=1)
     extra = (0, padded[1] - w_t.shape[1])
-    counts = np.array([layout.padded_out for layout in layouts])
+    largest_codes = [jnp.full(layout.padded_out, maxqs[index]) for index, layout in enumerate(layouts)]
     choices = RowChoices(
         jnp.pad(jnp.concatenate(thresholds), extra, constant_values=jnp.inf),
-        jnp.pad(jnp.repeat(maxqs, counts, total_repeat_length=counts.sum()), extra, constant_values=1.0),
+        jnp.pad(jnp.concatenate(largest_codes), extra, constant_values=1.0),
     )
     finite = jnp.stack([jnp.all(jnp.isfinite(w)) for w in weights])
     return jnp.pad(w_t, ((0, padded[0] - w_t.shape[0]), extra)), choices, finite

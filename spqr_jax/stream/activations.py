@@ -15,7 +15,9 @@ from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, plain_linear
 from spqr_jax.solver import Hessian, empty_hessian
+from spqr_jax.stream.spill import Spill, SpilledStates
 from spqr_jax.stream.stages import (
+    EXPERT_HESSIAN_BYTES,
     Part,
     accumulate_drift,
     accumulate_head,
@@ -24,6 +26,9 @@ from spqr_jax.stream.stages import (
     stage_parts,
 )
 from spqr_jax.stream.windows import checked_batch
+
+States = list[State] | SpilledStates
+"""The chunks' states, in memory or on disk."""
 
 
 class Activations:
@@ -34,16 +39,24 @@ class Activations:
       outer: its embedding.
       batches: int32 [batch, seq] each, shapes may differ.
       linear: what takes them through the stages, such as `rounded_linear`.
+      spill: where the activations are kept on disk; None to keep them in memory.
+      hessian_bytes: of experts' Hessians that are summed at once. It does not change them.
 
     Raises:
       DataError: no batch, or one that the model cannot take.
     """
 
     def __init__(
-        self, config: DecoderConfig, outer: Outer, batches: Iterable[Any], linear: Linear = plain_linear
+        self,
+        config: DecoderConfig,
+        outer: Outer,
+        batches: Iterable[Any],
+        linear: Linear = plain_linear,
+        spill: Spill | None = None,
+        hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
-        self.config, self._linear = config, linear
-        self._states: list[State] = []
+        self.config, self._linear, self._hessian_bytes = config, linear, hessian_bytes
+        self._states: States = [] if spill is None else spill.states()
         self._where: list[Positions] = []
         for tokens in checked_batches(config, batches):
             self._where.append(places(config, tokens))
@@ -69,23 +82,23 @@ class Activations:
         Yields:
           The names of the weights that read the input, its Hessian, and its drift as `drifts` gives it.
         """
-        states, beside = list(self._states), None if dense is None else list(dense._states)
-        for part in stage_parts(self.config, block.kind, stage):
+        states, beside = self._states.copy(), None if dense is None else dense._states.copy()
+        for part in stage_parts(self.config, block.kind, stage, self._hessian_bytes):
             sums = self._hessian_sums(stage, block, states, part)
             drifts: Iterator[jax.Array | None] = itertools.repeat(None)
             if beside is not None and original is not None:
                 drifts = part.split(self._drift_sums(stage, block, states, beside, original, part))
             for (names, _), hessian, total in zip(part.groups, part.split(sums), drifts, strict=False):
-                yield names, hessian, None if total is None else 2.0 / hessian.tokens * total
+                yield names, hessian, None if total is None else _mean_drift(hessian, total)
 
-    def _hessian_sums(self, stage: int, block: Block, states: list[State], part: Part) -> tuple[Hessian, ...]:
+    def _hessian_sums(self, stage: int, block: Block, states: States, part: Part) -> tuple[Hessian, ...]:
         sums = part.empty_sums()
         for state, where in zip(states, self._where, strict=True):
-            sums = accumulate_stage(self.config, stage, block, state, where, sums, part.experts)
+            sums = accumulate_stage(self.config, stage, block, state, where, sums, part.experts, self._linear)
         return sums
 
     def _drift_sums(
-        self, stage: int, block: Block, states: list[State], dense: list[State], original: Block, part: Part
+        self, stage: int, block: Block, states: States, dense: States, original: Block, part: Part
     ) -> tuple[jax.Array, ...]:
         sums = tuple(hessian.gram for hessian in part.empty_sums())
         for state, aim, where in zip(states, dense, self._where, strict=True):
@@ -108,9 +121,9 @@ class Activations:
           (2/n) Σ (x_dense - x) xᵀ, f32 [in, in], for each of `stage_groups`.
         """
         drifts: list[jax.Array] = []
-        for part in stage_parts(self.config, block.kind, stage):
+        for part in stage_parts(self.config, block.kind, stage, self._hessian_bytes):
             drifts += part.split(self._drift_sums(stage, block, self._states, dense._states, original, part))
-        return tuple(2.0 / hessian.tokens * total for hessian, total in zip(hessians, drifts, strict=True))
+        return tuple(map(_mean_drift, hessians, drifts))
 
     def advance(self, stage: int, block: Block) -> None:
         """Takes every chunk through a stage."""
@@ -134,14 +147,20 @@ class Activations:
 
     def restore(self, residuals: Sequence[np.ndarray]) -> None:
         """Goes to the place between two blocks where `residuals` were taken from the same text."""
-        self._states = [State(jax.device_put(residual)) for residual in residuals]
+        for index, residual in enumerate(residuals):
+            self._states[index] = State(jax.device_put(residual))
 
     def copy(self) -> Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
-        twin.config, twin._linear = self.config, self._linear
+        twin.config, twin._linear, twin._hessian_bytes = self.config, self._linear, self._hessian_bytes
         twin._states, twin._where = self._states.copy(), self._where
         return twin
+
+
+def _mean_drift(hessian: Hessian, total: jax.Array) -> jax.Array:
+    """2/n times a sum over n tokens; an expert may have none."""
+    return 2.0 / jnp.maximum(hessian.tokens, 1.0) * total
 
 
 def checked_batches(config: DecoderConfig, batches: Iterable[Any]) -> list[np.ndarray]:

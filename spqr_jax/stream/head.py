@@ -23,7 +23,7 @@ from spqr_jax.models.dense import head_rows, row_pieces
 from spqr_jax.models.products import Linear, plain_linear
 
 _POSITIONS = 512  # whose logits are held at once
-_POSITIONS_OF_TWO = 128  # whose logits of two models are, with their probabilities
+_POSITIONS_OF_TWO = 128  # whose logits of two models are, with their probabilities; or those of one, with gradients
 _POSITIONS_IN_TRAINING = 64
 
 
@@ -128,14 +128,17 @@ def see(
     return seen
 
 
-@partial(jax.jit, static_argnums=0)
-def loss_gradient(config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 4))
+def loss_gradient(
+    config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array, linear: Linear = plain_linear
+) -> jax.Array:
     """Gradient of the summed next-token loss by the residual stream behind the last block.
 
     Args:
       config, outer: of a dense model.
       residual: [batch, tokens, hidden].
       tokens: int32 [batch, tokens], the text; each position predicts the next one.
+      linear: what multiplies by the head.
 
     Returns:
       Like `residual`; 0 at the last token of each sequence.
@@ -143,13 +146,13 @@ def loss_gradient(config: DecoderConfig, outer: Outer, residual: jax.Array, toke
 
     def gradient(x: jax.Array, target: jax.Array) -> jax.Array:
         def loss(x: jax.Array) -> jax.Array:
-            scores = logits(config, outer, x)
+            scores = logits(config, outer, x, linear)
             picked = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0]
             return jnp.sum(jax.nn.logsumexp(scores, axis=-1) - picked)
 
         return jax.grad(loss)(x)
 
-    pieces = over_positions(gradient, _POSITIONS, residual[:, :-1], tokens[:, 1:])
+    pieces = over_positions(gradient, _POSITIONS_OF_TWO, residual[:, :-1], tokens[:, 1:])
     return jnp.pad(pieces, ((0, 0), (0, 1), (0, 0)))
 
 

@@ -15,20 +15,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spqr_jax import devices
+import spqr_jax.devices as devices
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.models.decoder import STAGES, Block, Linear, Outer, State, embed, logits, plain_linear
+from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
 from spqr_jax.solver import Hessian, PanelHessian
-from spqr_jax.solver.panel_hessian import (
-    add_cross_panels,
-    add_panels,
-    cross_matrix,
-    empty_panels,
-    gathered_inputs,
+from spqr_jax.solver.panel_hessian import add_panels, counted_inputs, empty_panels
+from spqr_jax.stream.activations import Activations, States, checked_batches, places
+from spqr_jax.stream.mesh_sums import (
+    drift_at,
+    drift_program,
+    empty_sums,
+    experts_of_devices,
+    hessian_at,
+    hessian_program,
+    mesh_parts,
+    mine,
 )
-from spqr_jax.stream.activations import Activations, checked_batches, places
-from spqr_jax.stream.stages import InputRecorder, stage_groups
+from spqr_jax.stream.spill import Spill
+from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, Part, after_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,8 @@ class MeshActivations(Activations):
     Args:
       config, outer, batches, linear: as `Activations` has them; the same in every process.
       mesh: of all devices that shall work, whatever its axes are.
+      spill: as `Activations` has it.
+      hessian_bytes: of experts' Hessians that a device sums at once.
     """
 
     def __init__(
@@ -65,10 +72,14 @@ class MeshActivations(Activations):
         linear: Linear = plain_linear,
         *,
         mesh: Mesh,
+        spill: Spill | None = None,
+        hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self.config, self._linear, self._mesh = config, linear, mesh
-        self._places = _Places(mesh)
-        self._states, self._waves = [], []
+        self._hessian_bytes = hessian_bytes
+        self._places, self._dense_places = _Places(mesh), _Places(mesh)
+        self._states: States = [] if spill is None else spill.states()
+        self._waves: list[_Wave] = []
         most, left = devices.size(mesh), checked_batches(config, batches)
         while left:
             count = next((i for i, x in enumerate(left[:most]) if x.shape != left[0].shape), min(most, len(left)))
@@ -84,34 +95,49 @@ class MeshActivations(Activations):
             self._states.append(State(devices.put_parts(mesh, embedded)))
             left = left[count:]
 
-    def hessians(self, stage: int, block: Block) -> tuple[PanelHessian, ...]:  # type: ignore[override]
-        """One Hessian for each of `stage_groups`, over all chunks."""
-        groups = stage_groups(self.config, block.kind, stage)
-        program = _hessian_program(self._mesh, self.config, stage)
-        block = self._places.put(block)
-        empty = [empty_panels(self._mesh, width) for _, width in groups]
-        sums = [hessian.panels for hessian in empty], [hessian.tokens for hessian in empty]
-        for state, wave in zip(self._states, self._waves, strict=True):
-            sums = program(block, state, wave.where, wave.counts, sums)
-        return tuple(PanelHessian(panels, tokens, self._mesh) for panels, tokens in zip(*sums, strict=True))
+    def calibrate(  # type: ignore[override]
+        self, stage: int, block: Block, dense: Activations | None = None, original: Block | None = None
+    ) -> Iterator[tuple[tuple[str, ...], Hessian | PanelHessian, jax.Array | None]]:
+        """Panels of a Hessian, or whole Hessians of experts, are spread over the devices."""
+        states, beside = self._states.copy(), None if dense is None else dense._states.copy()
+        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
+            sums = self._hessian_sums(stage, block, states, part)
+            drifts: Any = None
+            if beside is not None and original is not None:
+                drifts = self._drift_sums(stage, block, states, beside, original, part)
+            for index, (names, _) in enumerate(part.groups):
+                hessian = hessian_at(self._mesh, part, sums, index)
+                drift = None if drifts is None else drift_at(self._mesh, part, hessian, drifts, index)
+                yield names, hessian, drift
+
+    def _hessian_sums(self, stage: int, block: Block, states: Any, part: Part) -> Any:
+        linear: Any = self._linear
+        program = hessian_program(self._mesh, self.config, stage, linear, bool(len(part.experts)))
+        block, which = self._places.put(block), experts_of_devices(self._mesh, part)
+        sums = empty_sums(self._mesh, part)
+        for state, wave in zip(states, self._waves, strict=True):
+            sums = program(block, state, wave.where, wave.counts, sums, which)
+        return sums
+
+    def _drift_sums(self, stage: int, block: Block, states: Any, dense: Any, original: Block, part: Part) -> Any:
+        program = drift_program(self._mesh, self.config, stage, bool(len(part.experts)))
+        block, which = self._places.put(block), experts_of_devices(self._mesh, part)
+        original = self._dense_places.put(original)
+        sums, _ = empty_sums(self._mesh, part)
+        for state, aim, wave in zip(states, dense, self._waves, strict=True):
+            sums = program(block, original, state, aim, wave.where, wave.counts, sums, which)
+        return sums
 
     def drifts(
-        self,
-        stage: int,
-        block: Block,
-        dense: Activations,
-        original: Block,
-        hessians: Sequence[Hessian],
+        self, stage: int, block: Block, dense: Activations, original: Block, hessians: Sequence[Any]
     ) -> tuple[jax.Array, ...]:
-        """As `Activations.drifts`: f32 [in, in] on this process's first device."""
-        assert isinstance(dense, MeshActivations)
-        program = _drift_program(self._mesh, self.config, stage)
-        block, original = self._places.put(block), dense._places.put(original)
-        sums = [empty_panels(self._mesh, hessian.width).panels for hessian in hessians]
-        for state, aim, wave in zip(self._states, dense._states, self._waves, strict=True):
-            sums = program(block, original, state, aim, wave.where, wave.counts, sums)
-        both = zip(hessians, sums, strict=True)
-        return tuple(cross_matrix(h, panels) for h, panels in both if isinstance(h, PanelHessian))
+        """As `Activations.drifts`: f32 [in, in] each, on this process's first device."""
+        found: list[jax.Array] = []
+        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
+            sums = self._drift_sums(stage, block, self._states, dense._states, original, part)
+            for index in range(len(part.groups)):
+                found.append(drift_at(self._mesh, part, hessians[len(found)], sums, index))
+        return tuple(found)
 
     def advance(self, stage: int, block: Block) -> None:
         linear: Any = self._linear
@@ -154,7 +180,8 @@ class MeshActivations(Activations):
     def copy(self) -> MeshActivations:
         twin = object.__new__(MeshActivations)
         twin.__dict__.update(self.__dict__)
-        twin._states, twin._places = self._states.copy(), _Places(self._mesh)
+        twin._states = self._states.copy()
+        twin._places, twin._dense_places = _Places(self._mesh), _Places(self._mesh)
         return twin
 
 
@@ -165,11 +192,13 @@ def text_activations(
     linear: Linear = plain_linear,
     *,
     mesh: Mesh | None = None,
+    spill: Spill | None = None,
+    hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> Activations:
     """`Activations` on one device, or on all of a mesh."""
     if mesh is None:
-        return Activations(config, outer, batches, linear)
-    return MeshActivations(config, outer, batches, linear, mesh=mesh)
+        return Activations(config, outer, batches, linear, spill, hessian_bytes)
+    return MeshActivations(config, outer, batches, linear, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes)
 
 
 class _Places:
@@ -194,55 +223,14 @@ def _counts(chunks: int, device: int) -> np.ndarray:
     return np.array(device < chunks)
 
 
-def _mine(tree: Any) -> Any:
-    """This device's part without the axis of the devices."""
-    return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
 @lru_cache(maxsize=64)
 def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
     def run(block: Block, state: State, where: Positions) -> State:
-        state = STAGES[stage](config, block, _mine(state), where, linear)
+        state = after_stage(config, stage, block, mine(state), where, linear)
         return jax.tree.map(lambda leaf: leaf[None], state)
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
     return devices.mesh_jit(mesh, run, (whole, cut, whole), cut)
-
-
-def _inputs(config: DecoderConfig, stage: int, block: Block, state: State, where: Positions) -> list[jax.Array]:
-    recorder = InputRecorder()
-    STAGES[stage](config, block, _mine(state), where, recorder)
-    return recorder.inputs
-
-
-_Sums = tuple[list[jax.Array], list[jax.Array]]
-"""Panels of some Hessians, and their tokens."""
-
-
-@lru_cache(maxsize=64)
-def _hessian_program(mesh: Mesh, config: DecoderConfig, stage: int) -> Any:
-    def accumulate(block: Block, state: State, where: Positions, counts: jax.Array, sums: _Sums) -> _Sums:
-        inputs = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, block, state, where)]
-        each = zip(*sums, inputs, strict=True)
-        pairs = [add_panels(mesh, panels, tokens, x) for panels, tokens, x in each]
-        return [panels for panels, _ in pairs], [tokens for _, tokens in pairs]
-
-    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
-    sums = (cut, whole)
-    return devices.mesh_jit(mesh, accumulate, (whole, cut, whole, cut, sums), sums, donate_argnums=4)
-
-
-@lru_cache(maxsize=64)
-def _drift_program(mesh: Mesh, config: DecoderConfig, stage: int) -> Any:
-    def accumulate(
-        block: Block, original: Block, state: State, aim: State, where: Positions, counts: jax.Array, sums: list[Any]
-    ) -> list[Any]:
-        drifted = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, block, state, where)]
-        dense = [gathered_inputs(mesh, x, counts[0]) for x in _inputs(config, stage, original, aim, where)]
-        return [add_cross_panels(mesh, *each) for each in zip(sums, drifted, dense, strict=True)]
-
-    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
-    return devices.mesh_jit(mesh, accumulate, (whole, whole, cut, cut, whole, cut, cut), cut, donate_argnums=6)
 
 
 @lru_cache(maxsize=8)
@@ -253,7 +241,7 @@ def _head_program(mesh: Mesh, config: DecoderConfig, shapes: tuple[Any, ...], tr
         recorder = InputRecorder()
         logits(config, jax.tree.unflatten(tree, leaves), residual[0], recorder)
         panels, tokens = sums
-        return add_panels(mesh, panels, tokens, gathered_inputs(mesh, recorder.inputs[0], counts[0]))
+        return add_panels(mesh, panels, tokens, counted_inputs(recorder.inputs[0], counts[0]))
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
     return devices.mesh_jit(mesh, accumulate, (whole, cut, cut, (cut, whole)), (cut, whole), donate_argnums=3)

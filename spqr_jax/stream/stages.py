@@ -8,6 +8,7 @@ of the block plus the Hessians.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -141,7 +142,7 @@ def stage_parts(
     return parts
 
 
-@product_jit(static_argnums=(0, 1), donate_argnums=5)
+@product_jit(static_argnums=(0, 1, 7), donate_argnums=5)
 def accumulate_stage(
     config: DecoderConfig,
     stage: int,
@@ -150,6 +151,7 @@ def accumulate_stage(
     where: Positions,
     sums: tuple[Hessian, ...],
     experts: np.ndarray,
+    linear: Linear = plain_linear,
 ) -> tuple[Hessian, ...]:
     """Adds one chunk of text to the Hessians of a `Part`.
 
@@ -163,15 +165,28 @@ def accumulate_stage(
       where: its tokens stand.
       sums: as `Part.empty_sums` gives them.
       experts: of the part.
+      linear: what takes the text through the stages. With `rounded_linear` the inputs are rounded to bfloat16, as they
+        are where the weights read them.
     """
-    recorder = InputRecorder()
-    STAGES[stage](config, block, state, where, recorder)
+    recorder = recorded(config, stage, block, state, where, linear)
     if recorder.pairs:
-        return (_accumulate_experts(sums[0], recorder.pairs[0], experts),)
+        return (accumulate_experts(sums[0], recorder.pairs[0], experts),)
     return tuple(accumulate_hessian(h, x) for h, x in zip(sums, recorder.inputs, strict=True))
 
 
-def _accumulate_experts(sums: Hessian, given: PairInput, experts: np.ndarray) -> Hessian:
+def recorded(
+    config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear = plain_linear
+) -> InputRecorder:
+    """What the weights of a stage read, inside a program; in bfloat16 if `linear` is `rounded_linear`."""
+    recorder = InputRecorder()
+    STAGES[stage](config, block, _as_wide_as_the_stream(state), where, recorder)
+    if linear is rounded_linear:
+        recorder.inputs = [x.astype(jnp.bfloat16) for x in recorder.inputs]
+    return recorder
+
+
+def accumulate_experts(sums: Hessian, given: PairInput, experts: jax.Array | np.ndarray) -> Hessian:
+    """Adds what experts read to their stacked Hessians, to be traced."""
     tiles, rows = given.tiles.only(experts), padded(given.rows.astype(jnp.float32), given.tiles)
 
     def step(tile: jax.Array, sums: Hessian) -> Hessian:
@@ -224,16 +239,15 @@ def accumulate_drift(
     experts: np.ndarray,
 ) -> tuple[jax.Array, ...]:
     """Adds one chunk's (x_dense - x) xᵀ to the sums of a `Part`, f32 [in, in] each; experts' sums are stacked."""
-    drifted, dense = InputRecorder(), InputRecorder()
-    STAGES[stage](config, block, state, where, drifted)
-    STAGES[stage](config, original, dense_state, where, dense)
+    drifted = recorded(config, stage, block, state, where)
+    dense = recorded(config, stage, original, dense_state, where)
     if drifted.pairs:
-        return (_experts_drift(sums[0], drifted.pairs[0], dense.pairs[0], config.experts_per_token, experts),)
+        return (experts_drift(sums[0], drifted.pairs[0], dense.pairs[0], config.experts_per_token, experts),)
     return tuple(total + cross_gram(aim, x) for total, x, aim in zip(sums, drifted.inputs, dense.inputs, strict=True))
 
 
-def _experts_drift(
-    sums: jax.Array, drifted: PairInput, dense: PairInput, choices: int, experts: np.ndarray
+def experts_drift(
+    sums: jax.Array, drifted: PairInput, dense: PairInput, choices: int, experts: jax.Array | np.ndarray
 ) -> jax.Array:
     """What the dense model sends elsewhere is a zero in x_dense."""
     token = drifted.tiles.order // choices
@@ -258,7 +272,40 @@ def run_stage(
     config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear = plain_linear
 ) -> State:
     """One stage of a block on one chunk."""
-    return STAGES[stage](config, block, state, where, linear)
+    return after_stage(config, stage, block, state, where, linear)
+
+
+def after_stage(
+    config: DecoderConfig, stage: int, block: Block, state: State, where: Positions, linear: Linear
+) -> State:
+    """`run_stage` inside a program.
+
+    With `rounded_linear`, attention's products are rounded alike, and what the next stage's weights read (`inner`) is
+    held in bfloat16: they round it anyway.
+    """
+    if linear is not rounded_linear:
+        return STAGES[stage](config, block, state, where, linear)
+    state = STAGES[stage](config, block, _as_wide_as_the_stream(state), where, rounded_throughout)
+    if state.inner is not None and state.route is None:
+        state = dataclasses.replace(state, inner=state.inner.astype(jnp.bfloat16))
+    return state
+
+
+def _as_wide_as_the_stream(state: State) -> State:
+    """`inner` in the residual stream's type. XLA drops the detour where the next product rounds it again."""
+    if state.inner is None:
+        return state
+    return dataclasses.replace(state, inner=state.inner.astype(state.residual.dtype))
+
+
+def rounded_throughout(name: str, w: Any, x: jax.Array) -> jax.Array:
+    """`rounded_linear`, whose queries, keys and values are bfloat16, so that attention multiplies in bfloat16, too."""
+    w = jnp.asarray(w)
+    y = rounded_linear(name, w, x.astype(w.dtype))
+    return y.astype(jnp.bfloat16) if name in _ATTENTION else y
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 @product_jit(static_argnums=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,3 +60,24 @@ def batched(windows: np.ndarray, tokens_per_batch: int = 1024) -> Sequence[np.nd
     """
     size = max(1, tokens_per_batch // windows.shape[1])
     return [windows[first : first + size] for first in range(0, len(windows), size)]
+
+
+def beginnings(batches: Sequence[np.ndarray], tokens: int, length: int) -> list[np.ndarray]:
+    """The beginnings of the first windows: about so many tokens of a text, int32 [batch, seq] each, in and out.
+
+    Attention to short windows takes fewer operations, and many windows are more different from each other. Each begins
+    as its window does, so a model that needs a BOS token finds it.
+
+    Args:
+      batches: the text.
+      tokens: how many to take.
+      length: of a beginning; more if there are few windows.
+    """
+    length = max(length, -(-tokens // max(1, sum(len(batch) for batch in batches))))
+    by_length: dict[int, list[np.ndarray]] = {}
+    for window in itertools.chain.from_iterable(batches):
+        if tokens <= 0:
+            break
+        by_length.setdefault(len(window[:length]), []).append(window[:length])
+        tokens -= len(window[:length])
+    return [batch for windows in by_length.values() for batch in batched(np.stack(windows))]

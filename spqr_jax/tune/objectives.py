@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -140,6 +140,20 @@ def tune(
     return sink.params()
 
 
+@dataclasses.dataclass(frozen=True)
+class TuningPlace:
+    """Where tuning is: what it takes to go on later with the same bits.
+
+    Attributes:
+      done: steps that are done.
+      arrays: with the objective ``logits`` θ and the optimizer's state of all blocks; with ``blocks`` the text's
+        residual streams behind the finished blocks, those of the dense model first.
+    """
+
+    done: int
+    arrays: Sequence[Any]
+
+
 def tune_into(
     source: BlockSource,
     sink: BlockSink,
@@ -147,12 +161,23 @@ def tune_into(
     batches: Sequence[Any],
     config: TuneConfig,
     events: Events = ignore,
+    *,
+    begin: TuningPlace | None = None,
+    keep: Callable[[TuningPlace], None] | None = None,
 ) -> None:
-    """As `tune`, from a source to a sink. The objective ``blocks`` holds one block at a time, ``logits`` all."""
+    """As `tune`, from a source to a sink. The objective ``blocks`` holds one block at a time, ``logits`` all.
+
+    Args:
+      source, dense, batches, config, events: as `tune` has them.
+      sink: takes the trained model. With ``blocks`` each block is put before `keep` is told of it.
+      begin: where an earlier run came to; None to begin anew.
+      keep: is given the place after each step.
+    """
     batches = [np.asarray(batch) for batch in batches]
     if not batches:
         raise DataError("tuning needs calibration batches: give at least one int32 [batch, seq] of token ids")
-    (_tune_logits if config.objective == "logits" else _tune_blocks)(source, sink, dense, batches, config, events)
+    run = _tune_logits if config.objective == "logits" else _tune_blocks
+    run(source, sink, dense, batches, config, events, begin, keep or (lambda place: None))
     sink.put_outer(source.outer())
 
 
@@ -195,6 +220,15 @@ def _forms(source: BlockSource) -> list[BlockForm]:
     return forms
 
 
+def _with_trained(forms: list[BlockForm], leaves: Sequence[Any]) -> list[BlockForm]:
+    """Forms with the θ and optimizer state that `TuningPlace` holds."""
+    tree = jax.tree.structure([(form.theta, form.state) for form in forms])
+    trained = jax.tree.unflatten(tree, [jax.device_put(leaf) for leaf in leaves])
+    return [
+        dataclasses.replace(form, theta=theta, state=state) for form, (theta, state) in zip(forms, trained, strict=True)
+    ]
+
+
 def _tune_logits(
     source: BlockSource,
     sink: BlockSink,
@@ -202,10 +236,12 @@ def _tune_logits(
     batches: list[np.ndarray],
     config: TuneConfig,
     events: Events,
+    begin: TuningPlace | None,
+    keep: Callable[[TuningPlace], None],
 ) -> None:
     model = source.config
     places = [where for _, where in Activations(model, source.outer(), batches).chunks()]
-    begin = _residuals(model, source.outer(), batches)
+    starts = _residuals(model, source.outer(), batches)
     teacher = _residuals(model, dense.outer(), batches)
     reading = Steps("reading", model.num_layers, events)
 
@@ -217,8 +253,12 @@ def _tune_logits(
     forms, head = _forms(source), _rounded_head(model, dense.outer())
     orders = _orders(config, len(batches))
     steps = Steps("tuning", len(orders), events)
-    for step, (rate, batch) in enumerate(orders):
-        x, where = begin[batch], places[batch]
+    done = 0 if begin is None else begin.done
+    if begin is not None:
+        forms = _with_trained(forms, begin.arrays)
+        steps.advance(done, note=f"{done} steps are done already")
+    for step, (rate, batch) in enumerate(orders[done:], done):
+        x, where = starts[batch], places[batch]
         inputs = []
         for form in forms:
             inputs.append(x)
@@ -229,6 +269,7 @@ def _tune_logits(
                 model, forms[index], inputs.pop(), where, gradient, jnp.float32(rate)
             )
         value = _finite(float(loss), f"step {step + 1}")
+        keep(TuningPlace(step + 1, jax.tree.leaves([(form.theta, form.state) for form in forms])))
         steps.advance(note=f"step {step + 1} of {len(orders)}  loss {value:.4f}", detail=value)
     sweep.forward(source, lambda index, block: sink.put_block(index, finished(forms[index], block)))
 
@@ -240,6 +281,8 @@ def _tune_blocks(
     batches: list[np.ndarray],
     config: TuneConfig,
     events: Events,
+    begin: TuningPlace | None,
+    keep: Callable[[TuningPlace], None],
 ) -> None:
     model, longest = source.config, dict[str, int]()
     sweep.forward(source, lambda index, block: note_entries(longest, block))
@@ -247,6 +290,11 @@ def _tune_blocks(
     places = [where for _, where in Activations(model, source.outer(), batches).chunks()]
     aims, inputs = _residuals(model, dense.outer(), batches), _residuals(model, source.outer(), batches)
     steps = Steps("tuning", model.num_layers, events)
+    done = 0 if begin is None else begin.done
+    if begin is not None:
+        streams = [jax.device_put(array) for array in begin.arrays]
+        aims, inputs = streams[: len(batches)], streams[len(batches) :]
+        steps.advance(done, note=f"{done} blocks are done already")
 
     def visit(index: int, quantized: Block) -> None:
         original = dense.block(index)
@@ -258,6 +306,7 @@ def _tune_blocks(
         sink.put_block(index, finished(form, quantized))
         inputs[:] = [_run(model, form, x, where) for x, where in zip(inputs, places, strict=True)]
         value = float(np.mean(losses[-len(batches) :]))
+        keep(TuningPlace(index + 1, [*aims, *inputs]))
         steps.advance(note=f"block {index}  loss {value:.4f}", detail=value)
 
-    sweep.forward(source, visit)
+    sweep.forward(source, visit, first=done)

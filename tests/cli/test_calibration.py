@@ -11,13 +11,13 @@ from support.model_files import byte_tokenizer, write_model_and_ids
 
 from spqr_jax import DataError
 from spqr_jax.checkpoint import CheckpointSource
-from spqr_jax.cli.options import read_calibration, read_tokens
 from spqr_jax.data import calibration_windows
 from spqr_jax.formats.card import model_card
 from spqr_jax.inspection import summarize
 from spqr_jax.models.tokenizer import encode_stream
 from spqr_jax.report.page import _short
 from spqr_jax.resolve import open_model
+from spqr_jax.texts import read_calibration, read_tokens
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 

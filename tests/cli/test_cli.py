@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def test_inspect_reads_everything_back(folder, quantized):
     layer = values["layers"]["layers.1.up_proj"]
     assert layer["shape"] == [96, 64]
     assert 0 < layer["output_error"] < 0.5
+    assert layer["tokens"] == values["layers"]["layers.0.q_proj"]["tokens"] > 0
+    assert layer["damping"] > 0
     assert values["quantization"]["outlier_threshold"] == 0.2
     assert "layers.1.up_proj" in result.stdout
 
@@ -188,7 +191,7 @@ def test_bad_input_exits_with_two_and_one_clear_message(folder, arguments, says)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_quantize_leaves_nothing(folder, how):
+def test_an_interrupted_quantize_can_go_on_or_leaves_nothing(folder, how):
     command = [sys.executable, "-m", "spqr_jax", "quantize", "model", "--out", "stopped", "--bits", "3"]
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and their children
     try:
@@ -198,14 +201,21 @@ def test_an_interrupted_quantize_leaves_nothing(folder, how):
     finally:
         signal.signal(signal.SIGINT, handler)
     deadline = time.monotonic() + 120
-    while not list(folder.glob(".stopped.partial-*")) and time.monotonic() < deadline:
+    while not (folder / ".stopped.run").is_dir() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it could be stopped"
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "no incomplete output is left" in errors
+    kept = (folder / ".stopped.run").is_dir()  # it was stopped at a safe point, or before the first one
+    assert errors.splitlines()[-1] == (
+        "stopped; run the same command with --resume to go on" if kept else "stopped; no incomplete output is left"
+    )
     assert not (folder / "stopped").exists()
+    result = spqr(*command[3:], "--calib", "ids.npy", *QUICK, *(["--resume"] if kept else []), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert spqr("inspect", "stopped", cwd=folder).returncode == 0
+    shutil.rmtree(folder / "stopped")
     assert not list(folder.glob(".stopped*"))
 
 

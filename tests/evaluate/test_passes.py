@@ -14,6 +14,7 @@ from spqr_jax import SpQRConfig, perplexity, quantize
 from spqr_jax.evaluate import continuations, passes
 from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.evaluate.fidelity import compare
+from spqr_jax.models import dense
 from spqr_jax.models.weights import random_decoder, weight_shapes
 
 DEEP = dataclasses.replace(TINY, num_layers=5)
@@ -24,6 +25,13 @@ BLOCK_WEIGHTS = sum(leaf.size for leaf in jax.tree.leaves(random_decoder(TINY, s
 @pytest.fixture(scope="module")
 def quantized():
     return quantize(random_decoder(DEEP, seed=0), None, SpQRConfig.rtn(3))
+
+
+@pytest.fixture(scope="module")
+def packed_throughout():
+    """A tied model with more weights in its head than in its blocks; they are packed."""
+    config = dataclasses.replace(TINY, vocab_size=5000, tied_head=True)
+    return quantize(random_decoder(config, seed=0), None, dataclasses.replace(SpQRConfig.rtn(3), head_bits=8))
 
 
 @pytest.fixture
@@ -55,6 +63,15 @@ def test_two_models_are_compared_with_one_dense_block(quantized, live_bytes):
     assert max(live_bytes) < 4 * BLOCK_WEIGHTS * 1.1 + 3 * 4 * WINDOWS.size * DEEP.hidden_size
 
 
+def test_a_packed_head_is_never_dense_as_a_whole(packed_throughout, live_bytes, monkeypatch):
+    monkeypatch.setattr(dense, "PIECE_WEIGHTS", 512 * TINY.hidden_size)
+    perplexity(packed_throughout, WINDOWS)
+    compare(packed_throughout, packed_throughout, WINDOWS)
+    whole = 4 * 5000 * TINY.hidden_size
+    assert whole > 4 * (4 * BLOCK_WEIGHTS)
+    assert max(live_bytes) < whole / 2
+
+
 @pytest.mark.parametrize("measure", ["windows", "continuations"])
 def test_groups_change_nothing(quantized, monkeypatch, measure):
     """More text than is held at a time: each group makes the blocks dense again."""
@@ -81,13 +98,13 @@ def test_groups_hold_what_fits():
 
 
 def test_a_group_is_small_beside_the_model():
-    """An eighth of a byte for each weight, from 64 MiB to 1 GiB."""
+    """A sixteenth of a byte for each weight, from 32 MiB to 1 GiB."""
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 24, "vocab_size": 128000}
     middle = dataclasses.replace(TINY, **sizes)
     weights = sum(np.prod(shape) for shape in weight_shapes(middle).values())
     assert 1e9 < weights < 3e9
-    assert 4 * passes.stream_numbers(middle) == pytest.approx(weights / 8, rel=1e-6)
-    assert 4 * passes.stream_numbers(TINY) == 64 << 20
+    assert 4 * passes.stream_numbers(middle) == pytest.approx(weights / 16, rel=1e-6)
+    assert 4 * passes.stream_numbers(TINY) == 32 << 20
     assert 4 * passes.stream_numbers(dataclasses.replace(middle, num_layers=1000)) == 1 << 30
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.problems import TINY
 
 from spqr_jax import SpQRConfig
-from spqr_jax.forecast import Text, Work, measuring, memory, passes, quantizing
+from spqr_jax.forecast import Text, Work, measuring, memory, memory_plan, passes, quantizing
 from spqr_jax.models import prompt_attention
 from spqr_jax.models.config import BlockKind
 from spqr_jax.tune import TuneConfig
@@ -77,11 +77,15 @@ def test_a_target_measures_first():
     text = Text(40, 128)
     assert quantizing.plan_text(text) == Text(32, 128)  # batches of 8 windows, 4096 tokens in all
     plan = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3), text)
-    assert plan.dense == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
+    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
     assert plan.attention == 5 * passes.forward_pass(TINY, Text(32, 128)).attention
     with_target = quantizing.quantize_work(TINY, SpQRConfig(target_bits=4.3), text)
     without = quantizing.quantize_work(TINY, SpQRConfig(), text)
-    assert with_target.dense - without.dense == plan.dense
+    assert with_target.bfloat16 - without.bfloat16 == plan.bfloat16
+    exact = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3, calibration_dtype="float32"), text)
+    assert (exact.dense, exact.gram) == (plan.bfloat16, plan.rounded_gram)
+    assert quantizing.plan_text(Text(40, 2048)) == Text(8, 512)
+    assert quantizing.plan_text(Text(4, 2048)) == Text(4, 1024)
     assert with_target.searched > plan.searched + without.searched  # some weights are solved again
 
 
@@ -109,8 +113,11 @@ def test_experts_that_inference_skips_are_not_counted():
     sparse = dataclasses.replace(TINY, num_experts=4, experts_per_token=1, expert_size=32)
     attention_part = Q + K + V + OUT
     expert = 3 * 32 * 64
-    assert passes.forward_pass(sparse, TEXT).products == 2 * (attention_part + expert) * 384 * 2
-    assert passes.forward_pass(sparse, TEXT, every_expert=True).products == 2 * (attention_part + 4 * expert) * 384 * 2
+    # One of four experts, and 1.2 rows for each token with the padding of tiles.
+    products = 2 * (attention_part + 1.2 * expert) * 384 * 2
+    assert passes.forward_pass(sparse, TEXT).products == pytest.approx(products)
+    grams = 2 * 2 * (2 * 64**2 + 1.2 * (64**2 + 32**2)) * 384
+    assert passes.hessian_operations(sparse, 384) == pytest.approx(grams)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,7 @@ def test_experts_that_inference_skips_are_not_counted():
 def test_more_text_is_never_less_work_or_memory(config):
     texts = [Text(windows, 128) for windows in (1, 4, 16, 64, 256)]
     works = [dataclasses.astuple(quantizing.quantize_work(TINY, config, text, TuneConfig())) for text in texts]
-    peaks = [memory.quantize_bytes(TINY, config, text, TuneConfig(), 4) for text in texts]
+    peaks = [memory_plan.plan_memory(TINY, config, text, TuneConfig(), 4).host_bytes for text in texts]
     for before, after in itertools.pairwise(works):
         assert all(a <= b for a, b in zip(before, after, strict=True))
         assert before != after
@@ -127,16 +134,20 @@ def test_more_text_is_never_less_work_or_memory(config):
 
 
 def test_bytes_of_calibration_and_models():
-    # A token: the residual stream (64) and the widest input between stages (96), float32.
-    assert memory.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 + 96) * 4
-    assert memory.calibration_bytes(TINY, SpQRConfig(drift_correction=0.5), TEXT, 4) == 2 * 384 * (64 + 96) * 4
+    # A token: the residual stream (64) in float32, and the widest input between stages (96), rounded to bfloat16.
+    assert memory_plan.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 * 4 + 96 * 2)
+    exact = SpQRConfig(drift_correction=0.5, calibration_dtype="float32")
+    assert memory_plan.calibration_bytes(TINY, exact, TEXT, 4) == 2 * 384 * (64 + 96) * 4
     dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)
-    assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (2 * BLOCK + 2 * HEAD)
+    assert dense - memory.perplexity_bytes(TINY, TEXT, 1, 2, packed=False) == 2 * (
+        2 * BLOCK + 2 * HEAD
+    )  # two of two blocks
     assert memory.perplexity_bytes(TINY, TEXT, 2, 4, packed=False) > dense
-    # A packed model: 0.6 bytes a weight, and one block (more weights than the head) in float32.
+    # A packed model: of two blocks 0.6 bytes a weight, and one of them in float32.
     packed = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=True)
-    weights = 2 * BLOCK + 2 * HEAD
-    assert dense - packed == pytest.approx(4 * weights - 0.6 * weights - 4 * max(BLOCK, HEAD))
+    assert dense - packed == pytest.approx((2 * 4 - 2 * 0.6 - 4) * BLOCK)
+    # More blocks take no more memory.
+    assert memory.perplexity_bytes(dataclasses.replace(TINY, num_layers=9), TEXT, 1, 4, packed=True) == packed
     both = memory.compare_bytes(TINY, TINY, TEXT, 1, 4)
     assert both > packed
 

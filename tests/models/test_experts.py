@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import warnings
 from functools import partial
 
@@ -11,15 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.command import spqr
+from support.events import LayerReports
 from support.problems import TINY, divergence
 
-from spqr_jax import SpQRArray, SpQRConfig, quantize
+from spqr_jax import SpQRArray, SpQRConfig, quantize, save
 from spqr_jax.methods import quantize_weights
 from spqr_jax.models import experts
 from spqr_jax.models.config import BlockKind
+from spqr_jax.models.decoder import norm
 from spqr_jax.models.products import plain_linear
 from spqr_jax.models.weights import random_decoder
-from spqr_jax.solver import accumulate_hessian, empty_hessian
+from spqr_jax.stream import stages
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.stream.stages import stage_groups
@@ -35,9 +39,20 @@ def model():
 
 
 @jax.jit
-def by_zeros(block, x):
-    """Every expert over all tokens, what was not sent to it as zeros."""
+def by_halves(block, x):
+    """As calibration runs experts: stage by stage."""
     return experts.leave(SPARSE, block, *experts.enter(SPARSE, block, x, plain_linear), plain_linear)
+
+
+def by_zeros(block, x):
+    """The formula, every expert over all tokens."""
+    sent = experts.route(SPARSE, block.router, x)
+    total = jnp.zeros_like(x)
+    for expert in range(5):
+        gate, up, down = (block[f"experts.{expert}.{name}_proj"] for name in ("gate", "up", "down"))
+        share = jnp.sum(jnp.where(sent.chosen == expert, sent.shares, 0.0), axis=-1, keepdims=True)
+        total += share * ((jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    return total
 
 
 apply = jax.jit(experts.apply, static_argnums=0)
@@ -70,7 +85,7 @@ def test_both_ways_give_the_formula(model, shape):
     block, x = model.layers[0], normal(1, *shape, 64)
     want = by_hand(block, x)
     np.testing.assert_allclose(apply(SPARSE, block, x), want, atol=1e-5)
-    np.testing.assert_allclose(by_zeros(block, x), want, atol=1e-5)
+    np.testing.assert_allclose(by_halves(block, x), want, atol=1e-5)
 
 
 def test_shares_may_be_left_as_they_are(model):
@@ -79,12 +94,26 @@ def test_shares_may_be_left_as_they_are(model):
     assert np.all(np.sum(np.asarray(sent.shares), axis=-1) < 0.999)
 
 
-def test_the_gradient_is_that_of_the_other_way(model):
+@pytest.mark.parametrize("run", [partial(experts.apply, SPARSE), by_halves])
+def test_gradients_are_those_of_the_formula(model, run):
+    """By the input, and by every weight, the router's included."""
     block, x, probe = model.layers[0], normal(2, 1, 40, 64), normal(3, 1, 40, 64)
-    ways = (partial(experts.apply, SPARSE, block), partial(by_zeros, block))
-    got, want = (jax.jit(jax.grad(lambda x, way=way: jnp.vdot(probe, way(x))))(x) for way in ways)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    assert np.abs(got).max() > 0.1
+    got, want = (
+        jax.jit(jax.grad(lambda block, x, way=way: jnp.vdot(probe, way(block, x)), argnums=(0, 1)))(block, x)
+        for way in (run, by_zeros)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), got, want)
+    assert np.abs(got[1]).max() > 0.1
+    assert np.abs(got[0]["experts.2.down_proj"]).max() > 0.01
+
+
+def test_a_gradient_by_the_input_alone_computes_none_by_weights(model):
+    """One loop for each of two products, forwards and backwards."""
+    block, x = model.layers[0], normal(2, 1, 40, 64)
+    by_input = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(experts.apply(SPARSE, block, x))))(x)
+    by_both = jax.make_jaxpr(jax.grad(lambda block, x: jnp.sum(experts.apply(SPARSE, block, x))))(block, x)
+    loops = [str(program).count("= while[") for program in (by_input, by_both)]
+    assert loops == [2 * 2, 2 * 2 + 2 * 5]
 
 
 def test_an_expert_that_is_not_needed_multiplies_nothing(model):
@@ -96,22 +125,87 @@ def test_an_expert_that_is_not_needed_multiplies_nothing(model):
     np.testing.assert_array_equal(apply(SPARSE, block.replace(poison), x), apply(SPARSE, block, x))
 
 
-def test_each_expert_has_the_hessian_of_its_own_tokens(model, tiny_batches):
+@pytest.fixture(scope="module")
+def before_mlp(model, tiny_batches):
     activations = Activations(SPARSE, model.outer, tiny_batches)
     for stage in range(2):
         activations.advance(stage, model.layers[0])
-    groups, hessians = stage_groups(SPARSE, KIND, 2), activations.hessians(2, model.layers[0])
-    assert [names for names, _ in groups][3] == ("experts.3.gate_proj", "experts.3.up_proj")
-    from spqr_jax.models.decoder import norm
+    return activations
 
-    total, seen = empty_hessian(64), 0
+
+def inputs_by_hand(block, activations):
+    """What each expert's gate and up, and its down read: two lists of [tokens, in]."""
+    entering, inner = [[] for _ in range(5)], [[] for _ in range(5)]
     for state, _ in activations.chunks():
-        x = jax.jit(norm, static_argnums=(0, 2))(SPARSE, model.layers[0], "mlp_norm", state.residual)
-        own = np.any(np.asarray(route(SPARSE, model.layers[0].router, x).chosen) == 3, axis=-1)
-        total = accumulate_hessian(total, jnp.asarray(np.asarray(x)[own]))
-        seen += own.sum()
-    assert float(hessians[3].tokens) == seen > 0
-    np.testing.assert_allclose(hessians[3].matrix(), total.matrix(), rtol=1e-4, atol=1e-4)
+        x = jax.jit(norm, static_argnums=(0, 2))(SPARSE, block, "mlp_norm", state.residual).reshape(-1, 64)
+        chosen = np.asarray(route(SPARSE, block.router, x).chosen)
+        for expert in range(5):
+            rows = np.asarray(x, np.float64)[np.any(chosen == expert, axis=-1)]
+            gate, up = (rows @ np.asarray(block[f"experts.{expert}.{n}_proj"], np.float64).T for n in ("gate", "up"))
+            entering[expert].append(rows)
+            inner[expert].append(gate / (1 + np.exp(-gate)) * up)
+    return [list(map(np.concatenate, each)) for each in (entering, inner)]
+
+
+def test_each_expert_has_the_hessian_of_its_own_tokens(model, before_mlp):
+    block, activations = model.layers[0], before_mlp.copy()
+    entering, inner = inputs_by_hand(block, activations)
+    assert stage_groups(SPARSE, KIND, 2)[3] == (("experts.3.gate_proj", "experts.3.up_proj"), 64)
+    assert stage_groups(SPARSE, KIND, 3)[3] == (("experts.3.down_proj",), 32)
+    for stage, inputs in ((2, entering), (3, inner)):
+        hessians = activations.hessians(stage, block)
+        assert [float(hessian.tokens) for hessian in hessians] == [len(x) for x in inputs]
+        for hessian, x in zip(hessians, inputs, strict=True):
+            np.testing.assert_allclose(hessian.matrix(), 2 / max(len(x), 1) * x.T @ x, rtol=1e-4, atol=1e-5)
+        activations.advance(stage, block)
+
+
+def test_a_gram_matrix_is_the_same_whichever_experts_are_summed_with_it(model, before_mlp, monkeypatch):
+    """Bit for bit: with all experts at once, or two at a time where the Hessians of all would take too much memory."""
+    whole = before_mlp.hessians(2, model.layers[0])
+    parts = partial(stages.stage_parts, most_bytes=2 * 4 * 64**2)
+    assert [part.experts.tolist() for part in parts(SPARSE, KIND, 2)] == [[0, 1], [2, 3], [4, stages.NO_EXPERT]]
+    monkeypatch.setattr("spqr_jax.stream.activations.stage_parts", parts)
+    for got, want in zip(before_mlp.hessians(2, model.layers[0]), whole, strict=True):
+        np.testing.assert_array_equal(got.gram, want.gram)
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+def test_a_part_has_an_expert_at_least():
+    assert [len(part.groups) for part in stages.stage_parts(SPARSE, KIND, 3, most_bytes=1)] == [1] * 5
+    (dense,) = stages.stage_parts(SPARSE, KIND, 0, most_bytes=1)
+    assert dense.groups == stage_groups(SPARSE, KIND, 0)
+
+
+def test_drift_of_an_expert_counts_what_the_dense_model_sent_elsewhere_as_zeros(model, before_mlp):
+    """The router of the drifted block sends tokens to other experts, and none to the last."""
+    original, activations = model.layers[0], before_mlp.copy()
+    drifted = original.replace({"router": np.array(original.router)[[1, 2, 0, 3, 4]]})
+    away = np.array(drifted.router)
+    away[4] = -10 * np.sign(np.sum(away[:4], axis=0))
+    drifted = drifted.replace({"router": away})
+    calibrated = list(activations.calibrate(2, drifted, before_mlp, original))
+    want, tokens = np.zeros((5, 64, 64)), np.zeros(5)
+    for state, _ in activations.chunks():
+        x = jax.jit(norm, static_argnums=(0, 2))(SPARSE, original, "mlp_norm", state.residual).reshape(-1, 64)
+        here, there = (np.asarray(route(SPARSE, block.router, x).chosen) for block in (drifted, original))
+        for expert in range(5):
+            read, aim = (
+                np.any(chosen == expert, axis=-1)[:, None] * np.asarray(x, np.float64) for chosen in (here, there)
+            )
+            want[expert] += (aim - read).T @ read
+            tokens[expert] += np.sum(here == expert)
+    for expert, (_, hessian, drift) in enumerate(calibrated):
+        assert float(hessian.tokens) == tokens[expert]
+        np.testing.assert_allclose(drift, 2 / max(tokens[expert], 1) * want[expert], rtol=1e-4, atol=1e-4)
+    assert np.abs(want).max() > 1
+
+
+def test_two_runs_give_the_same_bytes(model, tiny_batches):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        first, second = (quantize(model, tiny_batches, SpQRConfig(bits=3)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 def test_an_expert_that_no_text_reaches_is_rounded_with_a_warning(model, tiny_batches):
@@ -124,8 +218,15 @@ def test_an_expert_that_no_text_reaches_is_rounded_with_a_warning(model, tiny_ba
     gain, nothing = np.ones(64, np.float32), np.zeros(block.o_proj.shape, np.float32)
     first = block.replace({"router": away, "attention_norm": gain, "o_proj": nothing})
     shunned = dataclasses.replace(model, outer=outer, layers=(first, model.layers[1]))
+    told = LayerReports()
     with pytest.warns(UserWarning, match=r"layers.0: these experts see few calibration tokens .* 1 \(0\)"):
-        quantized = quantize(shunned, many, SpQRConfig(bits=4, outlier_threshold=0.5))
+        quantized = quantize(shunned, many, SpQRConfig(bits=4, outlier_threshold=0.5), events=told)
+    reports = {layer.path: layer.stats for layer in told.layers}
+    starved, reached = reports["layers.0.experts.1.up_proj"], reports["layers.0.experts.0.up_proj"]
+    assert (starved.tokens, starved.damping) == (0, pytest.approx(64 * reached.damping))
+    tokens = np.concatenate(many).size
+    assert reports["layers.0.q_proj"].tokens == tokens
+    assert sum(reports[f"layers.0.experts.{expert}.down_proj"].tokens for expert in range(5)) == 2 * tokens
     for name in ("gate_proj", "up_proj", "down_proj"):
         weight, array = block[f"experts.1.{name}"], quantized.layers[0][f"experts.1.{name}"]
         assert isinstance(array, SpQRArray)
@@ -178,6 +279,17 @@ def test_more_experts_take_no_more_programs_to_solve(tiny_batches, compiled_by_s
     assert len(eight) == 2 * (2 + 2 * 8)  # two blocks: what attention reads, and what each expert's matrices read
     assert four[2] > 0  # gate and up of the first expert
     assert (sum(four[3:6]), sum(four[7:]), sum(eight)) == (0, 0, 0)
+
+
+def test_inspect_has_a_column_of_tokens(model, tmp_path):
+    """A dash where a weight saw no calibration text."""
+    save(tmp_path / "small", quantize(model, None, SpQRConfig.rtn(bits=4)))
+    result = spqr("inspect", "small", "--json", "i.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("layers.1.experts.4.up_proj")]
+    assert line.split()[-1] == "–"
+    assert "tokens" in result.stdout
+    assert json.loads((tmp_path / "i.json").read_text())["layers"]["layers.1.experts.4.up_proj"]["tokens"] is None
 
 
 @pytest.mark.slow

@@ -8,16 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.problems import correlated_problem, divergence, random_tokens
+from support.problems import TINY, correlated_problem, divergence, random_tokens
 
 from spqr_jax import LayerRule, SpQRArray, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.methods import quantize_weights
+from spqr_jax.models import decoder, experts
+from spqr_jax.models.attention import positions
 from spqr_jax.models.decoder import random_decoder
+from spqr_jax.models.products import plain_linear
 from spqr_jax.planning.budget import Candidate, Ledger, WeightCurve, make_plan, plan_budget
 from spqr_jax.planning.sensitivity import block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import TreeSource
+from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.stream.windows import beginnings
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +30,29 @@ def wide_model(tiny_config):
     """Large enough that a target between two widths can be met closely."""
     config = dataclasses.replace(tiny_config, hidden_size=128, intermediate_size=128, num_layers=3, head_dim=32)
     return random_decoder(config, seed=4)
+
+
+def test_a_plan_reads_the_beginnings_of_many_windows():
+    windows = np.arange(20 * 700).reshape(20, 700)
+    batches = beginnings([windows[:3], windows[3:]], 4096, 512)
+    np.testing.assert_array_equal(np.concatenate(batches), windows[:8, :512])
+    few = beginnings([windows[:2, :50], windows[2:4]], 4096, 512)  # too few for 4096 tokens: all of them, whole
+    assert [batch.shape for batch in few] == [(2, 50), (1, 700), (1, 700)]
+
+
+def test_a_plan_with_rounded_products_is_nearly_the_exact_one(tiny_model, tiny_batches):
+    """Rounding is noise of less than a percent in a product; nothing that a plan needs moves by more than a few."""
+    measured = []
+    for linear in (plain_linear, rounded_linear):
+        blocks = {}
+        visit = lambda block, blocks=blocks: blocks.update({block.index: block})  # noqa: E731
+        block_sensitivities(TreeSource(tiny_model), tiny_batches, visit, linear=linear)
+        measured.append(blocks[0])
+    exact, rounded = measured
+    for name, fisher in exact.fisher.items():
+        np.testing.assert_allclose(rounded.fisher[name].mean(), fisher.mean(), rtol=0.05)
+    for (_, ours), (_, theirs) in zip(rounded.hessians, exact.hessians, strict=True):
+        assert 0 < float(jnp.linalg.norm(ours.gram - theirs.gram) / jnp.linalg.norm(theirs.gram)) < 0.01
 
 
 def arrays_of(params):
@@ -54,9 +82,6 @@ def test_the_sensitivity_is_the_gradient_of_the_loss(tiny_model, tiny_batches):
 
     def loss(bias):
         # ∂L/∂y of v_proj is what adding to its output does; its output is added to by its input's bias
-        from spqr_jax.models import decoder
-        from spqr_jax.models.attention import positions
-
         config = tiny_model.config
         where = positions(config, tokens.shape[1], jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
         state = decoder.State(decoder.embed(config, tiny_model.outer, tokens, where))
@@ -79,6 +104,40 @@ def test_the_sensitivity_is_the_gradient_of_the_loss(tiny_model, tiny_batches):
         ("gate_proj", "up_proj"),
         ("down_proj",),
     ]
+
+
+def test_experts_share_their_mean_sensitivity():
+    """Against gradients of a loss in which every expert reads all tokens, and those sent elsewhere count nothing."""
+    config = dataclasses.replace(TINY, num_layers=1, num_experts=3, experts_per_token=2, expert_size=32)
+    model, tokens = random_decoder(config, seed=1), random_tokens((2, 16), seed=5)
+    block, outer = model.layers[0], model.outer
+    where = positions(config, 16, np.zeros(2, np.int32), np.int32(0))
+
+    def loss(added):
+        state = decoder.State(decoder.embed(config, outer, tokens, where))
+        for stage in decoder.STAGES[:2]:
+            state = stage(config, block, state, where, decoder.plain_linear)
+        x = decoder.norm(config, block, "mlp_norm", state.residual)
+        sent, total = experts.route(config, block.router, x), state.residual
+        for expert in range(3):
+            gate, up, down = (block[f"experts.{expert}.{name}_proj"] for name in ("gate", "up", "down"))
+            share = jnp.sum(jnp.where(sent.chosen == expert, sent.shares, 0.0), axis=-1, keepdims=True)
+            total += share * ((jax.nn.silu(x @ gate.T) * (x @ up.T + added[expert])) @ down.T)
+        scores = jax.nn.log_softmax(decoder.logits(config, outer, total))
+        return -jnp.sum(jnp.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=-1))
+
+    gradient = jax.jit(jax.grad(loss))(np.zeros((3, 2, 16, 32), np.float32))
+    blocks = []
+    block_sensitivities(TreeSource(model), [tokens], blocks.append)
+    (sensitivity,) = blocks
+    for expert in range(3):
+        np.testing.assert_allclose(
+            sensitivity.fisher[f"experts.{expert}.up_proj"], np.mean(np.square(gradient)), rtol=1e-3
+        )
+    reading = {names[0]: hessian for names, hessian in sensitivity.hessians}
+    assert len(reading) == 2 + 2 * 3
+    assert reading["experts.0.down_proj"] is reading["experts.2.down_proj"]
+    assert float(reading["experts.1.gate_proj"].tokens) == 2 * tokens.size
 
 
 def test_a_trial_of_all_rows_is_what_solving_gives():

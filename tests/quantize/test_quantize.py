@@ -100,8 +100,29 @@ def test_the_calibration_dtype_is_the_configurations(tiny_model, tiny_batches):
     )
     assert np.any(exact != rounded)
     np.testing.assert_array_equal(rounded, again)
-    with pytest.raises(SpQRError, match="calibration_dtype must be one of bfloat16, float32"):
+    with pytest.raises(SpQRError, match="calibration_dtype must be one of auto, bfloat16, float32"):
         SpQRConfig(calibration_dtype="float16")
+
+
+def test_the_calibration_dtype_follows_the_processor(monkeypatch):
+    for able, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("spqr_jax.config.multiplies_bfloat16", lambda able=able: able)
+        assert SpQRConfig().resolved().calibration_dtype == dtype
+    assert (
+        SpQRConfig(calibration_dtype="bfloat16").resolved().calibration_dtype == "bfloat16"
+    )  # what is asked for stays
+
+
+def test_rounded_calibration_sums_what_the_weights_read(tiny_model, tiny_batches):
+    """The Hessian of a rounded run is that of its rounded inputs: sums of exact products, in float32."""
+    activations = Activations(tiny_model.config, tiny_model.outer, tiny_batches, rounded_linear)
+    for stage in range(3):
+        activations.advance(stage, tiny_model.layers[0])
+    assert all(state.inner.dtype == jnp.bfloat16 for state, _ in activations.chunks())
+    inputs = [np.asarray(state.inner, np.float64) for state, _ in activations.chunks()]
+    inputs = np.concatenate([x.reshape(-1, tiny_model.config.intermediate_size) for x in inputs])
+    gram = np.asarray(activations.hessians(3, tiny_model.layers[0])[0].gram)
+    np.testing.assert_allclose(np.triu(gram), np.triu(inputs.T @ inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_the_stream_ends_where_the_model_does(tiny_model, tiny_batches):

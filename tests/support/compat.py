@@ -37,6 +37,7 @@ COMPAT: dict[str, set[str] | None] = {
     "solver/test_grid.py": {"test_search_is_never_worse_than_minmax_on_what_it_minimizes"},
     "solver/test_baselines.py": {"test_adaround_rounds_up_or_down_and_nowhere_else"},
     "solver/test_drift.py": {"test_the_move_solves_the_damped_normal_equations"},
+    "mesh/test_meshes.py": {"test_eight_devices_hold_a_sixth_each_of_what_one_holds"},
     "quantize/test_quantize.py": {
         "test_every_matrix_is_quantized_and_nothing_else",
         "test_calibration_in_bfloat16_sees_nearly_the_same",
@@ -49,7 +50,7 @@ COMPAT: dict[str, set[str] | None] = {
         "test_safetensors_round_trip",
         "test_gguf_types_dequantize",
     },
-    "models/test_experts.py": {"test_both_ways_give_the_formula", "test_the_gradient_is_that_of_the_other_way"},
+    "models/test_experts.py": {"test_both_ways_give_the_formula", "test_gradients_are_those_of_the_formula"},
     "models/test_generate.py": {
         "test_the_cache_changes_nothing",
         "test_quantized_models_generate_what_they_dequantize_to",
@@ -66,7 +67,7 @@ COMPAT: dict[str, set[str] | None] = {
         "test_quantize_shows_each_block_and_writes_what_it_says",
         "test_inspect_reads_everything_back",
         "test_generate_streams_text_and_reports",
-        "test_an_interrupted_quantize_leaves_nothing",
+        "test_an_interrupted_quantize_can_go_on_or_leaves_nothing",
         "test_help_lists_the_commands",
     },
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -265,13 +264,13 @@ def read_decoder_config(folder: Path) -> Any:
 def read_prompts(folder: Path) -> Any:
     """The checks before anything is compiled."""
     from spqr_jax.models.config import DecoderConfig
+    from spqr_jax.models.prompts import checked_prompts
 
     request = _request(folder)
     if not isinstance(request, dict) or not isinstance(request.get("max_new_tokens"), int):
         return None
-    checked = importlib.import_module("spqr_jax.generate")._checked_prompts  # the package has a function of this name
     config = DecoderConfig(64, 32, 32, 2, 2, 1, 16, 1e-5, 1e4, 64, False)
-    return checked(request.get("prompts", []), config, request["max_new_tokens"])
+    return checked_prompts(request.get("prompts", []), config, request["max_new_tokens"])
 
 
 # ---- the table --------------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""Quantizes tiny models on meshes of virtual devices: ``python -m support.mesh_runs JSON`` in a process of its own.
+
+The JSON holds: ``devices`` of this process; ``meshes``, numbers of devices, 0 for no mesh; ``cases``; ``hosts``, for
+`start_hosts`, or null; ``fail``, the process that is to fail, or null. Prints a digest for each case and mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def begin(**settings: Any) -> subprocess.Popen:
+    """Starts a process; `result` waits for it."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={settings['devices']}"
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "support.mesh_runs", json.dumps(settings)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen, seconds: int = 300) -> dict[str, dict[str, str]]:
+    """Digests by case and mesh."""
+    out, errors = process.communicate(timeout=seconds)
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def main(settings: dict[str, Any]) -> None:
+    import jax
+
+    from spqr_jax.stream import mesh as hosts
+
+    if settings.get("hosts"):
+        hosts.start_hosts(settings["hosts"])
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    digests: dict[str, dict[str, str]] = {}
+    with hosts.hosts_together():
+        for case in settings["cases"]:
+            for count in settings["meshes"]:
+                if settings.get("fail") == jax.process_index():
+                    raise RuntimeError("on purpose")
+                mesh = hosts.parse_mesh(f"data={count}") if count else None
+                digests.setdefault(case, {})[str(count)] = _digest(case, mesh)
+        hosts.wait_for_all("end")
+    print(json.dumps(digests))
+
+
+def _digest(case: str, mesh: Any) -> str:
+    """SHA-256 of all arrays of the quantized model, and of every weight's statistics."""
+    import jax
+    import numpy as np
+
+    from spqr_jax.job.job import Job
+    from spqr_jax.models.decoder import random_decoder
+    from spqr_jax.stream.blocks import TreeSource
+    from support.problems import random_tokens
+
+    model, config = _case(case)
+    batches = [random_tokens((2, 24), seed) for seed in range(5)] + [random_tokens((1, 24), 9)]
+    sink = _sink(model)
+    report = Job(TreeSource(random_decoder(model, seed=0)), sink, batches, config, mesh=mesh).run()
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(sink.params()):
+        digest.update(np.asarray(leaf).tobytes())
+    for layer in report.layers:
+        digest.update(json.dumps(dataclasses.asdict(layer.stats)).encode())
+    return digest.hexdigest()
+
+
+def _case(name: str) -> tuple[Any, Any]:
+    from spqr_jax import SpQRConfig
+    from support.problems import TINY
+
+    plain = dataclasses.replace(TINY, num_layers=1, intermediate_size=400)  # a Hessian of two panels
+    if name == "plain":
+        return plain, SpQRConfig(bits=3)
+    if name == "target and tied head":
+        tied = dataclasses.replace(plain, tied_head=True, num_layers=2)
+        return tied, SpQRConfig.preset(target_bits=4.6, head_bits=8, calibration_dtype="float32")
+    experts = dataclasses.replace(TINY, num_layers=1, num_experts=3, experts_per_token=2, expert_size=48)
+    return experts, SpQRConfig(bits=3, calibration_dtype="bfloat16", drift_correction=0.0)
+
+
+def _sink(model: Any) -> Any:
+    from spqr_jax.stream.blocks import TreeSink
+
+    return TreeSink(model)
+
+
+def memory(count: int) -> dict[str, int]:
+    """Bytes that one of `count` devices holds of what is spread: from compiled programs, which are not run.
+
+    What every device holds whole is left out: inputs of two chunks of text, and the factor U.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from spqr_jax import SpQRConfig, devices
+    from spqr_jax.solver import columns
+    from spqr_jax.solver.panel_hessian import add_panels, panel_slots
+    from spqr_jax.solver.solve import column_spec
+    from spqr_jax.stream.mesh import parse_mesh
+
+    def held(compiled: Any) -> int:
+        used = compiled.memory_analysis()
+        return (
+            used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+        )
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    mesh, width, tokens, rows = parse_mesh(f"data={count}"), 4096, 64, 8192
+    cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
+    program = devices.mesh_jit(
+        mesh, lambda panels, seen, x: add_panels(mesh, panels, seen, x[0]), (cut, whole, cut), (cut, whole),
+        donate_argnums=(0, 1),
+    )  # fmt: skip
+    panels = shape(count, *panel_slots(width, count), width)
+    gram = held(program.lower(panels, shape(), shape(count, tokens, width)).compile())
+    text = jax.sharding.NamedSharding(mesh, cut).shard_shape((8, 2, 1024, width))  # a wave of eight, or eight of one
+    config, inner = SpQRConfig(), 512
+    spec, here = column_spec(config, config.group_size, True), rows // count
+    choices = columns.RowChoices(shape(here), shape(here))
+    loop = jax.jit(columns.all_columns, static_argnums=4)
+    loop = loop.lower(shape(inner, here), shape(inner, inner), shape(inner, dtype=bool), choices, spec).compile()
+    return {
+        "activations": 4 * math.prod(text),
+        "Hessian": gram - 2 * 4 * tokens * width,
+        "column loop": held(loop) - 4 * inner**2,
+    }
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    if "memory" in given:
+        print(json.dumps({str(count): memory(count) for count in given["memory"]}))
+    else:
+        main(given)
