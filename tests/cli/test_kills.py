@@ -12,6 +12,7 @@ import re
 from unittest import mock
 
 import pytest
+from support import ROOT
 from support.command import QUICK, spqr, spqr_process
 from support.crash import power_cut, recorder
 from support.model_files import write_model_and_ids
@@ -35,7 +36,8 @@ def recorded(tiny_model, tmp_path_factory):
         pytest.skip("recording needs a C compiler and Linux")
     write_model_and_ids(folder, tiny_model)
     place = new_place(folder, folder / "place")
-    with mock.patch.dict(os.environ, recorder.recording(library, place, folder / "log")):
+    environment = recorder.recording(library, place, folder / "log") | {"PYTHONPATH": str(ROOT)}
+    with mock.patch.dict(os.environ, environment):
         result = spqr_process(*COMMAND, cwd=place)
     assert result.returncode == 0, result.stderr
     assert left(place) == []
