@@ -26,17 +26,15 @@ class Classifier(nnx.Module):
 
 
 def show(event):
-    if isinstance(event.detail, LayerReport):
-        stats = event.detail.stats
-        print(f"{event.note:6} {stats.stored_bits:.2f} stored bits per weight, error {stats.output_error:.3f}")
+    if isinstance(layer := event.detail, LayerReport):
+        print(f"{layer.path:6} {layer.stats.stored_bits:.2f} stored bits, error {layer.stats.output_error:.3f}")
 
 
 model = Classifier(width=64, classes=16, rngs=nnx.Rngs(0))
-batches = [jax.random.normal(jax.random.key(i), (128, 64)) for i in range(8)]  # whatever your model takes
+*batches, x = (jax.random.normal(jax.random.key(i), (128, 64)) for i in range(9))  # x is not seen in calibration
 config = SpQRConfig(bits=3, rules=(LayerRule("head", bits=8),))  # 3 bits, and 8 for the last layer
 small = spqr_nnx.quantize(model, batches, config, events=show)
 
 run = nnx.jit(lambda model, x: model(x))
-x = jax.random.normal(jax.random.key(100), (32, 64))  # inputs that calibration did not see
 before, after = run(model, x), run(spqr_nnx.prepare(small), x)  # `prepare` packs weights for the fastest kernels here
 print(f"relative error of the model's outputs: {jnp.linalg.norm(after - before) / jnp.linalg.norm(before):.3f}")

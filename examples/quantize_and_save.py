@@ -36,8 +36,5 @@ def show(event):
 length = min(1024, params.config.max_positions)  # tokens in one window of calibration text
 windows = calibration_windows(load_tokens(options.text, "calibration", encode), length, count=16, seed=0)
 config = spqr_jax.SpQRConfig.preset(options.preset)
-spqr_jax.quantize(
-    params, spqr_jax.batched(windows), config, out=options.out, tokenizer=tokenizer, events=show,
-    provenance={"model": options.model},
-)  # fmt: skip
+spqr_jax.quantize(params, spqr_jax.batched(windows), config, out=options.out, tokenizer=tokenizer, events=show)
 print("saved in", options.out)

@@ -251,7 +251,7 @@ def factorize(h: jax.Array, damping: float, by_size: bool = False, ranges: int =
       DataError: `h` has values that are not finite.
       SpQRError: no damping made `h` positive definite, so it is no Hessian.
     """
-    used = damping
+    used, h = damping, jnp.asarray(h)
     if panel is None and not fits_plainly(h.shape[0], next(iter(h.devices()))):
         panel = PANEL
     factored = _damped_factor if panel is None else partial(_damped_factor_by_blocks, panel=panel)
