@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +19,14 @@ from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, WeightSpec, 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries, is_number, plain, shown
+from spqr_jax.layout import entry_capacity
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Outer
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
 from spqr_jax.output import unfinished_note
+from spqr_jax.quantized import is_quantized
+from spqr_jax.stream.blocks import role
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
 """Times that arrays are larger in memory than in files; bytes below which that does not matter."""
@@ -83,7 +88,21 @@ class CheckpointSource:
         return Outer(**read_weights(self.path / "model", self._header, outer_shapes(self._config)))
 
     def block(self, index: int) -> Block:
-        return _block(self.path, index, self._headers[index], self._config)
+        """A block. Outlier lists are as long as in the block with the most, so that blocks share compiled programs."""
+        block, rooms = _block(self.path, index, self._headers[index], self._config), self._rooms
+        wider = {n: w.with_capacity(rooms[role(n)]) for n, w in block.items() if is_quantized(w) and role(n) in rooms}
+        return block.replace(wider)
+
+    @functools.cached_property
+    def _rooms(self) -> dict[str, int]:
+        """Entries of the longest outlier list of each role, over all blocks."""
+        rooms: dict[str, int] = {}
+        for index in range(self._config.num_layers):
+            for name, spec in self.part(index)[1].items():
+                # A count that cannot be right is refused when its own block is read.
+                if spec.meta is not None and spec.meta["nnz"] <= math.prod(spec.shape):
+                    rooms[role(name)] = max(rooms.get(role(name), 1), entry_capacity(spec.meta["nnz"]))
+        return rooms
 
     def part(self, index: int | None) -> tuple[Path, dict[str, WeightSpec]]:
         """The directory of a block, or of the outer weights for None, and what it says of its weights."""

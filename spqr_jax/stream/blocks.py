@@ -122,15 +122,16 @@ class TreeSink:
         return Decoder(self._outer, tuple(with_equal_capacities(blocks)), self._config)
 
 
+def role(name: str) -> str:
+    """A weight's name within its block; the same for all experts of the block."""
+    return re.sub(r"^experts\.\d+\.", "experts.", name)
+
+
 def with_equal_capacities(blocks: Sequence[Block]) -> list[Block]:
     """The blocks with outlier lists that are as long for one weight of all blocks, and for all experts of a kind.
 
     Blocks of one kind and format then have one structure: they stack, and share compiled programs.
     """
-
-    def role(name: str) -> str:
-        return re.sub(r"^experts\.\d+\.", "experts.", name)
-
     longest: dict[str, int] = {}
     for block in blocks:
         for name, weight in block.items():
