@@ -31,7 +31,11 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(jax|jaxlib|numpy|np|flax|collections|pathlib|typing)\..*"),
 ]
 
-nitpick_ignore = [("py:class", "pallas_kernels.spqr_matmul.pieces.Piece")]  # inside of a prepared matrix
+nitpick_ignore = [
+    ("py:class", "pallas_kernels.spqr_matmul.pieces.Piece"),  # inside of a prepared matrix
+    ("py:class", "spqr_jax.stream.blocks.BlockSource"),  # what `spqr_jax.resolve.open_model` gives
+    ("py:class", "spqr_jax.planning.budget.Plan"),  # what an event's detail gives
+]
 
 myst_heading_anchors = 3  # the anchors that GitHub gives to headings
 smartquotes = False  # --option stays two hyphens

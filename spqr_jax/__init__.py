@@ -25,6 +25,7 @@ from spqr_jax.resolve import load_model
 from spqr_jax.sampling import Sampling
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
 from spqr_jax.stream.windows import batched
+from spqr_jax.tune.config import TuneConfig
 
 __version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it, so it stays a literal
 
@@ -48,6 +49,7 @@ __all__ = [
     "SpQRArray",
     "SpQRConfig",
     "SpQRError",
+    "TuneConfig",
     "accumulate_hessian",
     "batched",
     "empty_hessian",

@@ -17,7 +17,7 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP
 from spqr_jax.stream.mesh import parse_mesh as mesh_of
-from spqr_jax.tune import Tune, TuneConfig
+from spqr_jax.tune.config import Tune, TuneConfig
 
 Model = Annotated[str, argument("MODEL", f"The model: {MODEL_HELP}.")]
 

@@ -33,7 +33,7 @@ from spqr_jax.job.driver import quantizable_paths
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.weights import weight_shapes
 from spqr_jax.resolve import OpenedModel, default_dtype
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 _LONG_COMPILATION = 10.0  # seconds from which on the line says how much of it is compilation
 _METHODS = {"spqr": "SpQR", "gptq": "GPTQ", "reference": "the original SpQR's choices", "rtn": "round to nearest"}

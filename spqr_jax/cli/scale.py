@@ -39,7 +39,7 @@ from spqr_jax.forecast.words import about_count
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.resolve import default_dtype, read_config
 from spqr_jax.stream.spill import Spill
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 _USABLE = 0.9  # of a named machine's memory
 _JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes at its start

@@ -30,7 +30,7 @@ from spqr_jax.forecast.passes import (
 from spqr_jax.forecast.quantizing import calibration_work, head_work, plan_work, rounds, solver_work, tuning_work
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.solver.hessian import gram_panels
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 ROWS_AT_ONCE = 4096
 """Rows of a matrix that an accelerator solves together, as in `spqr_jax.solver.columns`."""

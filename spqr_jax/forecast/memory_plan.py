@@ -16,7 +16,7 @@ from spqr_jax.forecast.quantizing import plan_text, rounds
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, stage_groups
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 FLOAT32, BFLOAT16 = 4, 2
 CHUNK_TOKENS = 1024

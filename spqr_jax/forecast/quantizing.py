@@ -22,7 +22,7 @@ from spqr_jax.forecast.passes import (
 )
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.weights import block_shapes, matrix_names
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 _BACKWARD_ATTENTION = 4  # passes: forward, once more for the gradient, and twice as much backwards
 _HEAD_GRADIENT = 3  # passes of the output head: forward, once more for the gradient, backwards

@@ -17,7 +17,7 @@ from spqr_jax.forecast.quantizing import (
     tuning_work,
 )
 from spqr_jax.models.config import DecoderConfig
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 
 def local_costs(

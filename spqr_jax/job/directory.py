@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jax.sharding import Mesh
 
 from spqr_jax.checkpoint import CheckpointFolder, CheckpointSink
 from spqr_jax.config import SpQRConfig
@@ -19,11 +21,7 @@ from spqr_jax.planning.budget import Plan
 from spqr_jax.stream.blocks import ModelSource
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 _UNTUNED = "untuned"
 

@@ -6,9 +6,10 @@ import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 
 from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
@@ -28,11 +29,7 @@ from spqr_jax.stream.mesh_activations import text_activations
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
 from spqr_jax.stream.windows import batched
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 _SAVED_ACTIVATIONS = 1 << 30  # bytes beyond which activations are made again, not saved
 SAVE_EVERY = 60.0  # seconds between two saves of a long phase

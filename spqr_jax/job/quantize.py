@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jax.sharding import Mesh
 
 from spqr_jax.checkpoint import load
 from spqr_jax.config import SpQRConfig
@@ -17,11 +19,7 @@ from spqr_jax.models.decoder import Decoder
 from spqr_jax.output import AlreadyFinished, Claim
 from spqr_jax.planning.budget import Plan
 from spqr_jax.stream.blocks import ModelSource, TreeSink, TreeSource
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 
 def quantize(

@@ -15,14 +15,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # schedules
 
-from spqr_jax.errors import DataError, NotFiniteError, SpQRError
+from spqr_jax.errors import DataError, NotFiniteError
 from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
@@ -32,43 +32,10 @@ from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, as_source
 from spqr_jax.stream.head import divergence_gradient
 from spqr_jax.stream.stages import rounded_linear
+from spqr_jax.tune.config import TuneConfig
 from spqr_jax.tune.form import BlockForm, block_form, finished, note_entries, padded_entries, to_block, updated
 
-Tune = Literal["none", "blocks", "logits"]
-
 _WARM_UP = 0.15  # share of steps over which the learning rate rises
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneConfig:
-    """How to train.
-
-    Attributes:
-      objective: ``blocks`` or ``logits``.
-      epochs: times the text is gone through (``blocks``: by each block).
-      learning_rate: the highest, reached after a few steps, in shares of a
-        parameter's size; from there it falls to 0 along a cosine.
-      batch_tokens: about how many tokens a step should see; `tune` itself takes
-        batches as they come.
-      seed: of the order of the batches.
-
-    Raises:
-      SpQRError: a value outside its range.
-    """
-
-    objective: Literal["blocks", "logits"] = "logits"
-    epochs: int = 2
-    learning_rate: float = 5e-4
-    batch_tokens: int = 1024
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("blocks", "logits"):
-            raise SpQRError(f"objective must be blocks or logits, got {self.objective!r}")
-        if self.epochs < 1 or self.batch_tokens < 1:
-            raise SpQRError(f"epochs and batch_tokens must be at least 1, got {self.epochs} and {self.batch_tokens}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise SpQRError(f"learning_rate must be positive, got {self.learning_rate}")
 
 
 # ---- steps ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from spqr_jax import SpQRConfig
 from spqr_jax.forecast import Text, Work, measuring, memory, memory_plan, passes, quantizing
 from spqr_jax.models import prompt_attention
 from spqr_jax.models.config import BlockKind
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 # TINY: 2 blocks of hidden 64, MLP 96, 4 heads and 2 key-value heads of 16; vocabulary 256, head not tied.
 Q, K, V, OUT = 64 * 64, 32 * 64, 32 * 64, 64 * 64

@@ -14,7 +14,7 @@ from spqr_jax.methods import quantize_weights
 from spqr_jax.planning.budget import Ledger, plan_budget
 from spqr_jax.planning.record import plan_from_json, plan_to_json
 from spqr_jax.stream.blocks import TreeSource
-from spqr_jax.tune import TuneConfig
+from spqr_jax.tune.config import TuneConfig
 
 
 class Stop(Exception):

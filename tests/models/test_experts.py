@@ -27,7 +27,8 @@ from spqr_jax.stream import stages
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.stream.stages import stage_groups
-from spqr_jax.tune import TuneConfig, tune
+from spqr_jax.tune.config import TuneConfig
+from spqr_jax.tune.objectives import tune
 
 SPARSE = dataclasses.replace(TINY, num_experts=5, experts_per_token=2, expert_size=32)
 KIND = BlockKind(sparse=True)

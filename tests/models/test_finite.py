@@ -15,7 +15,8 @@ from spqr_jax.evaluate.fidelity import compare
 from spqr_jax.planning.budget import plan_budget
 from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.stream.finite import not_finite
-from spqr_jax.tune import TuneConfig, tune
+from spqr_jax.tune.config import TuneConfig
+from spqr_jax.tune.objectives import tune
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from spqr_jax import (
     quantize_weight,
 )
 from spqr_jax.stream.blocks import TreeSource
-from spqr_jax.tune import TuneConfig, tune
+from spqr_jax.tune.config import TuneConfig
 from spqr_jax.tune.form import dense_weight, fixed_parts
+from spqr_jax.tune.objectives import tune
 
 
 @pytest.fixture(scope="module")
