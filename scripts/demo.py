@@ -19,7 +19,7 @@ from spqr_jax.terminal.display import console, number, size, table, tell
 
 SPQR = Path(sys.executable).with_name("spqr")
 CALIBRATION = "--calib pydoc --nsamples 8 --seqlen 1024 --seed 0"
-EVALUATION = "--data pydoc --seqlen 1024 --windows 6"
+EVALUATION = "--data pydoc --seqlen 1024 --windows 4"
 METHODS = {
     "SpQR 4.3 bits": f"--preset 4bit {CALIBRATION}",
     "GPTQ 3-bit g16": f"--method gptq --bits 3 --group-size 16 --head-bits 8 {CALIBRATION}",
@@ -84,7 +84,7 @@ def main() -> None:
         "SmolLM2-135M-Instruct, quantized in four ways",
         ["", "perplexity", "ideal bits", "stored bits", "size", "seconds"],
         lines,
-        notes="RTN: round to nearest. g16: groups of 16. Perplexity on 6 windows of 1024 tokens of pydoc, "
+        notes="RTN: round to nearest. g16: groups of 16. Perplexity on 4 windows of 1024 tokens of pydoc, "
         "calibrated on 8 windows of its other half: little text, so that the demo is short. Bits count the blocks "
         "only. Size is the whole model: its embedding has 8-bit codes in all four (30 MB). Seconds include "
         "compilation; later rows find some programs compiled.",

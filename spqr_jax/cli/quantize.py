@@ -60,6 +60,7 @@ from spqr_jax.cli.quantize_options import (
     TuneObjective,
 )
 from spqr_jax.cli.scale import MemoryWatch, dry_run, needed_out
+from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.estimate import quantized_bytes
 from spqr_jax.forecast import Text
@@ -115,12 +116,7 @@ def quantize(
     hosts: Hosts = None,
 ) -> None:
     """Compress a model and save it."""
-    if hosts is not None:
-        start_hosts(hosts)
-        mesh = mesh or "auto"
-        if resume or restart or tune != "none":
-            raise SpQRError("with --hosts, --tune, --resume and --restart do not work: run them on one machine")
-        console.quiet = errors.quiet = not is_first()
+    mesh = _join_hosts(hosts, mesh, alone=resume or restart or tune != "none")
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
     config = build_config(
         method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
@@ -129,55 +125,60 @@ def quantize(
         input_shards=input_shards, sequential=sequential, steps=steps,
         rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
     )  # fmt: skip
+    needs_text = config.needs_calibration or tuning is not None
     if plan_only:
-        text = Text(nsamples, seqlen) if config.needs_calibration or tuning is not None else Text(0, 2)
+        text = Text(nsamples, seqlen) if needs_text else Text(0, 2)
         dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
         return
     config, out = config.resolved(), needed_out(out, machine)
-    if hosts is None:
-        claim = _claim(context, out, overwrite, resume, restart)
-    elif is_first():  # nothing is saved for a later run: the other processes would have to go on, too
-        claim = context.with_resource(Claim(out, overwrite))
-    else:
-        claim = None
-    opened = _open_dense(model, dtype)
-    if claim is not None:
-        claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
-    windows, calibration = None, None
-    if config.needs_calibration or tuning is not None:
-        windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed)
-    elif calib:
+    claim = _claim(context, out, overwrite, resume, restart, shared=hosts is not None)
+    opened = _open_dense(model, dtype, claim, config)
+    if calib and not needs_text:
         say(f"--method {method} uses no calibration text: --calib is ignored")
+    windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed) if needs_text else (None, None)
     outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
-    devices = parse_mesh(mesh)
-    count = None if devices is None else devices.size
-    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, count)
+    devices = None if mesh is None else parse_mesh(mesh)
+    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, devices)
     batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
-    spill = context.with_resource(watch.spill(out))
+    spill, at_once = context.with_resource(watch.spill(out)), watch.thrift.hessian_bytes
     with hosts_together(), EventView() as view, interrupt.at_safe_points():
         if claim is None:
-            take_part(
-                opened.source, batches, config, mesh=devices, spill=spill, hessian_bytes=watch.thrift.hessian_bytes
-            )
-            wait_for_all("written")
-            return
-        place, report = quantize_to(
-            claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
-            provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill,
-            hessian_bytes=watch.thrift.hessian_bytes,
-        )  # fmt: skip
+            take_part(opened.source, batches, config, mesh=devices, spill=spill, hessian_bytes=at_once)
+        else:
+            place, report = quantize_to(
+                claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
+                provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill, hessian_bytes=at_once,
+            )  # fmt: skip
         wait_for_all("written")
-    summary = summarize(CheckpointSource(place))
-    _show_result(place, summary, report, watch.measured())
-    costs = {"seconds": report.seconds, **outlook.to_json(), **watch.to_json()}
-    write_json(json, {**costs, **summary})  # the long entry, layers, is the last
-    if opened.note is not None:
-        say(opened.note)
-    outlook.end(after_writing(out))
+    if claim is not None:
+        summary = _show_result(place, report, watch)
+        write_json(json, {"seconds": report.seconds, **outlook.to_json(), **watch.to_json(), **summary})
+        if opened.note is not None:
+            say(opened.note)
+        outlook.end(after_writing(out))
 
 
-def _claim(context: typer.Context, out: Path, overwrite: bool, resume: bool, restart: bool) -> Claim:
-    """The result's name, and what to do with an unfinished run of that name."""
+def _join_hosts(hosts: str | None, mesh: str | None, alone: bool) -> str | None:
+    """Joins the processes of ``--hosts``; the mesh to use. `alone`: some option works in one process only."""
+    if hosts is None:
+        return mesh
+    start_hosts(hosts)
+    if alone:
+        raise SpQRError("with --hosts, --tune, --resume and --restart do not work: run them on one machine")
+    console.quiet = errors.quiet = not is_first()
+    return mesh or "auto"
+
+
+def _claim(
+    context: typer.Context, out: Path, overwrite: bool, resume: bool, restart: bool, shared: bool
+) -> Claim | None:
+    """The result's name, and what to do with an unfinished run of that name.
+
+    Several processes share a result: the first has the name, the others None. No state is saved, as all would have to
+    go on with it.
+    """
+    if shared:
+        return context.with_resource(Claim(out, overwrite)) if is_first() else None
     if resume and restart:
         raise SpQRError("--resume goes on with a run, --restart begins again: give one of them")
     try:
@@ -187,10 +188,13 @@ def _claim(context: typer.Context, out: Path, overwrite: bool, resume: bool, res
         raise typer.Exit from None
 
 
-def _open_dense(model: str, dtype: str | None) -> OpenedModel:
+def _open_dense(model: str, dtype: str | None, claim: Claim | None, config: SpQRConfig) -> OpenedModel:
+    """The model, and room for its result."""
     opened = open_model(model, dtype, say)
     if opened.quantized:
         raise ModelError(f"{model} is already quantized: give the original model instead")
+    if claim is not None:
+        claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
     return opened
 
 
@@ -215,11 +219,13 @@ def _files_to_keep(opened: OpenedModel) -> dict[str, bytes]:
         return opened.configurations()
 
 
-def _show_result(place: Path, summary: dict[str, Any], report: JobReport, memory: str) -> None:
-    """The line that a run ends with."""
+def _show_result(place: Path, report: JobReport, watch: MemoryWatch) -> dict[str, Any]:
+    """The line that a run ends with; returns the checkpoint's summary."""
+    summary = summarize(CheckpointSource(place))
     tell(
         (str(place), "bold"),
         f": {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}; {size(summary['bytes'])} in total "
-        f"(dense: {size(summary['dense_bytes'])}); {report.seconds:.0f} s; {memory}",
+        f"(dense: {size(summary['dense_bytes'])}); {report.seconds:.0f} s; {watch.measured()}",
     )
+    return summary

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from spqr_jax.cli.display import say, table, tell, write_json
 from spqr_jax.cli.outlook import describe_method, itemsize
@@ -137,7 +138,7 @@ class MemoryWatch:
       windows: of calibration text, [windows, tokens]; None for none.
       dtype: of the dense weights; None for the default.
       limit: of ``--max-memory``, such as 4GiB; None for none.
-      devices: of a mesh; None for one device.
+      mesh: devices to use; None for one.
 
     Attributes:
       thrift: what to do to hold less.
@@ -155,10 +156,11 @@ class MemoryWatch:
         tuning: TuneConfig | None,
         dtype: str | None,
         limit: str | None,
-        devices: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         text = Text(0, 2) if windows is None else Text(*windows.shape)
-        run = Run(model, config, text, tuning, dtype or default_dtype(), this_layout(devices))
+        layout = this_layout(None if mesh is None else mesh.size)
+        run = Run(model, config, text, tuning, dtype or default_dtype(), layout)
         self.thrift, self.plan = run.fitted(None if limit is None else parse_bytes(limit))
         if saving := describe_thrift(self.thrift):
             say(f"to keep to {limit} of memory: {saving}")
