@@ -6,28 +6,28 @@ import math
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.job.driver import quantizable_paths
+from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.weights import weight_shapes
-from spqr_jax.stream.blocks import BlockSource
 
 _HF_SPQR_BITS = 4  # 64-bit words of 16 codes
 
 
-def quantized_bytes(source: BlockSource, config: SpQRConfig, itemsize: int) -> int:
+def quantized_bytes(model: DecoderConfig, config: SpQRConfig, itemsize: int) -> int:
     """About what a model will take: the bits of codes and statistics, without outliers; the rest dense."""
-    chosen = set(quantizable_paths(source, config))
+    chosen = set(quantizable_paths(model, config))
     bits = 0.0
-    for path, shape in weight_shapes(source.config).items():
+    for path, shape in weight_shapes(model).items():
         weight_bits = 8.0 * itemsize
         if path in chosen:
-            weight_bits = _stored_bits(config, path, path == source.config.head_path, shape[-1])
+            weight_bits = _stored_bits(config, path, path == model.head_path, shape[-1])
         bits += weight_bits * math.prod(shape)
     return int(bits / 8)
 
 
-def exported_bytes(source: BlockSource, form: str, itemsize: int) -> int:
+def exported_bytes(model: DecoderConfig, form: str, itemsize: int) -> int:
     """About what `spqr export` will write in a format: all weights dense, or those of blocks in its words."""
     bits = 0.0
-    for path, shape in weight_shapes(source.config).items():
+    for path, shape in weight_shapes(model).items():
         in_words = form == "hf-spqr" and path.startswith("layers.") and len(shape) == 2
         bits += (_HF_SPQR_BITS if in_words else 8 * itemsize) * math.prod(shape)
     return int(bits / 8)

@@ -70,7 +70,7 @@ def export(
     claim = context.with_resource(Claim(out, overwrite))
     results = [_read_result(path) for path in perplexity or ()]
     source = CheckpointSource(directory)
-    claim.need(exported_bytes(source, form, jnp.dtype(dtype).itemsize))
+    claim.need(exported_bytes(source.config, form, jnp.dtype(dtype).itemsize))
     with HFDirectory(claim) as target:
         with EventView() as events:
             origin = origin_config(directory)
@@ -113,7 +113,7 @@ def import_original(
         raise SpQRError(f"--outliers must be one of {', '.join(get_args(Outliers))}, got {outliers!r}")
     claim = context.with_resource(Claim(out, overwrite))
     source = LegacySource(folder, base, jnp.dtype(dtype or default_dtype()), cast(Outliers, outliers))
-    claim.need(quantized_bytes(source, source.settings(), jnp.dtype(dtype or default_dtype()).itemsize))
+    claim.need(quantized_bytes(source.config, source.settings(), jnp.dtype(dtype or default_dtype()).itemsize))
     files = origin_files(base)
     try:
         load_tokenizer(base)

@@ -83,7 +83,7 @@ def before_quantize(
     model, dtype = opened.source.config, dtype or default_dtype()
     text = Text(0, 2) if calibration is None else Text(calibration["windows"], calibration["seqlen"])
     shapes = weight_shapes(model)
-    paths = quantizable_paths(opened.source, config)
+    paths = quantizable_paths(model, config)
     count = sum(math.prod(shapes[path]) for path in paths)
     what = f"quantizing {len(paths)} matrices ({about_count(count)} weights) with {describe_method(method, config)}"
     if calibration is not None:

@@ -194,7 +194,7 @@ def _open_dense(model: str, dtype: str | None, claim: Claim | None, config: SpQR
     if opened.quantized:
         raise ModelError(f"{model} is already quantized: give the original model instead")
     if claim is not None:
-        claim.need(quantized_bytes(opened.source, config, jnp.dtype(dtype or default_dtype()).itemsize))
+        claim.need(quantized_bytes(opened.source.config, config, jnp.dtype(dtype or default_dtype()).itemsize))
     return opened
 
 

@@ -73,26 +73,13 @@ class Run:
     @property
     def result_bytes(self) -> int:
         """Of the checkpoint, without outliers where no target size says how many there are."""
-        return quantized_bytes(_Shapes(self.model), self.config, itemsize(self.dtype))
+        return quantized_bytes(self.model, self.config, itemsize(self.dtype))
 
     def fitted(self, limit: float | None) -> tuple[Thrift, MemoryPlan]:
         """The fastest way that keeps to a limit; without one, the fastest."""
         if limit is None:
             return Thrift(), self.plan()
         return fit_memory(self.plan, limit, ways_to_save(self.model, self.config, self.text))
-
-
-class _Shapes:
-    """A model of which only the sizes are known."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        self.config = config
-
-    def outer(self) -> Any:
-        raise NotImplementedError
-
-    def block(self, index: int) -> Any:
-        raise NotImplementedError
 
 
 def this_layout(devices: int | None = None) -> Layout:

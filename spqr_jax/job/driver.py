@@ -13,6 +13,7 @@ from spqr_jax.errors import DataError, NotFiniteError
 from spqr_jax.job.block_solver import BlockSolver, GroupSolver, Parallel, Sequential, Uncalibrated
 from spqr_jax.methods import check_shards, quantize_weights
 from spqr_jax.methods.report import Reporter
+from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Outer, matrix_names
 from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger
@@ -20,12 +21,12 @@ from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 
 
-def quantizable_paths(source: BlockSource, config: SpQRConfig) -> list[str]:
+def quantizable_paths(model: DecoderConfig, config: SpQRConfig) -> list[str]:
     """Paths of the weights that `config` would quantize, in order."""
-    kinds = enumerate(source.config.kinds)
-    paths = [f"layers.{index}.{name}" for index, kind in kinds for name in matrix_names(source.config, kind)]
+    kinds = enumerate(model.kinds)
+    paths = [f"layers.{index}.{name}" for index, kind in kinds for name in matrix_names(model, kind)]
     paths = [path for path in paths if config.for_path(path) is not None]
-    return paths if config.for_head(source.config.head_path) is None else [*paths, source.config.head_path]
+    return paths if config.for_head(model.head_path) is None else [*paths, model.head_path]
 
 
 def choose_solver(

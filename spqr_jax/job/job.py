@@ -152,7 +152,7 @@ class Job:
         layers = self._state.layers()
         for layer in layers:
             self._record(layer)
-        report = Reporter(len(quantizable_paths(self._source, config)), self._recording(events), layers)
+        report = Reporter(len(quantizable_paths(self._source.config, config)), self._recording(events), layers)
         store = self._store()
         if self._state.phase in ("plan", "blocks"):
             if store is not self._sink:

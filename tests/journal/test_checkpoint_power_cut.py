@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import warnings
 
 import pytest
-from support import ROOT
 from support.crash import model_run, power_cut, recorder
 
 from spqr_jax.checkpoint import content_digest
@@ -19,17 +16,7 @@ CUTS = 12
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recorded")
-    library = recorder.compile_shim(folder)
-    if library is None:
-        pytest.skip("recording needs a C compiler and Linux")
-    watched, log = folder / "watched", folder / "log"
-    watched.mkdir()
-    environment = os.environ | recorder.recording(library, watched, log)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-m", "support.crash.model_run", watched / "q"]
-    subprocess.run(command, env=environment, check=True)
-    return recorder.read_log(log, watched), watched
+    return recorder.record_runs(tmp_path_factory.mktemp("recorded"), "support.crash.model_run", [])
 
 
 def test_the_recording_has_all_that_orbax_writes(recorded):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import warnings
 
 import pytest
-from support import ROOT
 from support.crash import power_cut, recorder, small_run
 
 CUTS = 60
@@ -19,17 +16,8 @@ CUTS = 60
 def recorded(tmp_path_factory):
     """The changes of two undisturbed runs, of which the second replaces the result of the first."""
     folder = tmp_path_factory.mktemp("recorded")
-    library = recorder.compile_shim(folder)
-    if library is None:
-        pytest.skip("recording needs a C compiler and Linux")
-    watched, log = folder / "watched", folder / "log"
-    watched.mkdir()
-    environment = os.environ | recorder.recording(library, watched, log)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    for more in ([], ["--overwrite"]):
-        command = [sys.executable, "-m", "support.crash.small_run", watched / "q", *more]
-        subprocess.run(command, env=environment, check=True)
-    return recorder.read_log(log, watched), power_cut.read_tree(watched)
+    records, watched = recorder.record_runs(folder, "support.crash.small_run", [], ["--overwrite"])
+    return records, power_cut.read_tree(watched)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,12 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+
+from support import ROOT
 
 KINDS = ("", "create", "write", "truncate", "sync", "rename", "unlink", "mkdir", "link", "symlink")
 _HEAD = struct.Struct("=IIIIQQQ")
@@ -61,6 +66,23 @@ def read_log(log: Path, watched: Path) -> list[Record]:
         names = [os.path.relpath(path, base) if path.startswith("/") else path for path in paths]
         records.append(Record(KINDS[kind], inode, offset, names[0], names[1], pieces[2]))
     return records
+
+
+def record_runs(folder: Path, module: str, *runs: list[str]) -> tuple[list[Record], Path]:
+    """The changes of a driver's runs, one after the other with these arguments, and the folder that they changed.
+
+    Skips the test where nothing can be recorded.
+    """
+    library = compile_shim(folder)
+    if library is None:
+        pytest.skip("recording needs a C compiler and Linux")
+    watched, log = folder / "watched", folder / "log"
+    watched.mkdir()
+    environment = os.environ | recording(library, watched, log)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    for arguments in runs:
+        subprocess.run([sys.executable, "-m", module, watched / "q", *arguments], env=environment, check=True)
+    return read_log(log, watched), watched
 
 
 def calls(records: list[Record]) -> int:
