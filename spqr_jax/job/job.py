@@ -25,6 +25,7 @@ from spqr_jax.planning.budget import Ledger, Plan, plan_budget
 from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, as_source
+from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.mesh_activations import text_activations
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
@@ -104,6 +105,7 @@ class Job:
       plan: made before for `config.target_bits`; None to make it now.
       kept: saves the state at safe points, and goes on with a state that is there; None to save nothing.
       mesh: devices that calibration is spread over; None for one device.
+      together: the processes of the mesh, where they all do this job; the first one then plans and tunes for all.
       spill: where activations are kept on disk; None to keep them in memory.
       hessian_bytes: of experts' Hessians that are summed at once. It does not change the result.
     """
@@ -119,12 +121,13 @@ class Job:
         *,
         kept: Kept | None = None,
         mesh: Mesh | None = None,
+        together: Together = ALONE,
         spill: Spill | None = None,
         hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self._source, self._sink = source, sink
         self._config, self._tuning, self._plan = config.resolved(), tuning, plan
-        self._kept, self._mesh = kept, mesh
+        self._kept, self._mesh, self._together = kept, mesh, together
         self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
         self._saved_now = False
@@ -159,7 +162,8 @@ class Job:
                 store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
-            self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
+            quantized, tuning = store.params() if isinstance(store, TreeSink) else store, self._tuning
+            self._together.from_first(lambda: self._tune(quantized, tuning, events))
         self._state.save(phase="done", result=self._result_digests())
         return JobReport(config, plan, tuple(report.layers), self._state.seconds)
 
@@ -206,14 +210,17 @@ class Job:
             return self._plan
         plan, count = self._state.plan(), 2 * self._source.config.num_layers
         if plan is None:
-            plan = plan_budget(
-                self._source, self._batches, self._config, self._stopping(events),
-                begin=self._state.measured(), keep=self._state.save_measured if self._state.is_kept else None,
-                spill=self._spill,
-            )  # fmt: skip
+            plan = self._together.from_first(lambda: self._made_plan(events))
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
         return plan
+
+    def _made_plan(self, events: Events) -> Plan:
+        return plan_budget(
+            self._source, self._batches, self._config, self._stopping(events),
+            begin=self._state.measured(), keep=self._state.save_measured if self._state.is_kept else None,
+            spill=self._spill,
+        )  # fmt: skip
 
     def _stopping(self, events: Events) -> Events:
         """Events of the measuring pass: at each of them all that can be saved is saved."""
@@ -271,9 +278,9 @@ class Job:
             return False
         streams = 1 + len(solver.streams)
         size = streams * sum(state.residual.nbytes for state, _ in activations.chunks())
-        saves = self._spill is None and size <= min(
-            _SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free
-        )
+        folder = self._kept.folder
+        most = self._together.from_first(lambda: min(_SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(folder).free))
+        saves = self._spill is None and size <= most
         how = "saved after each block" if saves else "not saved: a run that goes on makes them again from its blocks"
         events(Event("quantizing", 0, 0, detail=Remark(f"activations ({readable_size(size)}) are {how}")))
         return saves
