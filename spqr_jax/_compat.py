@@ -113,7 +113,13 @@ def give_back_memory() -> None:
 
 
 def start_distributed(timeout: int, **settings: Any) -> None:
-    """`jax.distributed.initialize`, with collective operations between processes on CPUs, too; seconds to wait."""
+    """`jax.distributed.initialize`, with collective operations between processes on CPUs, too; seconds to wait.
+
+    JAX is to leave to us what happens when another process has died, and when SIGTERM comes.
+    """
+    for option, value in (("jax_enable_recoverability", True), ("jax_enable_preemption_service", False)):
+        with contextlib.suppress(AttributeError):
+            jax.config.update(option, value)
     if jax.config._read("jax_cpu_collectives_implementation") in (None, "", "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(initialization_timeout=timeout, **settings)
@@ -145,6 +151,11 @@ class Notes:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             return None
+
+    @classmethod
+    def meet(cls, name: str, seconds: float) -> None:
+        """Returns once all processes are here; raises if they did not come in time."""
+        cls._coordinator().wait_at_barrier(cls._FOLDER + name, round(1000 * seconds))
 
     @classmethod
     def folder(cls, name: str) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.events import Event, Events, SafePoint
 
 _START = 300  # seconds in which all processes must have started
+_LOOK = 0.5  # seconds between two looks at the other processes
 _SILENCE = 20.0  # seconds without a sign of life after which a process counts as gone
 _GRACE = 20.0  # seconds that a process has to end by itself once another has failed
 _NOTE = 1 << 16  # bytes up to which a message is a note; longer ones go from device to device
@@ -140,8 +141,8 @@ class Together:
             watch.tell(f"process {jax.process_index()} failed: {type(error).__name__}: {error}")
             watch.close()
             if isinstance(error, jax.errors.JaxRuntimeError):
-                reason = next(iter(str(error).splitlines()), "")
-                raise SpQRError(f"the exchange with the other processes failed: {reason}") from error
+                reason = next(iter(str(error).splitlines()), "").rpartition("dispatching computation: ")[2]
+                raise SpQRError(f"another process has ended, or the connection to it broke ({reason})") from error
             raise
         _leave_together(watch)
 
@@ -221,11 +222,12 @@ def _passed_on(piece: np.ndarray) -> np.ndarray:
 def _leave_together(watch: _Watch) -> None:
     watch.close()
     with contextlib.suppress(Exception):  # another one may be gone by now
+        Notes.meet("end", _GRACE)  # the first one, which keeps the notes, must not be the first to go
         jax.distributed.shutdown()
 
 
 class _Watch:
-    """A thread that looks each second how the other processes are, and ends this one if one of them has failed."""
+    """A thread that looks twice a second how the other processes are, and ends this one if one of them has failed."""
 
     def __init__(self, count: int, is_asked: Callable[[], bool], ask: Callable[[], None]) -> None:
         self._index, self._closed = jax.process_index(), threading.Event()
@@ -245,7 +247,7 @@ class _Watch:
 
     def _look(self) -> None:
         for beat in itertools.count():
-            if self._closed.wait(1.0):
+            if self._closed.wait(_LOOK):
                 return
             try:
                 problem, grace = self._problem(beat)
