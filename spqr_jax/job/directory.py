@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from spqr_jax.checkpoint import CheckpointFolder, CheckpointSink
 from spqr_jax.config import SpQRConfig
 from spqr_jax.events import Events, ignore
-from spqr_jax.job.job import Job, JobReport, Kept, Store
+from spqr_jax.job.job import Job, JobReport
+from spqr_jax.job.kept import Kept, Store
 from spqr_jax.journal import Journal, identity_of
 from spqr_jax.models.decoder import Block, Outer
 from spqr_jax.output import Claim

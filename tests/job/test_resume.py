@@ -9,7 +9,7 @@ import pytest
 from spqr_jax import CheckpointError, Event, LayerReport, SpQRConfig, accumulate_hessian, empty_hessian, quantize
 from spqr_jax.checkpoint import CheckpointSource, content_digest
 from spqr_jax.events import SafePoint
-from spqr_jax.job import job as job_module
+from spqr_jax.job import kept, state
 from spqr_jax.methods import quantize_weights
 from spqr_jax.planning.budget import Ledger, plan_budget
 from spqr_jax.planning.record import plan_from_json, plan_to_json
@@ -59,8 +59,8 @@ def test_a_run_that_goes_on_ends_as_without_a_stop(
     if not saves:
         if not config.needs_calibration:
             pytest.skip("there are no activations")
-        monkeypatch.setattr(job_module, "_SAVED_ACTIVATIONS", 0)
-    monkeypatch.setattr(job_module, "SAVE_EVERY", 0.0)
+        monkeypatch.setattr(kept, "_SAVED_ACTIVATIONS", 0)
+    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
     quantize(tiny_model, tiny_batches, config, tuning=tuning, out=tmp_path / "whole")
     for number, (phase, count) in enumerate(stops):
         with pytest.raises(Stop):
