@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from spqr_jax.events import Event, Events, SafePoint, ignore
 from spqr_jax.job.block_solver import BlockPlace
 from spqr_jax.job.driver import choose_solver, head_needs_text, quantizable_paths, quantized_head
 from spqr_jax.job.kept import Kept, QuantizingKeeper, ResultSink
+from spqr_jax.job.pace import Pace
 from spqr_jax.job.state import JobState
 from spqr_jax.methods.report import LayerReport, Reporter
 from spqr_jax.models.decoder import Block, plain_linear
-from spqr_jax.planning.budget import Ledger, Plan, plan_budget
+from spqr_jax.planning.budget import Ledger, Measured, Plan, plan_budget
 from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource, TreeSink, as_source
 from spqr_jax.stream.mesh_activations import text_activations
@@ -83,7 +84,9 @@ class Job:
         self._kept, self._mesh = kept, mesh
         self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
-        self._saved_now = False
+        self._pace = Pace()
+        self._unsaved: Callable[[], None] | None = None
+        self._saves_measured_text: bool | None = None
         needed = config.needs_calibration or tuning is not None
         if needed and batches is None:
             raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")
@@ -163,17 +166,36 @@ class Job:
         plan, count = self._state.plan(), 2 * self._source.config.num_layers
         if plan is None:
             plan = plan_budget(
-                self._source, self._batches, self._config, self._stopping(events),
-                begin=self._state.measured(), keep=self._state.save_measured if self._state.is_kept else None,
+                self._source, self._batches, self._config, self._safe_points(events),
+                begin=self._state.measured(), keep=None if self._kept is None else self._keep_measured,
                 spill=self._spill,
             )  # fmt: skip
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
         return plan
 
-    def _stopping(self, events: Events) -> Events:
-        """Events of the measuring pass: at each of them all that can be saved is saved."""
-        return lambda event: events(dataclasses.replace(event, detail=SafePoint()))
+    def _keep_measured(self, measured: Measured) -> None:
+        assert self._kept is not None
+        if self._saves_measured_text is None:
+            size = (1 + self._source.config.num_layers) * sum(stream.nbytes for stream in measured.place.streams)
+            self._saves_measured_text = self._kept.has_room(size)
+        with_text = self._saves_measured_text
+        self._offer(lambda: self._state.save_measured(measured, with_text))
+
+    # ---- safe points of long phases ---------------------------------------------------------
+
+    def _offer(self, save: Callable[[], None]) -> None:
+        """Work can be saved now: does so once a minute; else the next event offers to."""
+        self._unsaved = None if self._pace.save_if_due(save) else save
+
+    def _safe_points(self, events: Events) -> Events:
+        """Events of a phase that offers its work before each of them."""
+
+        def told(event: Event) -> None:
+            save, self._unsaved = self._unsaved, None
+            events(dataclasses.replace(event, detail=SafePoint() if save is None else SafePoint(save)))
+
+        return told
 
     # ---- blocks and the head ----------------------------------------------------------------
 
@@ -230,27 +252,15 @@ class Job:
         batches = regrouped(self._batches, tuning.batch_tokens)
         place, kept = self._state.tuning_place(), self._kept is not None
         tune_into(
-            as_source(quantized), self._sink, self._source, batches, tuning, self._tuning_events(events),
+            as_source(quantized), self._sink, self._source, batches, tuning, self._safe_points(events),
             begin=None if place is None else TuningPlace(*place), keep=self._keep_tuning if kept else None,
         )  # fmt: skip
 
     def _keep_tuning(self, place: Any) -> None:
-        """Saves a `TuningPlace`: after a block that is finished, else once a minute."""
+        """Saves a `TuningPlace`, if it is time."""
         assert self._kept is not None
-        assert self._tuning is not None
-        by_blocks = self._tuning.objective == "blocks"
-        self._saved_now = by_blocks or self._state.is_due
-        if self._saved_now:
-            self._state.save_tuning(place.done, place.arrays, self._kept.result.digests())
-
-    def _tuning_events(self, events: Events) -> Events:
-        """Events that say where a step was saved; where there is nothing to lose, each may stop."""
-
-        def told(event: Event) -> None:
-            safe = self._kept is None or self._saved_now or event.phase == "reading"
-            events(dataclasses.replace(event, detail=SafePoint()) if safe else event)
-
-        return told
+        result = self._kept.result
+        self._offer(lambda: self._state.save_tuning(place.done, place.arrays, result.digests()))
 
 
 def regrouped(batches: Sequence[Any], tokens_per_batch: int) -> Sequence[np.ndarray]:
