@@ -13,7 +13,8 @@ from spqr_jax.checkpoint import CheckpointFolder, CheckpointSink
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
 from spqr_jax.events import Events, ignore
-from spqr_jax.job.job import Job, JobReport, Kept
+from spqr_jax.job.job import Job, JobReport
+from spqr_jax.job.kept import Kept
 from spqr_jax.job.shared import SharedState, SharedStore
 from spqr_jax.journal import Journal, differences, identity_of
 from spqr_jax.output import Claim
@@ -104,7 +105,7 @@ def take_part(
     _refuse_unlike(together, _identity(source, batches, config, tuning))
     together.from_first(lambda: None)  # the first one opens the journal
     store = SharedStore(together, None)
-    kept = Kept(SharedState(together, None), store, store, Path())
+    kept = Kept(SharedState(together, None), store, store, Path(), together)
     Job(
         source, store, batches, config, tuning, plan,
         kept=kept, mesh=mesh, together=together, spill=spill, hessian_bytes=hessian_bytes,
@@ -139,4 +140,4 @@ def _kept(
     result = SharedStore(together, sink)
     untuned = None if tuning is None else CheckpointFolder(folder / _UNTUNED, source.config, config)
     blocks = result if untuned is None else SharedStore(together, untuned)
-    return Kept(SharedState(together, opened[0]), blocks, result, folder)
+    return Kept(SharedState(together, opened[0]), blocks, result, folder, together)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax.job.job import Store
+from spqr_jax.job.kept import Store
 from spqr_jax.job.state import StateKeeper
 from spqr_jax.models.decoder import Block, Outer
 from spqr_jax.stream.hosts import Together

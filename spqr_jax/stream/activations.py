@@ -25,6 +25,7 @@ from spqr_jax.stream.stages import (
     run_stage,
     stage_parts,
 )
+from spqr_jax.stream.sums import KeepSums, PartSums, SumsPlace
 from spqr_jax.stream.windows import checked_batch
 
 States = list[State] | SpilledStates
@@ -67,7 +68,14 @@ class Activations:
         return tuple(hessian for _, hessian, _ in self.calibrate(stage, block))
 
     def calibrate(
-        self, stage: int, block: Block, dense: Activations | None = None, original: Block | None = None
+        self,
+        stage: int,
+        block: Block,
+        dense: Activations | None = None,
+        original: Block | None = None,
+        *,
+        begin: SumsPlace | None = None,
+        keep: KeepSums | None = None,
     ) -> Iterator[tuple[tuple[str, ...], Hessian, jax.Array | None]]:
         """What to know of each input of a stage, over all chunks, in the order of `stage_groups`.
 
@@ -78,32 +86,43 @@ class Activations:
           block: with which these activations run.
           dense: the same text's activations in the dense model, at the same stage; None for no drift.
           original: the dense model's block.
+          begin: where an earlier run was. If it is in this stage, parts before it are passed over, and its sums go on.
+          keep: is given the place after each chunk, and after each input once the caller asks for the next one.
 
         Yields:
           The names of the weights that read the input, its Hessian, and its drift as `drifts` gives it.
         """
         states, beside = self._states.copy(), None if dense is None else dense._states.copy()
-        for part in stage_parts(self.config, block.kind, stage, self._hessian_bytes):
-            sums = self._hessian_sums(stage, block, states, part)
+        parts = stage_parts(self.config, block.kind, stage, self._hessian_bytes)
+        first = begin.part if begin is not None and begin.stage == stage else 0
+        for number, part in enumerate(parts[first:], first):
+            sums = PartSums(stage, number, begin, keep)
+            hessians = self._hessian_sums(stage, block, states, part, sums)
             drifts: Iterator[jax.Array | None] = itertools.repeat(None)
             if beside is not None and original is not None:
-                drifts = part.split(self._drift_sums(stage, block, states, beside, original, part))
-            for (names, _), hessian, total in zip(part.groups, part.split(sums), drifts, strict=False):
+                drifts = part.split(self._drift_sums(stage, block, states, beside, original, part, sums))
+            groups = zip(part.groups, part.split(hessians), drifts, strict=False)
+            for index, ((names, _), hessian, total) in enumerate(groups, 1):
                 yield names, hessian, None if total is None else _mean_drift(hessian, total)
+                sums.keep(is_last=index == len(part.groups))
 
-    def _hessian_sums(self, stage: int, block: Block, states: States, part: Part) -> tuple[Hessian, ...]:
-        sums = part.empty_sums()
-        for state, where in zip(states, self._where, strict=True):
-            sums = accumulate_stage(self.config, stage, block, state, where, sums, part.experts, self._linear)
-        return sums
+    def _hessian_sums(
+        self, stage: int, block: Block, states: States, part: Part, sums: PartSums
+    ) -> tuple[Hessian, ...]:
+        def add(chunk: int, hessians: tuple[Hessian, ...]) -> tuple[Hessian, ...]:
+            state, where = states[chunk], self._where[chunk]
+            return accumulate_stage(self.config, stage, block, state, where, hessians, part.experts, self._linear)
+
+        return sums.total(part.empty_sums(), len(states), add)
 
     def _drift_sums(
-        self, stage: int, block: Block, states: States, dense: States, original: Block, part: Part
+        self, stage: int, block: Block, states: States, dense: States, original: Block, part: Part, sums: PartSums
     ) -> tuple[jax.Array, ...]:
-        sums = tuple(hessian.gram for hessian in part.empty_sums())
-        for state, aim, where in zip(states, dense, self._where, strict=True):
-            sums = accumulate_drift(self.config, stage, block, original, state, aim, where, sums, part.experts)
-        return sums
+        def add(chunk: int, drifts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            state, aim, where = states[chunk], dense[chunk], self._where[chunk]
+            return accumulate_drift(self.config, stage, block, original, state, aim, where, drifts, part.experts)
+
+        return sums.total(tuple(hessian.gram for hessian in part.empty_sums()), len(states), add)
 
     def drifts(
         self, stage: int, block: Block, dense: Activations, original: Block, hessians: Sequence[Hessian]
@@ -121,8 +140,9 @@ class Activations:
           (2/n) Σ (x_dense - x) xᵀ, f32 [in, in], for each of `stage_groups`.
         """
         drifts: list[jax.Array] = []
-        for part in stage_parts(self.config, block.kind, stage, self._hessian_bytes):
-            drifts += part.split(self._drift_sums(stage, block, self._states, dense._states, original, part))
+        for number, part in enumerate(stage_parts(self.config, block.kind, stage, self._hessian_bytes)):
+            sums = PartSums(stage, number)
+            drifts += part.split(self._drift_sums(stage, block, self._states, dense._states, original, part, sums))
         return tuple(map(_mean_drift, hessians, drifts))
 
     def advance(self, stage: int, block: Block) -> None:
@@ -134,12 +154,13 @@ class Activations:
         """Each chunk's state as it is now, and where its tokens stand."""
         return zip(self._states, self._where, strict=True)
 
-    def head_hessian(self, outer: Outer) -> Hessian:
-        """Hessian of what the output head reads, once all blocks are passed."""
-        total = empty_hessian(self.config.hidden_size)
-        for state in self._states:
-            total = accumulate_head(self.config, outer, state.residual, total)
-        return total
+    def head_hessian(self, outer: Outer, *, begin: SumsPlace | None = None, keep: KeepSums | None = None) -> Hessian:
+        """Hessian of what the output head reads, once all blocks are passed; `begin` and `keep` as in `calibrate`."""
+
+        def add(chunk: int, hessian: Hessian) -> Hessian:
+            return accumulate_head(self.config, outer, self._states[chunk].residual, hessian)
+
+        return PartSums(0, 0, begin, keep).total(empty_hessian(self.config.hidden_size), len(self._states), add)
 
     def residuals(self) -> list[np.ndarray]:
         """The residual stream of each chunk between two blocks, [batch, tokens, hidden], to be restored one day."""

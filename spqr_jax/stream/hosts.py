@@ -108,6 +108,7 @@ class Together:
         def told(event: Event) -> None:
             if self.is_shared and isinstance(event.detail, SafePoint):
                 if self.from_first(is_asked):
+                    event.detail.save()
                     self._shared_error = StoppedTogether()
                     raise self._shared_error
                 event = dataclasses.replace(event, detail=None)  # a signal that came since waits for the next one

@@ -34,6 +34,7 @@ from spqr_jax.stream.mesh_sums import (
 )
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, Part, after_stage
+from spqr_jax.stream.sums import KeepSums, PartSums, SumsPlace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,45 +97,66 @@ class MeshActivations(Activations):
             left = left[count:]
 
     def calibrate(  # type: ignore[override]
-        self, stage: int, block: Block, dense: Activations | None = None, original: Block | None = None
+        self,
+        stage: int,
+        block: Block,
+        dense: Activations | None = None,
+        original: Block | None = None,
+        *,
+        begin: SumsPlace | None = None,
+        keep: KeepSums | None = None,
     ) -> Iterator[tuple[tuple[str, ...], Hessian | PanelHessian, jax.Array | None]]:
-        """Panels of a Hessian, or whole Hessians of experts, are spread over the devices."""
+        """Panels of a Hessian, or whole Hessians of experts, are spread over the devices.
+
+        `keep` is given arrays that only a process which has all devices can read whole.
+        """
         states, beside = self._states.copy(), None if dense is None else dense._states.copy()
-        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
-            sums = self._hessian_sums(stage, block, states, part)
+        parts = mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes)
+        first = begin.part if begin is not None and begin.stage == stage else 0
+        for number, part in enumerate(parts[first:], first):
+            kept = PartSums(stage, number, begin, keep)
+            sums = self._hessian_sums(stage, block, states, part, kept)
             drifts: Any = None
             if beside is not None and original is not None:
-                drifts = self._drift_sums(stage, block, states, beside, original, part)
+                drifts = self._drift_sums(stage, block, states, beside, original, part, kept)
             for index, (names, _) in enumerate(part.groups):
                 hessian = hessian_at(self._mesh, part, sums, index)
                 drift = None if drifts is None else drift_at(self._mesh, part, hessian, drifts, index)
                 yield names, hessian, drift
+                kept.keep(is_last=index + 1 == len(part.groups))
 
-    def _hessian_sums(self, stage: int, block: Block, states: Any, part: Part) -> Any:
+    def _hessian_sums(self, stage: int, block: Block, states: Any, part: Part, sums: PartSums) -> Any:
         linear: Any = self._linear
         program = hessian_program(self._mesh, self.config, stage, linear, bool(len(part.experts)))
         block, which = self._places.put(block), experts_of_devices(self._mesh, part)
-        sums = empty_sums(self._mesh, part)
-        for state, wave in zip(states, self._waves, strict=True):
-            sums = program(block, state, wave.where, wave.counts, sums, which)
-        return sums
 
-    def _drift_sums(self, stage: int, block: Block, states: Any, dense: Any, original: Block, part: Part) -> Any:
+        def add(index: int, total: Any) -> Any:
+            wave = self._waves[index]
+            return program(block, states[index], wave.where, wave.counts, total, which)
+
+        return sums.total(empty_sums(self._mesh, part), len(states), add)
+
+    def _drift_sums(
+        self, stage: int, block: Block, states: Any, dense: Any, original: Block, part: Part, sums: PartSums
+    ) -> Any:
         program = drift_program(self._mesh, self.config, stage, bool(len(part.experts)))
         block, which = self._places.put(block), experts_of_devices(self._mesh, part)
         original = self._dense_places.put(original)
-        sums, _ = empty_sums(self._mesh, part)
-        for state, aim, wave in zip(states, dense, self._waves, strict=True):
-            sums = program(block, original, state, aim, wave.where, wave.counts, sums, which)
-        return sums
+
+        def add(index: int, total: Any) -> Any:
+            wave = self._waves[index]
+            return program(block, original, states[index], dense[index], wave.where, wave.counts, total, which)
+
+        return sums.total(empty_sums(self._mesh, part)[0], len(states), add)
 
     def drifts(
         self, stage: int, block: Block, dense: Activations, original: Block, hessians: Sequence[Any]
     ) -> tuple[jax.Array, ...]:
         """As `Activations.drifts`: f32 [in, in] each, on this process's first device."""
         found: list[jax.Array] = []
-        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
-            sums = self._drift_sums(stage, block, self._states, dense._states, original, part)
+        for number, part in enumerate(mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes)):
+            kept = PartSums(stage, number)
+            sums = self._drift_sums(stage, block, self._states, dense._states, original, part, kept)
             for index in range(len(part.groups)):
                 found.append(drift_at(self._mesh, part, hessians[len(found)], sums, index))
         return tuple(found)
@@ -153,7 +175,9 @@ class MeshActivations(Activations):
             for index in range(wave.chunks):
                 yield jax.tree.map(lambda leaf, index=index: leaf[index], whole), where
 
-    def head_hessian(self, outer: Outer) -> PanelHessian:  # type: ignore[override]
+    def head_hessian(  # type: ignore[override]
+        self, outer: Outer, *, begin: SumsPlace | None = None, keep: KeepSums | None = None
+    ) -> PanelHessian:
         # Only the norm in front of the head is read; the large arrays stay where they are.
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outer)
         leaves, tree = jax.tree.flatten(shapes)
@@ -161,9 +185,11 @@ class MeshActivations(Activations):
         norms = [leaf for leaf in jax.tree.leaves(outer) if leaf.ndim == 1]
         norms = devices.put_everywhere(self._mesh, norms)
         empty = empty_panels(self._mesh, self.config.hidden_size)
-        sums = (empty.panels, empty.tokens)
-        for state, wave in zip(self._states, self._waves, strict=True):
-            sums = program(norms, state.residual, wave.counts, sums)
+
+        def add(index: int, sums: Any) -> Any:
+            return program(norms, self._states[index].residual, self._waves[index].counts, sums)
+
+        sums = PartSums(0, 0, begin, keep).total((empty.panels, empty.tokens), len(self._waves), add)
         return PanelHessian(*sums, self._mesh)
 
     def restore(self, residuals: Sequence[np.ndarray]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _received: list[int] = []
@@ -31,9 +31,14 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def at_safe_point() -> None:
-    """All work so far is saved: raises KeyboardInterrupt if a signal came, also one that waited for this."""
+def at_safe_point(save: Callable[[], None]) -> None:
+    """If a signal came, also one that waited for this: calls `save`, after which nothing is lost, and raises.
+
+    Raises:
+      KeyboardInterrupt: a signal came.
+    """
     if _received:
+        save()
         raise KeyboardInterrupt
 
 
