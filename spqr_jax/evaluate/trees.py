@@ -148,8 +148,8 @@ def forests(trees: Sequence[Tree], tokens: int) -> list[Forest]:
             taken.append(waiting.pop(position - 1))
             left -= sizes.pop(position - 1)
         if not waiting:  # the last forest is as small as it can be
-            room = max(_power_of_two(room - left), largest)
-            slots = _power_of_two(len(taken))
+            room = min(room, max(_power_of_two(room - left), largest))
+            slots = min(slots, _power_of_two(len(taken)))
         result.append(_forest(taken, room, slots, largest))
     return result
 
