@@ -12,14 +12,15 @@ from jax.sharding import Mesh
 from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
-from spqr_jax.events import Event, Events, SafePoint, ignore
+from spqr_jax.events import Event, Events, Remark, SafePoint, ignore
 from spqr_jax.job.block_solver import BlockPlace
 from spqr_jax.job.driver import choose_solver, head_needs_text, quantizable_paths, quantized_head
-from spqr_jax.job.kept import Kept, QuantizingKeeper, ResultSink
+from spqr_jax.job.kept import NO_ROOM, Kept, QuantizingKeeper, ResultSink
 from spqr_jax.job.pace import Pace
 from spqr_jax.job.state import JobState
 from spqr_jax.methods.report import LayerReport, Reporter
 from spqr_jax.models.decoder import Block, plain_linear
+from spqr_jax.output import readable_size
 from spqr_jax.planning.budget import Ledger, Measured, Plan, plan_budget
 from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource, TreeSink, as_source
@@ -177,15 +178,20 @@ class Job:
     def _made_plan(self, events: Events) -> Plan:
         return plan_budget(
             self._source, self._batches, self._config, self._safe_points(events),
-            begin=self._state.measured(), keep=None if self._kept is None else self._keep_measured,
+            begin=self._state.measured(),
+            keep=None if self._kept is None else lambda measured: self._keep_measured(measured, events),
             spill=self._spill,
         )  # fmt: skip
 
-    def _keep_measured(self, measured: Measured) -> None:
+    def _keep_measured(self, measured: Measured, events: Events) -> None:
+        """Saves where the measuring pass is, if it is time."""
         assert self._kept is not None
         if self._saves_measured_text is None:
             size = (1 + self._source.config.num_layers) * sum(stream.nbytes for stream in measured.place.streams)
             self._saves_measured_text = self._kept.has_room(size)
+            if not self._saves_measured_text:
+                text = f"activations of the measuring pass ({readable_size(size)}) are not saved: {NO_ROOM}"
+                events(Event("measuring", 0, 0, detail=Remark(text)))
         with_text = self._saves_measured_text
         self._offer(lambda: self._state.save_measured(measured, with_text))
 

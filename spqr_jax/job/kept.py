@@ -29,6 +29,7 @@ from spqr_jax.stream.sums import SumsPlace
 
 _SAVED_ACTIVATIONS = 1 << 30  # bytes beyond which activations are made again, not saved
 DISK_SHARE = 0.1  # of the free space that activations, or the sums inside a block, may take
+NO_ROOM = "they would take more than a tenth of the free disk space"
 
 
 class ResultSink(BlockSink, Protocol):
@@ -221,7 +222,7 @@ class QuantizingKeeper:
         if not self._sums_are_too_large:
             self._sums_are_too_large = True
             size = readable_size(place.sums.nbytes)
-            self._remark(f"Hessians ({size}) are not saved: they would take more than a tenth of the free disk space")
+            self._remark(f"Hessians ({size}) are not saved: {NO_ROOM}")
         return dataclasses.replace(place, sums=SumsPlace(place.sums.stage, place.sums.part))
 
     def _remark(self, text: str) -> None:
