@@ -162,7 +162,7 @@ def _orders(config: TuneConfig, batches: int) -> list[tuple[float, int]]:
     rng = np.random.default_rng(config.seed)
     order = np.concatenate([rng.permutation(batches) for _ in range(config.epochs)])
     steps = len(order)
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, round(_WARM_UP * steps)), steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, round(_WARM_UP * steps)), max(2, steps))
     return [(float(rate(step + 1)), int(batch)) for step, batch in enumerate(order)]
 
 
