@@ -24,73 +24,125 @@ from spqr_jax.solver import columns, panels
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns
 
 _UNIT = 64  # a CPU device's rows come in multiples; those of 32 are enough for equal results
-_CHUNK = 512  # rows that an accelerator of a mesh solves together, however many there are
+ROWS_AT_ONCE = 512
+"""Rows that an accelerator of a mesh solves together, however many there are."""
 
 
 def spec_for(spec: ColumnSpec) -> ColumnSpec:
     """The same choices for a mesh, on which an accelerator solves fewer rows at once."""
-    return dataclasses.replace(spec, rows_at_once=_CHUNK)
+    return dataclasses.replace(spec, rows_at_once=ROWS_AT_ONCE)
 
 
 def solve_columns(
-    mesh: Mesh, w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
+    mesh: Mesh, w: np.ndarray, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
 ) -> SolvedColumns:
-    """`columns.solve_columns` on all devices. Every process must call it with the same arrays, on its first device.
+    """`columns.solve_columns` on all devices. Every process must call it with the same arrays.
+
+    Args:
+      mesh: of devices.
+      w, choices: in host memory; a device is given only its rows.
+      u, valid, spec: as there; U is on this process's first device, and is copied to all.
 
     Returns:
-      The same numbers, of all rows, on this process's first device.
+      The same numbers, of all rows, in host memory.
     """
     rows, count = w.shape[1], devices.size(mesh)
     tile = spec.grid.stats_group_size if spec.grid.quantized_stats else 1
     unit = count * (spec.chunk if spec.grid.at_once else math.lcm(_UNIT, tile))
-    padded = round_up(rows, unit)
-    w, choices = _padded(w, choices, padded)
     solve = _solve_panels if spec.grid.at_once else _solve_parts
-    return _first_rows(solve(mesh, w, u, valid, choices, spec), rows, tile)
+    parts = solve(mesh, w, u, valid, choices, spec, round_up(rows, unit))
+    return parts[0] if len(parts) == 1 else _side_by_side(parts)
 
 
 def _solve_parts(
-    mesh: Mesh, w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
+    mesh: Mesh,
+    w: np.ndarray,
+    u: jax.Array | None,
+    valid: np.ndarray,
+    choices: RowChoices,
+    spec: ColumnSpec,
+    padded: int,
 ) -> list[SolvedColumns]:
-    size = w.shape[1] // devices.size(mesh)
+    size = padded // devices.size(mesh)
 
     @cache
     def part(index: int) -> SolvedColumns:
-        w_part, choices_part = panels.rows_from(w, choices, index * size, size)
-        return columns.solve_columns(w_part, u, valid, choices_part, spec)
+        w_part, choices_part = _rows(w, choices, index * size, size)
+        return columns.solve_columns(jnp.asarray(w_part), u, valid, choices_part, spec)
 
     if jax.process_count() == 1:
-        return [part(index) for index in range(devices.size(mesh))]
+        firsts = range(0, w.shape[1], size)  # parts of padding alone are left out
+        return [_in_host_memory(part(first // size), w.shape[1] - first, spec) for first in firsts]
     stacks = [devices.put_parts(mesh, lambda i, k=k: part(i)[k]) for k in range(len(SolvedColumns._fields))]  # type: ignore[misc]
-    every = SolvedColumns(*devices.gather(mesh, stacks))
-    return [SolvedColumns(*(field[index] for field in every)) for index in range(devices.size(mesh))]
+    every = [devices.to_host(mesh, stack) for stack in stacks]
+    solved = [SolvedColumns(*(field[index] for field in every)) for index in range(devices.size(mesh))]
+    return [_in_host_memory(_side_by_side(solved), w.shape[1], spec)]
 
 
 def _solve_panels(
-    mesh: Mesh, w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
+    mesh: Mesh,
+    w: np.ndarray,
+    u: jax.Array | None,
+    valid: np.ndarray,
+    choices: RowChoices,
+    spec: ColumnSpec,
+    padded: int,
 ) -> list[SolvedColumns]:
     u = None if u is None else devices.put_everywhere(mesh, u)
     step, parts, programs = spec.chunk * devices.size(mesh), [], _panel_programs(mesh, spec)
-    for first in range(0, w.shape[1], step):
-        w_part, choices_part = panels.rows_from(w, choices, first, step)
-        choices_part = RowChoices(*(devices.cut(mesh, choice) for choice in choices_part))
-        solved = panels.solve_chunk(devices.cut(mesh, w_part, axis=1), u, valid, choices_part, spec, programs)
-        parts.append(devices.gather(mesh, solved))
+    for first in range(0, padded, step):
+        rows = min(step, w.shape[1] - first)
+        w_part, choices_part = _rows(w, choices, first, rows)
+        filled = (_filled(choice, step, value) for choice, value in zip(choices_part, _OF_NOTHING, strict=True))
+        cut_choices = RowChoices(*(devices.cut(mesh, choice) for choice in filled))
+        w_cut = devices.cut(mesh, w_part, axis=1, length=step)
+        solved = panels.solve_chunk(w_cut, u, valid, cut_choices, spec, programs)
+        fields = zip(SolvedColumns._fields, solved, strict=True)
+        parts.append(SolvedColumns(*(_from_devices(mesh, *field, rows, spec) for field in fields)))
     return parts
 
 
-def _padded(w: jax.Array, choices: RowChoices, rows: int) -> tuple[jax.Array, RowChoices]:
-    """With rows of zeros behind the others."""
-    extra = (0, rows - w.shape[1])
-    threshold = jnp.pad(choices.threshold, extra, constant_values=jnp.inf)
-    return jnp.pad(w, ((0, 0), extra)), RowChoices(threshold, jnp.pad(choices.maxq, extra, constant_values=1.0))
+_OF_NOTHING = RowChoices(np.inf, 1.0)  # type: ignore[arg-type]  # what rows of padding choose
 
 
-def _first_rows(parts: list[SolvedColumns], rows: int, tile: int) -> SolvedColumns:
-    """Parts side by side without the padding."""
-    solved = panels.side_by_side(parts) if len(parts) > 1 else parts[0]
-    kept = {name: getattr(solved, name)[:, :rows] for name in solved._fields if name not in ("stats", "loss")}
-    return SolvedColumns(**kept, stats=solved.stats[:, : rows // tile], loss=solved.loss[:rows])
+def _rows(w: np.ndarray, choices: RowChoices, first: int, size: int) -> tuple[np.ndarray, RowChoices]:
+    """Some rows of Wᵀ [in, rows], and their choices; with rows of zeros behind the last."""
+    w_part = w[:, first : first + size]
+    parts = (np.asarray(choice)[first : first + size] for choice in choices)
+    filled = (_filled(part, size, value) for part, value in zip(parts, _OF_NOTHING, strict=True))
+    missing = size - w_part.shape[1]
+    return (np.pad(w_part, ((0, 0), (0, missing))) if missing else w_part), RowChoices(*filled)  # type: ignore[arg-type]
+
+
+def _filled(values: Any, size: int, value: Any) -> np.ndarray:
+    return np.pad(values, (0, size - len(values)), constant_values=value)
+
+
+def _length(name: str, rows: int, spec: ColumnSpec) -> tuple[int, int]:
+    """The axis of a result's rows, or tiles, and how many there are."""
+    tiles = name == "stats" and spec.grid.quantized_stats
+    return (0 if name == "loss" else 1), rows // spec.grid.stats_group_size if tiles else rows
+
+
+def _first_rows(array: Any, name: str, rows: int, spec: ColumnSpec) -> np.ndarray:
+    axis, length = _length(name, rows, spec)
+    return np.asarray(array)[(*[slice(None)] * axis, slice(0, length))]
+
+
+def _in_host_memory(solved: SolvedColumns, rows: int, spec: ColumnSpec) -> SolvedColumns:
+    """Results of one device without rows behind `rows`."""
+    fields = zip(SolvedColumns._fields, solved, strict=True)
+    return SolvedColumns(*(_first_rows(array, name, rows, spec) for name, array in fields))  # type: ignore[arg-type]
+
+
+def _from_devices(mesh: Mesh, name: str, array: jax.Array, rows: int, spec: ColumnSpec) -> Any:
+    return devices.to_host(mesh, array, *_length(name, rows, spec))
+
+
+def _side_by_side(parts: list[SolvedColumns]) -> SolvedColumns:
+    """Rows of several parts together: they are the second axis, or the only one."""
+    fields = zip(*parts, strict=True)
+    return SolvedColumns(*(np.concatenate(field, axis=min(field[0].ndim - 1, 1)) for field in fields))  # type: ignore[arg-type]
 
 
 def _specs(mesh: Mesh) -> tuple[Any, RowChoices, SolvedColumns]:
