@@ -41,14 +41,13 @@ from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES
 from spqr_jax.solver.hessian import gram_panels
 from spqr_jax.solver.mesh_columns import ROWS_AT_ONCE
-from spqr_jax.solver.mesh_pieces import AT_ONCE
 from spqr_jax.stream.stages import stage_groups
 from spqr_jax.tune.config import TuneConfig
 
 _PASSED_CHUNKS = 2  # of inputs that go round among devices: the one at hand, and the one that is sent
 _BLOCKS = 2  # of which a device has its rows: the one at hand, and the one with the weights that were solved last
 _SIDE_BY_SIDE = 3  # copies in float32 of matrices that read one input: transposed, in the order of visit, joined
-_PACKING_BYTES = 32  # a weight whose results are packed
+_LIST_BYTES = 15  # a weight of a matrix whose outliers are listed
 _JUDGED = 3  # copies in float32 of a matrix whose error is computed: dequantized, dense, and a product with the Hessian
 _HOST_BYTES = 17  # a weight that is solved: float32, its results, and what it dequantizes to
 
@@ -201,7 +200,7 @@ def _solving(matrices: _Matrices, config: SpQRConfig, itemsize: int, layout: Lay
     calibrated = config.needs_calibration
     steps = {
         "column loop": float((COLUMN_BYTES if calibrated else ROUND_BYTES) * rows_at_once * width),
-        "packing": float(_PACKING_BYTES * min(largest * width, AT_ONCE)),
+        "outlier list": float(_LIST_BYTES * largest * width) if calibrated and config.outliers else 0.0,
         "output error": float((itemsize + FLOAT32 * (_JUDGED if calibrated else 1)) * largest * width),
     }
     if not calibrated:

@@ -20,8 +20,10 @@ from jax.sharding import Mesh
 
 import spqr_jax.devices as devices
 from spqr_jax.layout import round_up
-from spqr_jax.solver import columns, panels
+from spqr_jax.solver import columns, panels, pieces
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns
+from spqr_jax.solver.mesh_pieces import Cutting, joined
+from spqr_jax.solver.pieces import Figures, Piece
 
 _UNIT = 64  # a CPU device's rows come in multiples; those of 32 are enough for equal results
 ROWS_AT_ONCE = 512
@@ -34,75 +36,117 @@ def spec_for(spec: ColumnSpec) -> ColumnSpec:
 
 
 def solve_columns(
-    mesh: Mesh, w: np.ndarray, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
-) -> SolvedColumns:
-    """`columns.solve_columns` on all devices. Every process must call it with the same arrays.
+    mesh: Mesh,
+    w: Any,
+    u: jax.Array | None,
+    valid: np.ndarray,
+    choices: RowChoices,
+    spec: ColumnSpec,
+    cutting: Cutting,
+    rows: int,
+) -> tuple[Piece, Figures]:
+    """`columns.solve_columns` and `pieces.cut` on all devices. Every process must call it with the same arrays.
 
     Args:
       mesh: of devices.
-      w, choices: in host memory; a device is given only its rows.
+      w, choices: in host memory, or on this process's first device; another one is given its rows only.
       u, valid, spec: as there; U is on this process's first device, and is copied to all.
+      cutting: how results are cut.
+      rows: that count, whole tiles; those behind them are padding.
 
     Returns:
-      The same numbers, of all rows, in host memory.
+      All rows as one matrix in host memory, its codes not packed; and the figures. No device ever holds all of it.
     """
-    rows, count = w.shape[1], devices.size(mesh)
-    tile = spec.grid.stats_group_size if spec.grid.quantized_stats else 1
-    unit = count * (spec.chunk if spec.grid.at_once else math.lcm(_UNIT, tile))
+    unit = devices.size(mesh) * (spec.chunk if spec.grid.at_once else math.lcm(_UNIT, cutting.unit))
     solve = _solve_panels if spec.grid.at_once else _solve_parts
-    parts = solve(mesh, w, u, valid, choices, spec, round_up(rows, unit))
-    return parts[0] if len(parts) == 1 else _side_by_side(parts)
+    parts = solve(mesh, w, u, valid, choices, spec, cutting, rows, round_up(rows, unit))
+    return joined(parts)
+
+
+Part = tuple[Piece, Figures]
 
 
 def _solve_parts(
     mesh: Mesh,
-    w: np.ndarray,
+    w: Any,
     u: jax.Array | None,
     valid: np.ndarray,
     choices: RowChoices,
     spec: ColumnSpec,
+    cutting: Cutting,
+    rows: int,
     padded: int,
-) -> list[SolvedColumns]:
-    size = padded // devices.size(mesh)
+) -> list[Part]:
+    size, w = padded // devices.size(mesh), np.asarray(w)
 
     @cache
-    def part(index: int) -> SolvedColumns:
+    def leaves(index: int) -> tuple[list[Any], Any]:
         w_part, choices_part = _rows(w, choices, index * size, size)
-        return columns.solve_columns(jnp.asarray(w_part), u, valid, choices_part, spec)
+        solved = columns.solve_columns(jnp.asarray(w_part), u, valid, choices_part, spec)
+        return jax.tree.flatten(cutting.cut(solved, size))
 
+    firsts = range(0, rows, size)  # parts of padding alone are left out
     if jax.process_count() == 1:
-        firsts = range(0, w.shape[1], size)  # parts of padding alone are left out
-        return [_in_host_memory(part(first // size), w.shape[1] - first, spec) for first in firsts]
-    stacks = [devices.put_parts(mesh, lambda i, k=k: part(i)[k]) for k in range(len(SolvedColumns._fields))]  # type: ignore[misc]
-    every = [devices.to_host(mesh, stack) for stack in stacks]
-    solved = [SolvedColumns(*(field[index] for field in every)) for index in range(devices.size(mesh))]
-    return [_in_host_memory(_side_by_side(solved), w.shape[1], spec)]
+        parts = [jax.tree.unflatten(leaves(first // size)[1], leaves(first // size)[0]) for first in firsts]
+    else:
+        here = next(i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index())
+        number, tree = len(leaves(here)[0]), leaves(here)[1]
+        stacks = [devices.put_parts(mesh, lambda i, k=k: leaves(i)[0][k]) for k in range(number)]  # type: ignore[misc]
+        every = [devices.to_host(mesh, stack) for stack in stacks]
+        parts = [jax.tree.unflatten(tree, [stack[first // size] for stack in every]) for first in firsts]
+    return [cutting.first(part, min(size, rows - first)) for part, first in zip(parts, firsts, strict=True)]
 
 
 def _solve_panels(
     mesh: Mesh,
-    w: np.ndarray,
+    w: Any,
     u: jax.Array | None,
     valid: np.ndarray,
     choices: RowChoices,
     spec: ColumnSpec,
+    cutting: Cutting,
+    rows: int,
     padded: int,
-) -> list[SolvedColumns]:
+) -> list[Part]:
     u = None if u is None else devices.put_everywhere(mesh, u)
+    place = None if cutting.place is None else devices.put_everywhere(mesh, cutting.place)
     step, parts, programs = spec.chunk * devices.size(mesh), [], _panel_programs(mesh, spec)
+    cut = _cut_program(mesh, cutting._replace(place=None), spec.chunk)
     for first in range(0, padded, step):
-        rows = min(step, w.shape[1] - first)
-        w_part, choices_part = _rows(w, choices, first, rows)
+        count = min(step, rows - first)
+        w_part, choices_part = (
+            w[:, first : first + count],
+            (np.asarray(choice)[first : first + count] for choice in choices),
+        )
         filled = (_filled(choice, step, value) for choice, value in zip(choices_part, _OF_NOTHING, strict=True))
         cut_choices = RowChoices(*(devices.cut(mesh, choice) for choice in filled))
         w_cut = devices.cut(mesh, w_part, axis=1, length=step)
         solved = panels.solve_chunk(w_cut, u, valid, cut_choices, spec, programs)
-        fields = zip(SolvedColumns._fields, solved, strict=True)
-        parts.append(SolvedColumns(*(_from_devices(mesh, *field, rows, spec) for field in fields)))
+        piece, figures = cut(solved, place)
+        in_host_memory = {
+            name: None if field is None else devices.to_host(mesh, field, *cutting.extent(name, count))
+            for name, field in piece._asdict().items()
+        }
+        outliers = devices.to_host(mesh, figures.outliers, length=count)
+        finite = devices.to_host(mesh, figures.finite).all()
+        parts.append((Piece(**in_host_memory), Figures(finite, outliers)))  # type: ignore[arg-type]
     return parts
 
 
-_OF_NOTHING = RowChoices(np.inf, 1.0)  # type: ignore[arg-type]  # what rows of padding choose
+@lru_cache(maxsize=64)
+def _cut_program(mesh: Mesh, cutting: Cutting, rows: int) -> Any:
+    """(results of all devices, place) -> their pieces and figures, `rows` a device."""
+
+    def run(solved: SolvedColumns, place: jax.Array | None) -> Part:
+        piece, figures = cutting._replace(place=place).cut(solved, rows, pieces.cut.__wrapped__)
+        return piece, Figures(figures.finite[None], figures.outliers)
+
+    by_row: Any = devices.cut_along(mesh)
+    specs = Piece(*(devices.cut_along(mesh, cutting.extent(name, rows)[0]) for name in Piece._fields))  # type: ignore[arg-type]
+    return devices.mesh_jit(mesh, run, (_specs(mesh)[2], devices.EVERYWHERE), (specs, Figures(by_row, by_row)))
+
+
+_OF_NOTHING = (np.inf, 1.0)  # what rows of padding choose
 
 
 def _rows(w: np.ndarray, choices: RowChoices, first: int, size: int) -> tuple[np.ndarray, RowChoices]:
@@ -116,33 +160,6 @@ def _rows(w: np.ndarray, choices: RowChoices, first: int, size: int) -> tuple[np
 
 def _filled(values: Any, size: int, value: Any) -> np.ndarray:
     return np.pad(values, (0, size - len(values)), constant_values=value)
-
-
-def _length(name: str, rows: int, spec: ColumnSpec) -> tuple[int, int]:
-    """The axis of a result's rows, or tiles, and how many there are."""
-    tiles = name == "stats" and spec.grid.quantized_stats
-    return (0 if name == "loss" else 1), rows // spec.grid.stats_group_size if tiles else rows
-
-
-def _first_rows(array: Any, name: str, rows: int, spec: ColumnSpec) -> np.ndarray:
-    axis, length = _length(name, rows, spec)
-    return np.asarray(array)[(*[slice(None)] * axis, slice(0, length))]
-
-
-def _in_host_memory(solved: SolvedColumns, rows: int, spec: ColumnSpec) -> SolvedColumns:
-    """Results of one device without rows behind `rows`."""
-    fields = zip(SolvedColumns._fields, solved, strict=True)
-    return SolvedColumns(*(_first_rows(array, name, rows, spec) for name, array in fields))  # type: ignore[arg-type]
-
-
-def _from_devices(mesh: Mesh, name: str, array: jax.Array, rows: int, spec: ColumnSpec) -> Any:
-    return devices.to_host(mesh, array, *_length(name, rows, spec))
-
-
-def _side_by_side(parts: list[SolvedColumns]) -> SolvedColumns:
-    """Rows of several parts together: they are the second axis, or the only one."""
-    fields = zip(*parts, strict=True)
-    return SolvedColumns(*(np.concatenate(field, axis=min(field[0].ndim - 1, 1)) for field in fields))  # type: ignore[arg-type]
 
 
 def _specs(mesh: Mesh) -> tuple[Any, RowChoices, SolvedColumns]:

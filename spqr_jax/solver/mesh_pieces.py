@@ -1,37 +1,104 @@
-"""What a mesh is given to solve, and what it has solved, in host memory: a device holds a few rows of it at a time."""
+"""What a mesh is given to solve, and what it has solved: matrices that are never whole on a device."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from spqr_jax.config import SpQRConfig
 from spqr_jax.layout import ArrayLayout
-from spqr_jax.packing import CODES_PER_RUN
+from spqr_jax.packing import packed_words
 from spqr_jax.solver import pieces
 from spqr_jax.solver.columns import RowChoices, SolvedColumns
 from spqr_jax.solver.pieces import Figures, Piece
-from spqr_jax.solver.sparse import OutlierList
 
-AT_ONCE = 2**25
-"""Weights of a solved matrix that a device packs together."""
+
+class Cutting(NamedTuple):
+    """How results become pieces, however many rows they have.
+
+    Attributes:
+      layout: of one of the matrices, whose columns count.
+      has_outliers, stats_bits, tile: as `pieces.cut` has them.
+      place: where each input is in the order of visit, int [in]; None for the same order.
+    """
+
+    layout: ArrayLayout
+    has_outliers: bool
+    stats_bits: int
+    tile: int
+    place: Any = None
+
+    @property
+    def has_second_level(self) -> bool:
+        return self.stats_bits < 16
+
+    @property
+    def unit(self) -> int:
+        """Rows of a tile."""
+        return self.tile if self.has_second_level else 1
+
+    def cut(self, solved: SolvedColumns, rows: int, program: Callable[..., Any] = pieces.cut) -> tuple[Piece, Figures]:
+        """`pieces.cut` of so many rows as if they were one matrix; `program` is it, or what it compiles."""
+        layout = dataclasses.replace(self.layout, shape=(rows, self.layout.shape[1]), padded_out=rows)
+        options = (self.has_outliers, self.stats_bits, self.tile)
+        (piece,), figures = program(solved, self.place, (layout,), *options)
+        return piece, figures
+
+    def extent(self, name: str, rows: int) -> tuple[int, int]:
+        """The axis of a `Piece`'s field that the first `rows` rows are along, and how much of it they take."""
+        if name in ("scale_codes", "zero_codes"):
+            return 1, packed_words(rows, self.stats_bits) if self.has_second_level else rows
+        return 0, rows // self.tile if name == "tile_stats" and self.has_second_level else rows
+
+    def first(self, part: tuple[Piece, Figures], rows: int) -> tuple[Piece, Figures]:
+        """The first rows, in host memory."""
+        piece, figures = part
+        finite: Any = np.asarray(figures.finite)
+        outliers: Any = np.asarray(figures.outliers)[:rows]
+        return self._between(piece, 0, rows, rows), Figures(finite, outliers)
+
+    def split(self, whole: Piece, layouts: Sequence[ArrayLayout]) -> list[Piece]:
+        """The matrices of a stack: parts of `whole`, not copied."""
+        result, first = [], 0
+        for layout in layouts:
+            result.append(self._between(whole, first, layout.shape[0], layout.padded_out))
+            first += layout.padded_out
+        return result
+
+    def _between(self, piece: Piece, first: int, rows: int, padded: int) -> Piece:
+        """`rows` rows from `first` on; statistics of whole tiles are those of `padded` rows."""
+
+        def part(name: str, field: Any) -> Any:
+            is_by_tile = self.has_second_level and name in ("scale_codes", "zero_codes", "tile_stats")
+            axis, begin = self.extent(name, first)
+            end = self.extent(name, first + (padded if is_by_tile else rows))[1]
+            return np.asarray(field)[(*[slice(None)] * axis, slice(begin, end))]
+
+        fields: Any = (None if field is None else part(name, field) for name, field in piece._asdict().items())
+        return Piece(*fields)
+
+
+def joined(parts: Sequence[tuple[Piece, Figures]]) -> tuple[Piece, Figures]:
+    """Parts one above the other."""
+    if len(parts) == 1:
+        return parts[0]
+    fields: Any = zip(Piece._fields, zip(*(piece for piece, _ in parts), strict=True), strict=True)
+    rows = ("scale_codes", "zero_codes")
+    piece: Any = (None if of[0] is None else np.concatenate(of, 1 if name in rows else 0) for name, of in fields)
+    finite: Any = np.all([figures.finite for _, figures in parts])
+    outliers: Any = np.concatenate([figures.outliers for _, figures in parts])
+    return Piece(*piece), Figures(finite, outliers)
 
 
 def stacked_by(stack: Callable[..., Any]) -> Callable[..., Any]:
-    """The program that puts matrices side by side, with its results in host memory.
-
-    Without a Hessian no number is computed, and NumPy does the same without a device.
-    """
+    """The program that puts matrices side by side; without a Hessian NumPy does the same in host memory."""
 
     def stacked(weights: Any, perm: Any, u: Any, taus: Any, maxqs: Any, layouts: Any, padded: Any) -> Any:
         if u is None and perm is None:
             return _stacked_by_numpy(weights, maxqs, layouts, padded)
-        return jax.device_get(stack(weights, perm, u, taus, maxqs, layouts, padded))
+        return stack(weights, perm, u, taus, maxqs, layouts, padded)
 
     return stacked
 
@@ -50,72 +117,3 @@ def _stacked_by_numpy(
         first = end
     threshold = np.full(padded[1], np.inf, np.float32)
     return w_t, RowChoices(threshold, maxq), finite  # type: ignore[arg-type]
-
-
-def cut(
-    solved: SolvedColumns, place: np.ndarray | None, layouts: Sequence[ArrayLayout], configs: Sequence[SpQRConfig]
-) -> tuple[list[Piece], list[OutlierList], Figures]:
-    """`pieces.cut` and `pieces.pack` of results in host memory, some rows at a time.
-
-    Args:
-      solved: NumPy arrays, of all matrices.
-      place: where each input is in the order of visit; None for the same order.
-      layouts, configs: of the matrices; the configurations differ in bits and thresholds only.
-
-    Returns:
-      Of each matrix its piece in host memory, with packed codes and without residuals; the outliers of each; and the
-      figures.
-    """
-    results, lists, figures, first = [], [], [], 0
-    for layout, config in zip(layouts, configs, strict=True):
-        parts, part_lists = [], []
-        for begin, part_layout in _row_ranges(layout, config):
-            part = _part(solved, first + begin, part_layout, config)
-            arguments = (config.outliers, config.stats_bits, config.stats_group_size)
-            (piece,), figure = pieces.cut(part, place, (part_layout,), *arguments)
-            figure = jax.device_get(figure)
-            part_lists.append(pieces.listed(piece, figure.outliers, part_layout))
-            packed = piece._replace(codes=pieces.pack(piece.codes, config.bits), residual=None, outliers=None)
-            parts.append(jax.device_get(packed))
-            figures.append(figure)
-        results.append(_joined(parts))
-        lists.append(_joined_lists(part_lists))
-        first += layout.padded_out
-    finite = np.array(all(figure.finite for figure in figures))
-    return results, lists, Figures(finite, np.concatenate([figure.outliers for figure in figures]))  # type: ignore[arg-type]
-
-
-def _row_ranges(layout: ArrayLayout, config: SpQRConfig) -> Iterator[tuple[int, ArrayLayout]]:
-    """Where ranges of whole tiles begin in a matrix, and the layout of each."""
-    unit = math.lcm(CODES_PER_RUN, config.stats_group_size if config.quantized_stats else 1)
-    size, out = max(unit, AT_ONCE // layout.padded_in // unit * unit), layout.shape[0]
-    for begin in range(0, out, size):
-        is_last = begin + size >= out
-        rows, padded = (out - begin, layout.padded_out - begin) if is_last else (size, size)
-        yield begin, dataclasses.replace(layout, shape=(rows, layout.shape[1]), padded_out=padded)
-
-
-def _part(solved: SolvedColumns, first: int, layout: ArrayLayout, config: SpQRConfig) -> SolvedColumns:
-    """The results of some rows."""
-    end, tile = first + layout.padded_out, config.stats_group_size if config.quantized_stats else 1
-    part = {name: getattr(solved, name)[:, first:end] for name in solved._fields if name not in ("stats", "loss")}
-    return SolvedColumns(**part, stats=solved.stats[:, first // tile : end // tile], loss=solved.loss[first:end])
-
-
-_ROW_AXIS = {"scale_codes": 1, "zero_codes": 1}  # of a piece's field; else 0
-
-
-def _joined(parts: Sequence[Piece]) -> Piece:
-    if len(parts) == 1:
-        return parts[0]
-    fields: Any = zip(Piece._fields, zip(*parts, strict=True), strict=True)
-    joined: Any = (None if rows[0] is None else np.concatenate(rows, _ROW_AXIS.get(name, 0)) for name, rows in fields)
-    return Piece(*joined)
-
-
-def _joined_lists(parts: Sequence[OutlierList]) -> OutlierList:
-    """The lists of matrices one above the other."""
-    before = np.cumsum([0, *(part.row_ptr[-1] for part in parts)])
-    row_ptr = [part.row_ptr[1:] + first for part, first in zip(parts, before, strict=False)]
-    cols, values = (np.concatenate(field) for field in ([p.cols for p in parts], [p.values for p in parts]))
-    return OutlierList(np.concatenate([[0], *row_ptr]).astype(np.int32), cols, values)

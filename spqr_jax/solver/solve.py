@@ -177,18 +177,16 @@ def _solve_stack(
     valid = np.arange(padded[0]) < weights[0].shape[1]
     if u is not None and u.shape[0] < padded[0]:
         u = pad_factor(u, padded[0])
+    options = (config.outliers, config.stats_bits, config.stats_group_size)
     if mesh is None:
         solved = solve_columns(w_stack, u, valid, choices, spec)
-        pieces, figures = cut(
-            solved, place, layouts, config.outliers, config.stats_bits, config.stats_group_size
-        )  # fmt: skip
-        codes = [pack(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
-        lists: list[OutlierList] = []
+        pieces, figures = cut(solved, place, layouts, *options)
+        del solved
     else:
-        solved = mesh_columns.solve_columns(mesh, w_stack, u, valid, choices, spec)
-        pieces, lists, figures = mesh_pieces.cut(solved, place, layouts, configs)
-        codes = [piece.codes for piece in pieces]
-    del u, solved
+        cutting, rows = mesh_pieces.Cutting(layouts[0], *options, place), sum(layout.padded_out for layout in layouts)
+        whole, figures = mesh_columns.solve_columns(mesh, w_stack, u, valid, choices, spec, cutting, rows)
+        pieces = cutting.split(whole, layouts)
+    codes = [pack(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
     shift = None if factor is None else factor.shift
     errors = [relative_error(w, piece.dense, h, piece.loss, shift) for w, piece in zip(weights, pieces, strict=True)]
     finite, figures, errors = jax.device_get((finite, figures, errors))  # the only wait
@@ -202,7 +200,7 @@ def _solve_stack(
         )
     damping = 0.0 if factor is None else factor.damping
     counts = np.split(figures.outliers, np.cumsum([layout.padded_out for layout in layouts]))[: len(layouts)]
-    lists = lists or list(map(listed, pieces, counts, layouts))
+    lists = list(map(listed, pieces, counts, layouts))
     finish = partial(_result, perm=perm, damping=damping)
     results = list(map(finish, pieces, codes, errors, lists, layouts, configs))
     return results if mesh is None else [result._replace(array=jax.device_get(result.array)) for result in results]
