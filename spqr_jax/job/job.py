@@ -12,17 +12,19 @@ from jax.sharding import Mesh
 from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
-from spqr_jax.events import Event, Events, SafePoint, ignore
+from spqr_jax.events import Event, Events, Remark, SafePoint, ignore
 from spqr_jax.job.block_solver import BlockPlace
 from spqr_jax.job.driver import choose_solver, head_needs_text, quantizable_paths, quantized_head
-from spqr_jax.job.kept import Kept, QuantizingKeeper, ResultSink
+from spqr_jax.job.kept import NO_ROOM, Kept, QuantizingKeeper, ResultSink
 from spqr_jax.job.pace import Pace
 from spqr_jax.job.state import JobState
 from spqr_jax.methods.report import LayerReport, Reporter
 from spqr_jax.models.decoder import Block, plain_linear
+from spqr_jax.output import readable_size
 from spqr_jax.planning.budget import Ledger, Measured, Plan, plan_budget
 from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource, HostSource, TreeSink, as_source
+from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.mesh_activations import text_activations
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
@@ -61,6 +63,7 @@ class Job:
       plan: made before for `config.target_bits`; None to make it now.
       kept: saves the state at safe points, and goes on with a state that is there; None to save nothing.
       mesh: devices that calibration is spread over; None for one device.
+      together: the processes of the mesh, where they all do this job; the first one then plans and tunes for all.
       spill: where activations are kept on disk; None to keep them in memory.
       hessian_bytes: of experts' Hessians that are summed at once. It does not change the result.
     """
@@ -76,12 +79,13 @@ class Job:
         *,
         kept: Kept | None = None,
         mesh: Mesh | None = None,
+        together: Together = ALONE,
         spill: Spill | None = None,
         hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self._source, self._sink = source, sink
         self._config, self._tuning, self._plan = config.resolved(), tuning, plan
-        self._kept, self._mesh = kept, mesh
+        self._kept, self._mesh, self._together = kept, mesh, together
         self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
         self._pace = Pace()
@@ -118,7 +122,8 @@ class Job:
                 store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
-            self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
+            quantized, tuning = store.params() if isinstance(store, TreeSink) else store, self._tuning
+            self._together.from_first(lambda: self._tune(quantized, tuning, events))
         self._state.save(phase="done", result=self._result_digests())
         return JobReport(config, plan, tuple(report.layers), self._state.seconds)
 
@@ -165,20 +170,28 @@ class Job:
             return self._plan
         plan, count = self._state.plan(), 2 * self._source.config.num_layers
         if plan is None:
-            plan = plan_budget(
-                self._source, self._batches, self._config, self._safe_points(events),
-                begin=self._state.measured(), keep=None if self._kept is None else self._keep_measured,
-                spill=self._spill,
-            )  # fmt: skip
+            plan = self._together.from_first(lambda: self._made_plan(events))
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
         return plan
 
-    def _keep_measured(self, measured: Measured) -> None:
+    def _made_plan(self, events: Events) -> Plan:
+        return plan_budget(
+            self._source, self._batches, self._config, self._safe_points(events),
+            begin=self._state.measured(),
+            keep=None if self._kept is None else lambda measured: self._keep_measured(measured, events),
+            spill=self._spill,
+        )  # fmt: skip
+
+    def _keep_measured(self, measured: Measured, events: Events) -> None:
+        """Saves where the measuring pass is, if it is time."""
         assert self._kept is not None
         if self._saves_measured_text is None:
             size = (1 + self._source.config.num_layers) * sum(stream.nbytes for stream in measured.place.streams)
             self._saves_measured_text = self._kept.has_room(size)
+            if not self._saves_measured_text:
+                text = f"activations of the measuring pass ({readable_size(size)}) are not saved: {NO_ROOM}"
+                events(Event("measuring", 0, 0, detail=Remark(text)))
         with_text = self._saves_measured_text
         self._offer(lambda: self._state.save_measured(measured, with_text))
 

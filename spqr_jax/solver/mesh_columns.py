@@ -138,7 +138,8 @@ def _cut_program(mesh: Mesh, cutting: Cutting, rows: int) -> Any:
     """(results of all devices, place) -> their pieces and figures, `rows` a device."""
 
     def run(solved: SolvedColumns, place: jax.Array | None) -> Part:
-        piece, figures = cutting._replace(place=place).cut(solved, rows, pieces.cut.__wrapped__)
+        program: Any = pieces.cut
+        piece, figures = cutting._replace(place=place).cut(solved, rows, program.__wrapped__)
         return piece, Figures(figures.finite[None], figures.outliers)
 
     by_row: Any = devices.cut_along(mesh)

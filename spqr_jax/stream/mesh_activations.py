@@ -34,6 +34,7 @@ from spqr_jax.stream.mesh_sums import (
     mesh_parts,
     mine,
 )
+from spqr_jax.stream.outer import embedded_rows
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, Part, after_stage
 from spqr_jax.stream.sums import KeepSums, PartSums, SumsPlace
@@ -232,13 +233,8 @@ def text_activations(
 
 def embedded_chunk(config: DecoderConfig, outer: Outer, tokens: np.ndarray, where: Positions) -> jax.Array:
     """`embed` of one chunk [batch, seq]. Of an embedding in host memory, only its tokens' rows go to the device."""
-    table = outer.embed_tokens
-    if isinstance(table, np.ndarray):
-        rows = table[np.clip(tokens, 0, len(table) - 1).reshape(-1)]
-        outer, tokens = (
-            Outer(rows, None, embed_positions=outer.embed_positions),
-            np.arange(tokens.size).reshape(tokens.shape),
-        )
+    if isinstance(outer.embed_tokens, np.ndarray):
+        outer, tokens = embedded_rows(outer, [tokens])[0], np.arange(tokens.size).reshape(tokens.shape)
     return embed(config, jax.tree.map(jnp.asarray, outer), jnp.asarray(tokens, jnp.int32), where)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from support.problems import TINY
@@ -90,8 +91,8 @@ def test_a_measuring_pass_that_is_stopped_does_nothing_twice(tiny_model, tiny_ba
     quantize(tiny_model, tiny_batches, config, out=tmp_path / "whole")
     needed = sorted(calls)
     calls.clear()
-    stops, _ = quantized_in_pieces(tiny_model, tiny_batches, config, tmp_path / "parts", 2, "measuring")
-    assert stops == 2  # four blocks there and back, and the event before the first
+    stops, _ = quantized_in_pieces(tiny_model, tiny_batches, config, tmp_path / "parts", 1, "measuring", "ward through")
+    assert stops == 4  # two blocks there and back
     assert sorted(calls) == needed
     assert report_of(tmp_path / "parts") == report_of(tmp_path / "whole")
 
@@ -108,14 +109,13 @@ def test_what_is_too_large_for_the_disk_is_made_again(tiny_model, tiny_batches, 
             remarks.append(event.detail.text)
         stop(event)
 
-    for count, events in enumerate([StopAfter("measuring", 2, "backward"), told, StopAfter("quantizing", 29)]):
+    for count, events in enumerate([StopAfter("measuring", 2, "backward"), told, StopAfter("quantizing", 20)]):
         with pytest.raises(Stop):
             quantize(tiny_model, tiny_batches, config, out=tmp_path / "parts", resume=count > 0, events=events)
     quantize(tiny_model, tiny_batches, config, out=tmp_path / "parts", resume=True)
     assert report_of(tmp_path / "parts") == report_of(tmp_path / "whole")
-    assert [text for text in remarks if "Hessians" in text] == [
-        "Hessians (16.0 KiB) are not saved: they would take more than a tenth of the free disk space"
-    ]
+    (hessians,) = [text for text in remarks if "Hessians" in text]  # said once
+    assert re.match(r"Hessians \(.* MB\) are not saved", hessians)
 
 
 def test_saves_come_once_a_minute_or_take_a_tenth_of_the_time(monkeypatch):

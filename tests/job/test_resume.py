@@ -19,18 +19,18 @@ CASES = {
     "target and head": (
         SpQRConfig(target_bits=4.5, head_bits=3),
         None,
-        [("measuring", 1, "backward"), ("quantizing", 1, "block 0")],
+        [("measuring", 1, "backward"), ("quantizing", 1, "^block 0")],
     ),
-    "drift": (SpQRConfig(drift_correction=0.5), None, [("quantizing", 1, "block 0")]),
-    "all at once": (SpQRConfig(sequential=False), None, [("quantizing", 1, "block 0")]),
+    "drift": (SpQRConfig(drift_correction=0.5), None, [("quantizing", 1, "^block 0")]),
+    "all at once": (SpQRConfig(sequential=False), None, [("quantizing", 1, "^block 0")]),
     "blocks are tuned": (
         SpQRConfig(),
         TuneConfig("blocks", epochs=2),
-        [("quantizing", 1, "block 1"), ("tuning", 1, "block 0")],
+        [("quantizing", 1, "^block 1"), ("tuning", 1, "^block 0")],
     ),
     "logits are tuned": (SpQRConfig(), TuneConfig("logits", epochs=3, batch_tokens=64), [("tuning", 1, "step 2")]),
-    "round to nearest": (SpQRConfig.rtn(4, 16, head_bits=8), None, [("quantizing", 1, "block 0")]),
-    "brecq": (SpQRConfig.baseline("brecq", 3, 32, steps=4), None, [("quantizing", 1, "block 0")]),
+    "round to nearest": (SpQRConfig.rtn(4, 16, head_bits=8), None, [("quantizing", 1, "^block 0")]),
+    "brecq": (SpQRConfig.baseline("brecq", 3, 32, steps=4), None, [("quantizing", 1, "^block 0")]),
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_a_run_that_goes_on_ends_as_without_a_stop(
 def test_another_run_is_refused(tiny_model, tiny_batches, tmp_path):
     with pytest.raises(Stop):
         quantize(
-            tiny_model, tiny_batches, SpQRConfig(), out=tmp_path / "m", events=StopAfter("quantizing", 1, "block 0")
+            tiny_model, tiny_batches, SpQRConfig(), out=tmp_path / "m", events=StopAfter("quantizing", 1, "^block 0")
         )
     with pytest.raises(CheckpointError, match="unfinished run"):
         quantize(tiny_model, tiny_batches, SpQRConfig(), out=tmp_path / "m")

@@ -38,20 +38,19 @@ def result(process: subprocess.Popen, seconds: int = 300) -> dict[str, dict[str,
 def main(settings: dict[str, Any]) -> None:
     import jax
 
-    from spqr_jax.stream import mesh as hosts
+    from spqr_jax.stream.hosts import ALONE, start_hosts
+    from spqr_jax.stream.mesh import parse_mesh
 
-    if settings.get("hosts"):
-        hosts.start_hosts(settings["hosts"])
+    together = start_hosts(settings["hosts"]) if settings.get("hosts") else ALONE
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     digests: dict[str, dict[str, str]] = {}
-    with hosts.hosts_together():
+    with together.watched(lambda: False, lambda: None):
         for case in settings["cases"]:
             for count in settings["meshes"]:
                 if settings.get("fail") == jax.process_index():
                     raise RuntimeError("on purpose")
-                mesh = hosts.parse_mesh(f"data={count}") if count else None
+                mesh = parse_mesh(f"data={count}") if count else None
                 digests.setdefault(case, {})[str(count)] = _digest(case, mesh)
-        hosts.wait_for_all("end")
     print(json.dumps(digests))
 
 

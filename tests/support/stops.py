@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from spqr_jax import Event
 from spqr_jax.checkpoint import CheckpointSource, content_digest
 from spqr_jax.events import SafePoint
@@ -12,13 +14,13 @@ class Stop(Exception):
 
 
 class StopAfter:
-    """Stops a run at the `count`-th safe point of a phase whose note begins with `note`, after all is saved."""
+    """Stops a run at the `count`-th safe point of a phase whose note has the pattern `note`, once all is saved."""
 
     def __init__(self, phase: str, count: int, note: str = "") -> None:
         self._phase, self._left, self._note = phase, count, note
 
     def __call__(self, event: Event) -> None:
-        if event.phase == self._phase and isinstance(event.detail, SafePoint) and event.note.startswith(self._note):
+        if event.phase == self._phase and isinstance(event.detail, SafePoint) and re.search(self._note, event.note):
             self._left -= 1
             if not self._left:
                 event.detail.save()
