@@ -23,7 +23,8 @@ from spqr_jax.models.decoder import Block, plain_linear
 from spqr_jax.output import readable_size
 from spqr_jax.planning.budget import Ledger, Measured, Plan, plan_budget
 from spqr_jax.stream import sweep
-from spqr_jax.stream.blocks import BlockSource, TreeSink, as_source
+from spqr_jax.stream.blocks import BlockSource, HostSource, TreeSink, as_source
+from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.mesh_activations import text_activations
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
@@ -62,6 +63,7 @@ class Job:
       plan: made before for `config.target_bits`; None to make it now.
       kept: saves the state at safe points, and goes on with a state that is there; None to save nothing.
       mesh: devices that calibration is spread over; None for one device.
+      together: the processes of the mesh, where they all do this job; the first one then plans and tunes for all.
       spill: where activations are kept on disk; None to keep them in memory.
       hessian_bytes: of experts' Hessians that are summed at once. It does not change the result.
     """
@@ -77,12 +79,13 @@ class Job:
         *,
         kept: Kept | None = None,
         mesh: Mesh | None = None,
+        together: Together = ALONE,
         spill: Spill | None = None,
         hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self._source, self._sink = source, sink
         self._config, self._tuning, self._plan = config.resolved(), tuning, plan
-        self._kept, self._mesh = kept, mesh
+        self._kept, self._mesh, self._together = kept, mesh, together
         self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
         self._pace = Pace()
@@ -119,7 +122,8 @@ class Job:
                 store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
-            self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
+            quantized, tuning = store.params() if isinstance(store, TreeSink) else store, self._tuning
+            self._together.from_first(lambda: self._tune(quantized, tuning, events))
         self._state.save(phase="done", result=self._result_digests())
         return JobReport(config, plan, tuple(report.layers), self._state.seconds)
 
@@ -166,15 +170,18 @@ class Job:
             return self._plan
         plan, count = self._state.plan(), 2 * self._source.config.num_layers
         if plan is None:
-            plan = plan_budget(
-                self._source, self._batches, self._config, self._safe_points(events),
-                begin=self._state.measured(),
-                keep=None if self._kept is None else lambda measured: self._keep_measured(measured, events),
-                spill=self._spill,
-            )  # fmt: skip
+            plan = self._together.from_first(lambda: self._made_plan(events))
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
         return plan
+
+    def _made_plan(self, events: Events) -> Plan:
+        return plan_budget(
+            self._source, self._batches, self._config, self._safe_points(events),
+            begin=self._state.measured(),
+            keep=None if self._kept is None else lambda measured: self._keep_measured(measured, events),
+            spill=self._spill,
+        )  # fmt: skip
 
     def _keep_measured(self, measured: Measured, events: Events) -> None:
         """Saves where the measuring pass is, if it is time."""
@@ -209,7 +216,8 @@ class Job:
         self, store: ResultSink, config: SpQRConfig, plan: Plan | None, report: Reporter, events: Events
     ) -> None:
         """Blocks, then the outer weights with the head."""
-        model, outer, activations = self._source.config, self._source.outer(), None
+        source = self._source if self._mesh is None else HostSource(self._source)
+        model, outer, activations = source.config, source.outer(), None
         if config.needs_calibration:
             linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
             activations = text_activations(
@@ -224,7 +232,7 @@ class Job:
             keeper = QuantizingKeeper(
                 self._kept, self._state, activations, solver, report, ledger, events, self._spill is not None
             )
-            first, place = keeper.go_on(self._source, reads_end)
+            first, place = keeper.go_on(source, reads_end)
             places = {} if place is None else {first: place}
 
         def visit(index: int, block: Block) -> None:
@@ -235,7 +243,7 @@ class Job:
             if keeper is not None:
                 keeper.after_block(index, last)
 
-        sweep.forward(self._source, visit, first=first)
+        sweep.forward(source, visit, first=first)
         if not reads_end:  # the head, the largest matrix, needs their memory
             activations = None
             give_back_memory()

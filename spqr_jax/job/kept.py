@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-
 from spqr_jax.config import SpQRConfig
 from spqr_jax.events import Event, Events, Remark, SafePoint
 from spqr_jax.job.block_solver import BlockPlace, BlockSolver, KeepPlace
@@ -26,6 +24,7 @@ from spqr_jax.planning.budget import Ledger
 from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource
+from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.sums import SumsPlace
 
 _SAVED_ACTIVATIONS = 1 << 30  # bytes beyond which activations are made again, not saved
@@ -62,16 +61,18 @@ class Kept:
       blocks: takes quantized blocks as they are finished: the sink itself, or with tuning a folder beside it.
       result: the sink.
       folder: of the run; how much room there is decides what is saved.
+      together: the processes that do the job. The first one has the folder, and decides for all.
     """
 
     journal: StateKeeper
     blocks: Store
     result: Store
     folder: Path
+    together: Together = ALONE
 
     def has_room(self, num_bytes: float) -> bool:
         """Whether arrays are small beside the free space. The journal may hold three versions of them at a time."""
-        return num_bytes <= DISK_SHARE * shutil.disk_usage(self.folder).free
+        return self.together.from_first(lambda: num_bytes <= DISK_SHARE * shutil.disk_usage(self.folder).free)
 
 
 @dataclasses.dataclass
@@ -100,7 +101,7 @@ class QuantizingKeeper:
     def __post_init__(self) -> None:
         self._saves_streams = self._choose_streams()
         self._sums_are_too_large = False
-        self._pace_of_streams, self._pace_inside = Pace(), Pace()
+        self._pace_of_streams, self._pace_inside = Pace(self.kept.together), Pace()
 
     def go_on(self, source: BlockSource, reads_end: bool) -> tuple[int, BlockPlace | None]:
         """Brings everything to where an earlier run was.
@@ -161,7 +162,7 @@ class QuantizingKeeper:
 
     def inside(self, index: int) -> KeepPlace | None:
         """What saves places inside a block, or inside the head; None where none can be saved."""
-        if jax.process_count() > 1:  # all would have to agree on the moment, and gather the sums
+        if self.kept.together.is_shared:  # all would have to agree on each moment, and gather the sums
             return None
 
         def keep(place: BlockPlace) -> None:

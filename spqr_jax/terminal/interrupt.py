@@ -58,6 +58,12 @@ def received() -> bool:
     return bool(_received)
 
 
+def ask() -> None:
+    """As if the first signal had come, from elsewhere: the work stops at its next safe point."""
+    if not _received:
+        _received.append(signal.SIGTERM)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     if len(_received) > _waits:
