@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import typer
 
+from spqr_jax._compat import keep_freed_memory
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.display import EventView, console, describe_head, errors, say, size, tell, write_json
 from spqr_jax.cli.next_step import after_writing
@@ -116,6 +117,7 @@ def quantize(
     hosts: Hosts = None,
 ) -> None:
     """Compress a model and save it."""
+    keep_freed_memory()
     mesh = _join_hosts(hosts, mesh, alone=resume or restart or tune != "none")
     tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
     config = build_config(

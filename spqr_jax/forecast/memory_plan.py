@@ -314,7 +314,7 @@ def _hessian_bytes(widths: Iterable[int], experts: bool, thrift: Thrift) -> floa
 
 def _planning(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> Parts:
     """Activations before every block, the gradient of one block and one chunk, and the trials of one stage."""
-    seen, alone = plan_text(text), Layout()
+    seen, alone = plan_text(model, text), Layout()
     kept_size = BFLOAT16 if rounds(config) else itemsize
     kept = (model.num_layers + 1) * seen.tokens * model.hidden_size * kept_size
     if thrift.spill:
