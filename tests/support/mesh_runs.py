@@ -1,7 +1,8 @@
 """Quantizes tiny models on meshes of virtual devices: ``python -m support.mesh_runs JSON`` in a process of its own.
 
 The JSON holds: ``devices`` of this process; ``meshes``, numbers of devices, 0 for no mesh; ``cases``; ``hosts``, for
-`start_hosts`, or null; ``fail``, the process that is to fail, or null. Prints a digest for each case and mesh.
+`start_hosts`, or null; ``fail``, the process that is to fail in the end, or null. Prints a digest for each case and
+mesh, and with ``hosts`` what `from_first` gave.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +30,23 @@ def begin(**settings: Any) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def hosts(count: int) -> list[str]:
+    """What `start_hosts` takes, for so many processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{free.getsockname()[1]},{count},{index}" for index in range(count)]
+
+
+def printed(out: str) -> dict[str, dict[str, str]]:
+    """Digests by case and mesh."""
+    return json.loads(out.splitlines()[-1])
+
+
 def result(process: subprocess.Popen, seconds: int = 300) -> dict[str, dict[str, str]]:
     """Digests by case and mesh."""
     out, errors = process.communicate(timeout=seconds)
     assert process.returncode == 0, errors[-3000:]
-    return json.loads(out.splitlines()[-1])
+    return printed(out)
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -44,14 +58,37 @@ def main(settings: dict[str, Any]) -> None:
     together = start_hosts(settings["hosts"]) if settings.get("hosts") else ALONE
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     digests: dict[str, dict[str, str]] = {}
+    mesh = None
     with together.watched(lambda: False, lambda: None):
         for case in settings["cases"]:
             for count in settings["meshes"]:
-                if settings.get("fail") == jax.process_index():
-                    raise RuntimeError("on purpose")
                 mesh = parse_mesh(f"data={count}") if count else None
                 digests.setdefault(case, {})[str(count)] = _digest(case, mesh)
-    print(json.dumps(digests))
+        if settings.get("hosts"):
+            digests["from first"] = _from_first(together)
+        print(json.dumps(digests), flush=True)
+        if settings.get("fail") == jax.process_index():
+            raise RuntimeError("on purpose")
+        if settings.get("fail") is not None:
+            _digest(settings["cases"][-1], mesh)  # which waits for the process that has failed
+
+
+def _from_first(together: Any) -> dict[str, str]:
+    """What reaches every process: of a short and a long message, of an error, and of a call inside a call."""
+    import numpy as np
+
+    from spqr_jax import SpQRError
+
+    def refuse() -> None:
+        raise SpQRError("refused")
+
+    answers = {"short": together.from_first(lambda: together.from_first(os.getpid))}
+    answers["long"] = int(together.from_first(lambda: np.random.default_rng().integers(0, 99, 10**6)).sum())
+    try:
+        together.from_first(refuse)
+    except SpQRError as error:
+        answers["error"] = str(error)
+    return answers
 
 
 def _digest(case: str, mesh: Any) -> str:
@@ -82,14 +119,12 @@ def _case(name: str) -> tuple[Any, Any]:
 
     plain = dataclasses.replace(TINY, num_layers=1, intermediate_size=400)  # a Hessian of two panels
     if name == "plain":
-        return plain, SpQRConfig(bits=3)
+        return plain, SpQRConfig(bits=3, drift_correction=0.5)
     if name == "target and tied head":
         tied = dataclasses.replace(plain, tied_head=True, num_layers=2)
         return tied, SpQRConfig.preset(target_bits=4.6, head_bits=8, calibration_dtype="float32")
-    if name == "drift":
-        return plain, SpQRConfig(bits=3, drift_correction=0.5)
     experts = dataclasses.replace(TINY, num_layers=1, num_experts=3, experts_per_token=2, expert_size=48)
-    return experts, SpQRConfig(bits=3, calibration_dtype="bfloat16", drift_correction=0.0)
+    return experts, SpQRConfig(bits=3, calibration_dtype="bfloat16", drift_correction=0.5)
 
 
 def _sink(model: Any) -> Any:
