@@ -46,7 +46,14 @@ def test_an_error_of_one_process_ends_all():
 
 
 def test_eight_devices_hold_a_sixth_each_of_what_one_holds():
-    """From shapes alone: activations, a Hessian while it is summed, and weights while their columns are solved."""
+    """From shapes alone: activations, a Hessian while it is summed, a block, and weights while they are solved."""
     held = mesh_runs.result(mesh_runs.begin(devices=8, memory=[1, 8]))
     for part, alone in held["1"].items():
         assert 6 * held["8"][part] <= alone, (part, held)
+
+
+def test_accelerators_of_a_mesh_solve_rows_panel_by_panel():
+    """As programs that CPUs can run too; weights at the middle between two codes may fall to either side."""
+    solved = mesh_runs.result(mesh_runs.begin(devices=8, panels=[1, 8]))
+    assert len({digest for digest, _, _ in solved.values()}) == 1
+    assert all(same > 0.99 and is_finite for _, same, is_finite in solved.values())
