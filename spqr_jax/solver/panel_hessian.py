@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 import spqr_jax.devices as devices
+from spqr_jax.solver.drift import cross_panel
 from spqr_jax.solver.hessian import gram_panel, gram_panels, mean_square
 
 
@@ -140,7 +141,7 @@ def add_cross_panels(mesh: Mesh, panels: jax.Array, x: jax.Array, aim: jax.Array
 
     def added(columns: Sequence[tuple[int, int]], panels: jax.Array, miss: jax.Array, x: jax.Array) -> jax.Array:
         for slot, (first, end) in enumerate(columns):
-            part = panels[slot, : end - first] + _product(miss[:, first:end], x)
+            part = panels[slot, : end - first] + cross_panel(miss, x, first, end)
             panels = lax.dynamic_update_slice(panels, part[None], (slot, 0, 0))
         return panels
 
@@ -151,11 +152,6 @@ def add_cross_panels(mesh: Mesh, panels: jax.Array, x: jax.Array, aim: jax.Array
         return lax.switch(lax.axis_index(mesh.axis_names), branches, total, miss, sent), None
 
     return lax.scan(chunk, panels[0], jnp.arange(count))[0][None]
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """aᵀ b in full float32."""
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def cross_matrix(hessian: PanelHessian, panels: jax.Array) -> jax.Array:

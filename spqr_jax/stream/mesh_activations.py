@@ -22,7 +22,8 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
 from spqr_jax.solver import Hessian, PanelHessian
 from spqr_jax.solver.panel_hessian import add_panels, counted_inputs, empty_panels
-from spqr_jax.stream.activations import Activations, States, checked_batches, places
+from spqr_jax.stream.activations import Activations, checked_batches, places
+from spqr_jax.stream.chunk_states import ChunkStates
 from spqr_jax.stream.mesh_blocks import BlockLayout, MeshBlocks
 from spqr_jax.stream.mesh_sums import (
     drift_at,
@@ -82,7 +83,7 @@ class MeshActivations(Activations):
         self.config, self._linear, self._mesh = config, linear, mesh
         self._hessian_bytes = hessian_bytes
         self._blocks, self._dense_blocks = MeshBlocks(mesh, config), MeshBlocks(mesh, config)
-        self._states: States = [] if spill is None else spill.states()
+        self._states = ChunkStates([] if spill is None else spill.states())
         self._waves: list[_Wave] = []
         most, left = devices.size(mesh), checked_batches(config, batches)
         while left:

@@ -86,6 +86,8 @@ def _case(name: str) -> tuple[Any, Any]:
     if name == "target and tied head":
         tied = dataclasses.replace(plain, tied_head=True, num_layers=2)
         return tied, SpQRConfig.preset(target_bits=4.6, head_bits=8, calibration_dtype="float32")
+    if name == "drift":
+        return plain, SpQRConfig(bits=3, drift_correction=0.5)
     experts = dataclasses.replace(TINY, num_layers=1, num_experts=3, experts_per_token=2, expert_size=48)
     return experts, SpQRConfig(bits=3, calibration_dtype="bfloat16", drift_correction=0.0)
 
