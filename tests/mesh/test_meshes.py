@@ -53,7 +53,7 @@ def test_eight_devices_hold_a_sixth_each_of_what_one_holds():
 
 
 def test_accelerators_of_a_mesh_solve_rows_panel_by_panel():
-    """As programs that CPUs can run too; weights at the middle between two codes may fall to either side."""
-    solved = mesh_runs.result(mesh_runs.begin(devices=8, panels=[1, 8]))
-    assert len({digest for digest, _, _ in solved.values()}) == 1
-    assert all(same > 0.99 and is_finite for _, same, is_finite in solved.values())
+    """As programs that CPUs can run too; a weight at the middle between two codes may fall to either side."""
+    same, is_finite = mesh_runs.result(mesh_runs.begin(devices=8, panels=8))
+    assert same > 0.99
+    assert is_finite
