@@ -206,9 +206,9 @@ def _solving(matrices: _Matrices, config: SpQRConfig, itemsize: int, layout: Lay
     if not calibrated:
         name = max(steps, key=lambda step: steps[step])
         return {name: steps[name]}
-    steps["matrices side by side"] = float((itemsize + _SIDE_BY_SIDE * FLOAT32) * rows * width)
-    held, factor = 2.0 * FLOAT32 * width**2, factor_bytes(width, room)
+    steps["matrices side by side"] = float((itemsize + (_SIDE_BY_SIDE - 1) * FLOAT32) * rows * width)
+    held, factor = FLOAT32 * (2.0 * width**2 + rows * width), factor_bytes(width, room)
     name = max(steps, key=lambda step: steps[step])
     if factor > held + steps[name]:
         return {"factorization": factor}
-    return {"Hessian and factor": held, name: steps[name]}
+    return {"Hessian, factor and weights": held, name: steps[name]}
