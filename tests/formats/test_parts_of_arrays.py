@@ -16,6 +16,7 @@ from spqr_jax._compat import orbax_v1
 from spqr_jax.checkpoint import CheckpointSource, chunks, content_digest, reading, stored
 from spqr_jax.checkpoint.description import orbax_context
 from spqr_jax.evaluate.fidelity import compare
+from spqr_jax.models import dense as dense_models
 from spqr_jax.models.weights import random_decoder
 from spqr_jax.stream import outer as parts
 
@@ -121,8 +122,9 @@ def test_measuring_leaves_large_matrices_on_disk(tmp_path, models, small_sizes, 
     np.testing.assert_allclose(losses, perplexity(model, WINDOWS).window_losses, rtol=1e-6)
 
 
-def test_models_on_disk_are_compared(tmp_path, models, small_sizes):
+def test_models_on_disk_are_compared(tmp_path, models, small_sizes, monkeypatch):
     """The output heads are read by pieces of the same rows: one is packed, one is on disk."""
+    monkeypatch.setattr(dense_models, "PIECE_WEIGHTS", 1500 * WIDE.hidden_size)
     for name in ("dense", "packed head"):
         save(tmp_path / name, models[name])
     dense, packed = (CheckpointSource(tmp_path / name) for name in ("dense", "packed head"))
