@@ -24,11 +24,13 @@ from spqr_jax.files.entries import Entries, is_number, plain, shown
 from spqr_jax.layout import entry_capacity
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Outer
+from spqr_jax.models.dense import PIECE_WEIGHTS
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
 from spqr_jax.output import unfinished_note
 from spqr_jax.quantized import is_quantized
 from spqr_jax.stream.blocks import role
+from spqr_jax.stream.outer import OuterMemory
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
 """Times that arrays are larger in memory than in files; bytes below which that does not matter."""
@@ -100,11 +102,14 @@ class CheckpointSource:
         files, expected = self._matrices_on_disk(), outer_shapes(self._config)
         return Outer(**read_weights(self.path / "model", self._header, expected, files))
 
-    def lean_bytes(self) -> tuple[int, int]:
-        """Bytes that `lean_outer` holds, and bytes held on top while rows of its stored matrices are read."""
-        files, (_, specs) = self._matrices_on_disk(), self.part(None)
+    def outer_memory(self) -> OuterMemory:
+        """What `lean_outer` takes; it reads no weights."""
+        files, (_, specs), head = self._matrices_on_disk(), self.part(None), self._config.head_path
         held = sum(spec.nbytes for name, spec in specs.items() if name not in files)
-        return held, max((file.bytes_at_once for file in files.values()), default=0)
+        reading = max((file.bytes_at_once for file in files.values()), default=0)
+        rows, width = specs[head].shape
+        packed_rows = PIECE_WEIGHTS // width if specs[head].meta is not None else rows
+        return OuterMemory(held, reading, files[head].band if head in files else min(packed_rows, rows))
 
     def _matrices_on_disk(self) -> dict[str, ArrayFile]:
         """Large dense matrices; no output head of a single chunk, whose pieces cannot be read alone."""

@@ -38,6 +38,21 @@ class StoredMatrix(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class OuterMemory:
+    """What the weights outside of the blocks take.
+
+    Attributes:
+      held: bytes that an `Outer` holds.
+      reading: bytes that are held on top while rows on disk are read.
+      head_rows: rows of the output head whose logits are computed at a time.
+    """
+
+    held: int
+    reading: int
+    head_rows: int
+
+
 @runtime_checkable
 class LeanSource(BlockSource, Protocol):
     """A source that can leave large matrices outside of the blocks on disk."""
@@ -46,9 +61,14 @@ class LeanSource(BlockSource, Protocol):
         """As `outer`, with a `StoredMatrix` in place of each large dense matrix."""
         ...
 
-    def lean_bytes(self) -> tuple[int, int]:
-        """Bytes that `lean_outer` holds, and bytes held on top while rows of its stored matrices are read."""
+    def outer_memory(self) -> OuterMemory:
+        """What `lean_outer` takes; it reads no weights."""
         ...
+
+
+def outer_memory(source: BlockSource) -> OuterMemory | None:
+    """What `lean_outer` takes; None where it holds dense weights."""
+    return source.outer_memory() if isinstance(source, LeanSource) else None
 
 
 def lean_outer(source: BlockSource) -> Outer:
