@@ -43,7 +43,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired:
     mean = math.fsum(differences) / count if count else math.nan
     spread = math.fsum((value - mean) ** 2 for value in differences)
     error = math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan
-    lost, gained = sum(value < 0 for value in differences), sum(value > 0 for value in differences)
+    lost, gained = (sum(bool(sign * value > 0) for value in differences) for sign in (-1, 1))
     means = [math.fsum(scores[number] for number in both) / count if count else math.nan for scores in (first, second)]
     return Paired(count, means[0], means[1], mean, error, lost, gained, mcnemar(lost, gained))
 
