@@ -177,7 +177,7 @@ def show(model: str, run: Any) -> None:
 def task_rows(values: dict[str, Any]) -> list[list[str]]:
     """One line a task and metric of `TaskRun.values`; not for the tasks of a group, whose mean is there."""
     rows = []
-    subjects = {task for group in values.get("groups", {}).values() for task in group}
+    subjects = {member for group in values["groups"].values() for member in group if member in values["n-samples"]}
     for task, metrics in values["results"].items():
         if task in subjects:
             continue
@@ -188,9 +188,16 @@ def task_rows(values: dict[str, Any]) -> list[list[str]]:
             error = metrics.get(f"{metric}_stderr,{which}")
             shown = metric if which in ("", "none") else f"{metric} ({which})"
             known = isinstance(error, (int, float))
-            samples = values["n-samples"].get(task, {}).get("effective", "")
+            samples = sum(values["n-samples"][name]["effective"] for name in _members(values, task))
             rows.append([task, shown, number(value, 4), number(error, 4) if known else "", str(samples)])
     return rows
+
+
+def _members(values: dict[str, Any], name: str) -> list[str]:
+    """A task, or the tasks of a group and of the groups in it."""
+    if name in values["n-samples"]:
+        return [name]
+    return [task for member in values["groups"].get(name, []) for task in _members(values, member)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -256,5 +256,5 @@ def _without_bars() -> Iterator[None]:
 def _keep_quiet() -> None:
     import datasets
 
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
