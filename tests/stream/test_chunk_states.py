@@ -26,8 +26,8 @@ def test_what_is_made_twice_has_the_same_bits(monkeypatch, tiny_model, tiny_batc
     config = SpQRConfig(bits=3, sequential=sequential)
     held = quantize(tiny_model, tiny_batches, config)
     postponed = []
-    monkeypatch.setattr(activations, "_HELD_BYTES", 0)
-    monkeypatch.setattr(activations, "_HELD_SHARE", 0)
+    monkeypatch.setattr(activations, "HELD_BYTES", 0)
+    monkeypatch.setattr(activations, "HELD_SHARE", 0)
     monkeypatch.setattr(ChunkStates, "postpone", _noting(ChunkStates.postpone, postponed))
     made_twice = quantize(tiny_model, tiny_batches, config)
     assert postponed, "all was held"
