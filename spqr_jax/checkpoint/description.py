@@ -11,6 +11,7 @@ import numpy as np
 
 from spqr_jax._compat import orbax_of_one_process, orbax_v1
 from spqr_jax.array import SpQRArray
+from spqr_jax.checkpoint.chunks import storage_options
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries
 from spqr_jax.layout import entry_capacity, leaf_specs
@@ -49,6 +50,7 @@ def orbax_context() -> Any:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
     context = ocp.Context()
     context.checkpointables.registry = registry
+    context.array.saving.scoped_storage_options_creator = storage_options
     # Otherwise Orbax' threads may write below a directory before the thread that makes it, which removes all of it.
     context.async_options.create_directories_asynchronously = False
     return orbax_of_one_process(context)
@@ -65,6 +67,11 @@ class LeafSpec:
     shape: tuple[int, ...]
     dtype: np.dtype
     sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the array takes in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +112,7 @@ class WeightSpec:
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory."""
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves.values())
+        return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def build(self, leaves: dict[str, Any], label: str) -> Any:
         """The weight that holds these arrays; raises CheckpointError if their values cannot be right."""

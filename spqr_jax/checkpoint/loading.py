@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.checkpoint.description import DATA_FIELDS, WeightSpec
-from spqr_jax.checkpoint.reading import CheckpointSource, damage, damaged, read_leaves
+from spqr_jax.checkpoint.reading import CheckpointSource, damaged, read_leaves
+from spqr_jax.checkpoint.stored import damage
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.layout import entry_capacity
 from spqr_jax.models.config import DecoderConfig

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from spqr_jax._compat import orbax_v1
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, WeightSpec, fingerprint, orbax_context
+from spqr_jax.checkpoint.stored import ArrayFile, damage
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries, is_number, plain, shown
@@ -30,6 +32,12 @@ from spqr_jax.stream.blocks import role
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
 """Times that arrays are larger in memory than in files; bytes below which that does not matter."""
+
+_READ_AT_ONCE = 16 << 20
+"""Bytes of an array that Orbax reads. Larger ones are read in bands, which takes less memory."""
+
+_HELD_BYTES = 64 << 20
+"""Bytes of a matrix that no reader leaves on disk."""
 
 _SHOWN = 10  # problems in one message
 
@@ -86,6 +94,27 @@ class CheckpointSource:
 
     def outer(self) -> Outer:
         return Outer(**read_weights(self.path / "model", self._header, outer_shapes(self._config)))
+
+    def lean_outer(self) -> Outer:
+        """As `outer`, with a `StoredMatrix` in place of each large dense matrix."""
+        files, expected = self._matrices_on_disk(), outer_shapes(self._config)
+        return Outer(**read_weights(self.path / "model", self._header, expected, files))
+
+    def lean_bytes(self) -> tuple[int, int]:
+        """Bytes that `lean_outer` holds, and bytes held on top while rows of its stored matrices are read."""
+        files, (_, specs) = self._matrices_on_disk(), self.part(None)
+        held = sum(spec.nbytes for name, spec in specs.items() if name not in files)
+        return held, max((file.bytes_at_once for file in files.values()), default=0)
+
+    def _matrices_on_disk(self) -> dict[str, ArrayFile]:
+        """Large dense matrices; no output head of a single chunk, whose pieces cannot be read alone."""
+        directory, specs = self.part(None)
+        files = {
+            name: ArrayFile(directory, f"{name}.values", spec.leaves["values"])
+            for name in ("embed_tokens", "lm_head")
+            if (spec := specs.get(name)) is not None and spec.meta is None and spec.nbytes > _HELD_BYTES
+        }
+        return {name: file for name, file in files.items() if name != self._config.head_path or file.is_cut}
 
     def block(self, index: int) -> Block:
         """A block. Outlier lists are as long as in the block with the most, so that blocks share compiled programs."""
@@ -168,28 +197,31 @@ def weight_specs(directory: Path, header: Entries, expected: dict[str, tuple[int
     return {name: WeightSpec.from_json(described.nested(name)) for name in described}
 
 
-def read_weights(directory: Path, header: Entries, expected: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The weights of a part, verified."""
+def read_weights(
+    directory: Path,
+    header: Entries,
+    expected: dict[str, tuple[int, ...]],
+    on_disk: Mapping[str, ArrayFile] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The weights of a part, verified. Those of `on_disk` are verified when they are read."""
     specs = weight_specs(directory, header, expected)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    tree = read_leaves(directory, specs, {(name, leaf): here for name, spec in specs.items() for leaf in spec.leaves})
-    weights = {}
-    for name, spec in specs.items():
-        for leaf, value in tree[name].items():
-            if damaged(spec, leaf, value):
-                raise damage(directory, f"{name}.{leaf}")
-        weights[name] = spec.build(tree[name], f"{directory}: {name}")
-    return {name: weights[name] for name in expected}
+    held = [(name, leaf) for name, spec in specs.items() if name not in on_disk for leaf in spec.leaves]
+    small = [(name, leaf) for name, leaf in held if specs[name].leaves[leaf].nbytes <= _READ_AT_ONCE]
+    tree = read_leaves(directory, specs, dict.fromkeys(small, here))
+    for name, leaf in small:
+        if damaged(specs[name], leaf, tree[name][leaf]):
+            raise damage(directory, f"{name}.{leaf}")
+    for name, leaf in [place for place in held if place not in small]:
+        file = ArrayFile(directory, f"{name}.{leaf}", specs[name].leaves[leaf])
+        tree[name][leaf] = jax.device_put(file.read(), here)
+    weights = {name: specs[name].build(tree[name], f"{directory}: {name}") for name in specs if name not in on_disk}
+    return {name: on_disk[name] if name in on_disk else weights[name] for name in expected}
 
 
 def damaged(spec: WeightSpec, leaf: str, value: Any) -> bool:
     """Whether an array of a weight is another one than was written."""
     return bool(fingerprint(np.asarray(value))["sha256"] != spec.leaves[leaf].sha256)
-
-
-def damage(directory: Path, leaf: str) -> CheckpointError:
-    """The error of an array that does not match its checksum."""
-    return CheckpointError(f"{directory}: leaf {leaf} does not match its checksum: the file is damaged or was edited")
 
 
 def _layer_stats(header: Entries, prefix: str) -> dict[str, dict[str, float]]:

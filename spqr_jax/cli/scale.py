@@ -32,6 +32,7 @@ from spqr_jax.forecast.memory_fit import (
     ways_to_save,
 )
 from spqr_jax.forecast.memory_plan import Layout, MemoryPlan, Thrift, plan_memory
+from spqr_jax.forecast.mesh_memory import plan_mesh_memory
 from spqr_jax.forecast.passes import block_total, model_weights
 from spqr_jax.forecast.peak import begin_peak, device_peak, host_peak
 from spqr_jax.forecast.quantizing import compile_seconds
@@ -59,7 +60,8 @@ class Run:
 
     def plan(self, thrift: Thrift = Thrift()) -> MemoryPlan:
         """What it holds, if it does `thrift` to hold less."""
-        return plan_memory(
+        planned = plan_memory if self.layout.devices == 1 else plan_mesh_memory
+        return planned(
             self.model,
             self.config,
             self.text,

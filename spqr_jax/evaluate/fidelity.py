@@ -29,6 +29,7 @@ from spqr_jax.models.decoder import Decoder, Outer
 from spqr_jax.stream.blocks import BlockSource, as_source
 from spqr_jax.stream.finite import not_finite
 from spqr_jax.stream.head import Seen, see_two
+from spqr_jax.stream.outer import lean_outer
 from spqr_jax.stream.windows import checked_windows
 
 _Two = tuple[BlockSource, BlockSource]
@@ -172,7 +173,7 @@ def compare(
         )
     windows = checked_windows(checked_windows(windows, configs[0]), configs[1])
     begun = time.perf_counter()
-    outers = models[0].outer(), models[1].outer()
+    outers = lean_outer(models[0]), lean_outer(models[1])
     steps = Steps("scoring", len(windows) * (sum(config.num_layers for config in configs) + 1), events)
     parts: list[TokenStatistics] = []
     hidden_sizes, most = sum(config.hidden_size for config in configs), max(map(stream_numbers, configs))

@@ -18,11 +18,12 @@ from spqr_jax.events import Steps
 from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Outer, embed, pass_block
-from spqr_jax.models.dense import dense_block, embedding_rows
+from spqr_jax.models.dense import dense_block
 from spqr_jax.models.weights import weight_shapes
 from spqr_jax.quantized import is_quantized
 from spqr_jax.stream import sweep
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.outer import StoredMatrix, embedded_rows
 
 _FEWEST_NUMBERS, _MOST_NUMBERS = 2**23, 2**28  # 32 MiB and 1 GiB in float32
 _WEIGHTS_A_NUMBER = 64
@@ -101,7 +102,7 @@ def final_residuals(source: BlockSource, outer: Outer, batches: Sequence[np.ndar
 def embed_group(
     config: DecoderConfig, outer: Outer, batches: Sequence[np.ndarray], where: Sequence[Positions]
 ) -> list[jax.Array]:
-    """The residual streams before the first block; a packed embedding becomes dense by pieces.
+    """The residual streams before the first block. A packed embedding becomes dense by pieces, and so does one on disk.
 
     Args:
       config, outer: the model's.
@@ -111,10 +112,10 @@ def embed_group(
     Returns:
       [batch, tokens, hidden] for each batch.
     """
-    if not is_quantized(outer.embed_tokens):
+    if not is_quantized(outer.embed_tokens) and not isinstance(outer.embed_tokens, StoredMatrix):
         tables, ids = [outer] * len(batches), list(batches)
     else:
-        tables = embedding_rows(outer, batches)
+        tables = embedded_rows(outer, batches)
         ids = [np.arange(batch.size, dtype=np.int32).reshape(batch.shape) for batch in batches]
     residuals = [
         embed_batch(config, table, jnp.asarray(tokens), place)

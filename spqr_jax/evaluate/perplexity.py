@@ -15,6 +15,7 @@ from spqr_jax.models.decoder import Decoder, Outer
 from spqr_jax.stream.blocks import BlockSource, as_source
 from spqr_jax.stream.finite import not_finite
 from spqr_jax.stream.head import see
+from spqr_jax.stream.outer import lean_outer
 from spqr_jax.stream.windows import checked_windows
 
 
@@ -81,7 +82,7 @@ def perplexity(
     config = source.config
     windows = checked_windows(windows, config)
     begun = time.perf_counter()
-    outer = source.outer()
+    outer = lean_outer(source)
     steps = Steps("scoring", len(windows) * (config.num_layers + 1), events)
     losses: list[np.ndarray] = []
     for batches in window_groups(windows, batch_size, config.hidden_size, stream_numbers(config)):

@@ -16,11 +16,9 @@ from spqr_jax.job.block_solver import BlockPlace
 from spqr_jax.methods.report import LayerReport
 from spqr_jax.planning.budget import Measured, Plan
 from spqr_jax.planning.record import curve_from_json, curve_to_json, plan_from_json, plan_to_json
-from spqr_jax.planning.sensitivity import BackwardPlace
+from spqr_jax.planning.sensitivity import MeasuringPlace
 from spqr_jax.stream.sums import SumsPlace
 
-SAVE_EVERY = 60.0  # seconds between two saves of a long phase
-_LONG_SAVE = 6.0  # seconds of a save beyond which they are rarer: it takes a tenth of the time at most
 _ARRAY_LEAVES = (
     "codes", "scale_codes", "zero_codes", "tile_stats", "outlier_cols", "outlier_values", "outlier_row_ptr", "perm",
 )  # fmt: skip
@@ -45,9 +43,9 @@ class JobState:
 
     Entries: ``phase`` (plan, blocks, tune, done) and ``seconds`` of all runs so far. In phase plan ``measured`` (what
     `Measured` holds). After it ``plan``, ``blocks`` (part of the result -> digest), ``layers`` (reports), ``ledger``,
-    ``activations`` (digests of streams behind the finished blocks, or "remake") and, inside the block or the head that
-    comes next, ``partial`` (what `BlockPlace` holds). In phase tune ``tuning`` (what `TuningPlace` holds) and
-    ``result`` (digests of trained parts).
+    ``activations`` (digests of the text's streams, and the number of blocks that it is behind) and, inside the block or
+    the head that comes next, ``partial`` (what `BlockPlace` holds). In phase tune ``tuning`` (what `TuningPlace` holds)
+    and ``result`` (digests of trained parts).
 
     Args:
       journal: keeps it; None to keep nothing.
@@ -55,8 +53,7 @@ class JobState:
 
     def __init__(self, journal: StateKeeper | None) -> None:
         self._journal = journal
-        self._begun = self._saved = time.perf_counter()
-        self._writing = self._last_writing = 0.0  # seconds: for the next save so far, for the last one
+        self._begun = time.perf_counter()
         self.entries: dict[str, Any] = dict(journal.state or {}) if journal is not None else {}
         self._seconds_before = float(self.entries.get("seconds", 0.0))
 
@@ -74,20 +71,12 @@ class JobState:
         """Wall-clock time of this run and of those that it goes on with."""
         return self._seconds_before + time.perf_counter() - self._begun
 
-    @property
-    def is_due(self) -> bool:
-        """Whether a long phase should save again."""
-        return time.perf_counter() - self._saved >= SAVE_EVERY * max(1.0, self._last_writing / _LONG_SAVE)
-
     def save(self, **changes: Any) -> None:
         """Changes entries and makes them safe; an entry that is None is dropped."""
         self.entries |= {**changes, "seconds": self.seconds}
         self.entries = {name: value for name, value in self.entries.items() if value is not None}
-        begun = time.perf_counter()
         if self._journal is not None:
             self._journal.commit(self.entries)
-        self._saved = time.perf_counter()
-        self._last_writing, self._writing = self._writing + self._saved - begun, 0.0
 
     # ---- arrays and large JSON, in parts of the journal -------------------------------------
 
@@ -100,10 +89,7 @@ class JobState:
 
     def _put(self, arrays: Mapping[str, Any]) -> str:
         assert self._journal is not None
-        begun = time.perf_counter()
-        digest = self._journal.put({name: np.asarray(array) for name, array in arrays.items()})
-        self._writing += time.perf_counter() - begun
-        return digest
+        return self._journal.put({name: np.asarray(array) for name, array in arrays.items()})
 
     def _put_json(self, value: Any) -> str:
         return self.put_arrays([np.frombuffer(json.dumps(value).encode(), np.uint8)])
@@ -114,17 +100,37 @@ class JobState:
 
     # ---- what a job saves -------------------------------------------------------------------
 
-    def save_measured(self, measured: Measured) -> None:
-        place = {"index": measured.place.index, "gradients": self.put_arrays(measured.place.gradients)}
-        curves = self._put_json([curve_to_json(curve) for curve in measured.curves])
-        self.save(phase="plan", measured={"curves": curves, **place})
+    def save_measured(self, measured: Measured, with_activations: bool) -> None:
+        """Saves where the measuring pass is.
+
+        Args:
+          measured: the place.
+          with_activations: also what later blocks need of the way forward. Without it nothing is saved on that way, and
+            a pass that goes on makes it again.
+        """
+        place = measured.place
+        if place.forward and not with_activations:
+            return
+        before: list[str] = []
+        if with_activations:  # of each block the same at each save
+            before = self.entries.get("measured", {}).get("before", [])[: len(place.before)]
+            before = before + [self.put_arrays(streams) for streams in list(place.before)[len(before) :]]
+        self.save(
+            phase="plan",
+            measured={
+                "forward": place.forward, "index": place.index, "streams": self.put_arrays(place.streams),
+                "before": before, "curves": self._put_json([curve_to_json(curve) for curve in measured.curves]),
+            },
+        )  # fmt: skip
 
     def measured(self) -> Measured | None:
         """What the measuring pass has come to; None where it has not begun."""
         if (kept := self.entries.get("measured")) is None:
             return None
         curves = tuple(curve_from_json(curve) for curve in self._get_json(kept["curves"]))
-        return Measured(curves, BackwardPlace(kept["index"], tuple(self.get_arrays(kept["gradients"]))))
+        before = [self.get_arrays(digest) for digest in kept["before"]]
+        place = MeasuringPlace(kept["forward"], kept["index"], self.get_arrays(kept["streams"]), before)
+        return Measured(curves, place)
 
     def put_plan(self, plan: Plan) -> str | None:
         return self._put_json(plan_to_json(plan)) if self.is_kept else None

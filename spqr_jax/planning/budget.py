@@ -31,7 +31,7 @@ from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
-from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
+from spqr_jax.planning.sensitivity import BlockSensitivity, MeasuringPlace, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.spill import Spill
@@ -165,7 +165,7 @@ class Measured:
     """What an unfinished measuring pass has come to: curves of the blocks that it has seen, and where it goes on."""
 
     curves: tuple[WeightCurve, ...]
-    place: BackwardPlace
+    place: MeasuringPlace
 
 
 def measure_curves(
@@ -396,7 +396,7 @@ def plan_budget(
       config: with `target_bits`.
       events: told of each block, once forward and once backward, as phase "measuring".
       begin: what an earlier pass over the same text came to; None to begin anew.
-      keep: is given what was measured so far, after each block on the way back.
+      keep: is given what was measured so far, after each block, forward and back.
       spill: where the text's activations are kept on disk; None to keep them in memory.
 
     Raises:

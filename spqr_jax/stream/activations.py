@@ -188,9 +188,8 @@ class Activations:
 
     def _through(self, stage: int, block: Block, where: Positions, state: State) -> State:
         after = run_stage(self.config, stage, block, state, where, self._linear)
-        if (
-            stage in _INNER_STAGES
-        ):  # the program returns a copy; arrays of two sizes, freed in turn, fragment the memory
+        if stage in _INNER_STAGES:
+            # The program returns a copy. Arrays of two sizes, freed in turn, would fragment the memory.
             after = dataclasses.replace(after, residual=state.residual)
         return after
 

@@ -19,8 +19,8 @@ from jax import lax
 
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Outer, logits
-from spqr_jax.models.dense import head_rows, row_pieces
 from spqr_jax.models.products import Linear, plain_linear
+from spqr_jax.stream.outer import head_piece, pieces_of
 
 _POSITIONS = 512  # whose logits are held at once
 _POSITIONS_OF_TWO = 128  # whose logits of two models are, with their probabilities; or those of one, with gradients
@@ -116,8 +116,8 @@ def see(
       Of each batch, arrays [batch, tokens]; `loss` and `top` compute more.
     """
     seen: list[Seen] = []
-    for first, count in row_pieces([getattr(outer, config.head_path)]):
-        head = head_rows(config, outer, first, count, residuals[0].dtype)
+    for first, count in pieces_of([getattr(outer, config.head_path)]):
+        head = head_piece(config, outer, first, count, residuals[0].dtype)
         for batch, (residual, true) in enumerate(zip(residuals, targets, strict=True)):
             piece = _see_piece(config, head, np.int32(first), residual, true)
             if first:
@@ -220,12 +220,12 @@ def see_two(
       Of each batch: as `see` for both models, and KL(p ‖ q) in nats, f32 [batch, tokens].
     """
     heads = [getattr(outer, config.head_path) for config, outer in zip(configs, outers, strict=True)]
-    pieces = row_pieces(heads)
+    pieces = pieces_of(heads)
 
     def piece_of_heads(first: int, count: int) -> Pair:
         dtypes = (stream.dtype for stream in residuals[0])
         parts = (
-            head_rows(config, outer, first, count, dtype)
+            head_piece(config, outer, first, count, dtype)
             for config, outer, dtype in zip(configs, outers, dtypes, strict=True)
         )
         p_head, q_head = parts

@@ -38,20 +38,19 @@ def result(process: subprocess.Popen, seconds: int = 300) -> dict[str, dict[str,
 def main(settings: dict[str, Any]) -> None:
     import jax
 
-    from spqr_jax.stream import mesh as hosts
+    from spqr_jax.stream.hosts import ALONE, start_hosts
+    from spqr_jax.stream.mesh import parse_mesh
 
-    if settings.get("hosts"):
-        hosts.start_hosts(settings["hosts"])
+    together = start_hosts(settings["hosts"]) if settings.get("hosts") else ALONE
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     digests: dict[str, dict[str, str]] = {}
-    with hosts.hosts_together():
+    with together.watched(lambda: False, lambda: None):
         for case in settings["cases"]:
             for count in settings["meshes"]:
                 if settings.get("fail") == jax.process_index():
                     raise RuntimeError("on purpose")
-                mesh = hosts.parse_mesh(f"data={count}") if count else None
+                mesh = parse_mesh(f"data={count}") if count else None
                 digests.setdefault(case, {})[str(count)] = _digest(case, mesh)
-        hosts.wait_for_all("end")
     print(json.dumps(digests))
 
 
@@ -87,6 +86,8 @@ def _case(name: str) -> tuple[Any, Any]:
     if name == "target and tied head":
         tied = dataclasses.replace(plain, tied_head=True, num_layers=2)
         return tied, SpQRConfig.preset(target_bits=4.6, head_bits=8, calibration_dtype="float32")
+    if name == "drift":
+        return plain, SpQRConfig(bits=3, drift_correction=0.5)
     experts = dataclasses.replace(TINY, num_layers=1, num_experts=3, experts_per_token=2, expert_size=48)
     return experts, SpQRConfig(bits=3, calibration_dtype="bfloat16", drift_correction=0.0)
 
