@@ -51,6 +51,9 @@ class Activations:
       spill: where the activations are kept on disk; None to keep them in memory.
       hessian_bytes: of experts' Hessians that are summed at once. It does not change them.
 
+    Attributes:
+      stream_bytes: of the residual stream, all chunks together.
+
     Raises:
       DataError: no batch, or one that the model cannot take.
     """
@@ -67,13 +70,13 @@ class Activations:
         self.config, self._linear, self._hessian_bytes = config, linear, hessian_bytes
         self._states = ChunkStates([] if spill is None else spill.states())
         self._where: list[Positions] = []
-        stream_bytes = 0
+        self.stream_bytes = 0
         for tokens in checked_batches(config, batches):
             self._where.append(places(config, tokens))
             residual = embed(config, outer, jnp.asarray(tokens), self._where[-1])
             self._states.append(State(residual))
-            stream_bytes += residual.nbytes
-        self._held_bytes = math.inf if spill is not None else max(HELD_BYTES, HELD_SHARE * stream_bytes)
+            self.stream_bytes += residual.nbytes
+        self._held_bytes = math.inf if spill is not None else max(HELD_BYTES, HELD_SHARE * self.stream_bytes)
 
     def hessians(self, stage: int, block: Block) -> tuple[Hessian, ...]:
         """One Hessian for each of `stage_groups`, over all chunks, all at once."""
@@ -218,7 +221,8 @@ class Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
         twin.config, twin._linear, twin._hessian_bytes = self.config, self._linear, self._hessian_bytes
-        twin._states, twin._where, twin._held_bytes = self._states.copy(), self._where, self._held_bytes
+        twin._states, twin._where = self._states.copy(), self._where
+        twin.stream_bytes, twin._held_bytes = self.stream_bytes, self._held_bytes
         return twin
 
 

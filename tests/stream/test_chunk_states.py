@@ -34,6 +34,11 @@ def test_what_is_made_twice_has_the_same_bits(monkeypatch, tiny_model, tiny_batc
     jax.tree.map(np.testing.assert_array_equal, held, made_twice)
 
 
+def test_the_bytes_of_the_stream_are_known_without_reading_it(tiny_model, tiny_batches):
+    text = activations.Activations(tiny_model.config, tiny_model.outer, tiny_batches)
+    assert text.stream_bytes == text.copy().stream_bytes == sum(state.residual.nbytes for state, _ in text.chunks())
+
+
 def _noting(postpone, postponed):
     def note(self, index, step):
         postponed.append(index)
