@@ -15,6 +15,7 @@ from spqr_jax.forecast.passes import Text, block_sizes, block_total, block_weigh
 from spqr_jax.forecast.quantizing import plan_text, rounds
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES
+from spqr_jax.stream.activations import HELD_BYTES, HELD_SHARE
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, stage_groups
 from spqr_jax.tune.config import TuneConfig
 
@@ -256,12 +257,23 @@ def widest_inner(model: DecoderConfig) -> int:
     return max(model.num_heads * model.head_dim, dense, experts)
 
 
-def calibration_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int) -> float:
-    """The residual stream of all windows, and what the stage at hand made of it; twice with a correction of drift."""
+def calibration_bytes(
+    model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, most_inner: float = math.inf
+) -> float:
+    """The residual stream of all windows, and what the stage at hand made of it; twice with a correction of drift.
+
+    Args:
+      model, config, text: what is quantized, how and on what.
+      itemsize: bytes of a number in the residual stream.
+      most_inner: bytes of what the MLP makes that are held, unless half the residual stream is more.
+    """
     times = 2 if config.corrects_drift or not config.sequential or config.solver == "brecq" else 1
     importance = 2 * model.num_layers * model.hidden_size if config.solver == "brecq" else 0  # bfloat16
     inner = BFLOAT16 if rounds(config) else itemsize
-    return text.tokens * (times * (model.hidden_size * itemsize + widest_inner(model) * inner) + importance)
+    stream = text.tokens * model.hidden_size * itemsize
+    of_attention = text.tokens * model.num_heads * model.head_dim * inner
+    of_mlp = min(text.tokens * widest_inner(model) * inner, max(most_inner, HELD_SHARE * stream))
+    return times * (stream + max(of_attention, of_mlp)) + text.tokens * importance
 
 
 def chunk_tokens(text: Text, thrift: Thrift) -> int:
@@ -277,7 +289,9 @@ def chunk_activations(model: DecoderConfig, config: SpQRConfig, text: Text, item
 def activation_parts(
     model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, layout: Layout, thrift: Thrift
 ) -> Parts:
-    """A device's share of the chunks; on disk, three chunks at a time."""
+    """A device's share of the chunks; on disk, three chunks at a time. In one device's memory a part is made twice."""
+    if layout.devices == 1 and not thrift.spill and config.solver != "brecq":
+        return {"activations": calibration_bytes(model, config, text, itemsize, most_inner=HELD_BYTES)}
     one = chunk_activations(model, config, text, itemsize, thrift)
     chunks = math.ceil(text.tokens / chunk_tokens(text, thrift)) if text.tokens else 0
     held = math.ceil(chunks / layout.devices)

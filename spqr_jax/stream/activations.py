@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spqr_jax._compat import give_back_memory
 from spqr_jax.errors import DataError
 from spqr_jax.models.attention import Positions, positions
 from spqr_jax.models.config import DecoderConfig
@@ -32,9 +33,11 @@ from spqr_jax.stream.stages import (
 from spqr_jax.stream.sums import KeepSums, PartSums, SumsPlace
 from spqr_jax.stream.windows import checked_batch
 
+_CHUNKS_TO_TRIM = 16  # after so many, what they freed is given back
 _INNER_STAGES = (0, 2)  # which leave the residual stream as it is
 _MLP = 2  # the stage whose results, what `down_proj` reads, are larger than the residual stream
-_HELD_BYTES, _HELD_SHARE = 2**28, 0.5  # of its results that are held: so many bytes, or this share of the stream's
+HELD_BYTES, HELD_SHARE = 2**28, 0.5
+"""Of the MLP's results so many bytes are held, or this share of the residual stream's bytes if that is more."""
 
 
 class Activations:
@@ -47,6 +50,9 @@ class Activations:
       linear: what takes them through the stages, such as `rounded_linear`.
       spill: where the activations are kept on disk; None to keep them in memory.
       hessian_bytes: of experts' Hessians that are summed at once. It does not change them.
+
+    Attributes:
+      stream_bytes: of the residual stream, all chunks together.
 
     Raises:
       DataError: no batch, or one that the model cannot take.
@@ -64,13 +70,13 @@ class Activations:
         self.config, self._linear, self._hessian_bytes = config, linear, hessian_bytes
         self._states = ChunkStates([] if spill is None else spill.states())
         self._where: list[Positions] = []
-        stream_bytes = 0
+        self.stream_bytes = 0
         for tokens in checked_batches(config, batches):
             self._where.append(places(config, tokens))
             residual = embed(config, outer, jnp.asarray(tokens), self._where[-1])
             self._states.append(State(residual))
-            stream_bytes += residual.nbytes
-        self._held_bytes = math.inf if spill is not None else max(_HELD_BYTES, _HELD_SHARE * stream_bytes)
+            self.stream_bytes += residual.nbytes
+        self._held_bytes = math.inf if spill is not None else max(HELD_BYTES, HELD_SHARE * self.stream_bytes)
 
     def hessians(self, stage: int, block: Block) -> tuple[Hessian, ...]:
         """One Hessian for each of `stage_groups`, over all chunks, all at once."""
@@ -120,6 +126,8 @@ class Activations:
     ) -> tuple[Hessian, ...]:
         def add(chunk: int, hessians: tuple[Hessian, ...]) -> tuple[Hessian, ...]:
             state, where = states[chunk], self._where[chunk]
+            if states.is_postponed(chunk):  # else many states would be made before the first ones are used up
+                jax.block_until_ready(hessians)
             return accumulate_stage(self.config, stage, block, state, where, hessians, part.experts, self._linear)
 
         return sums.total(part.empty_sums(), len(states), add)
@@ -177,6 +185,9 @@ class Activations:
             jax.block_until_ready(before)  # only one chunk is asked for ahead: it needs memory
             self._states[index] = before = state
             held += 0 if state.inner is None else state.inner.nbytes
+            if index % _CHUNKS_TO_TRIM == 0:
+                give_back_memory()
+        give_back_memory()  # between arrays in use there is room of sizes that the next arrays do not have
 
     def _through(self, stage: int, block: Block, where: Positions, state: State) -> State:
         after = run_stage(self.config, stage, block, state, where, self._linear)
@@ -210,7 +221,8 @@ class Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
         twin.config, twin._linear, twin._hessian_bytes = self.config, self._linear, self._hessian_bytes
-        twin._states, twin._where, twin._held_bytes = self._states.copy(), self._where, self._held_bytes
+        twin._states, twin._where = self._states.copy(), self._where
+        twin.stream_bytes, twin._held_bytes = self.stream_bytes, self._held_bytes
         return twin
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import jax
-
 from spqr_jax.models.decoder import State
 from spqr_jax.stream.spill import SpilledStates
 
@@ -23,7 +21,6 @@ class ChunkStates:
     def __init__(self, held: list[State] | SpilledStates) -> None:
         self._held = held
         self._postponed: dict[int, Step] = {}
-        self._latest: State | None = None  # that was made for a reader
 
     def append(self, state: State) -> None:
         self._held.append(state)
@@ -32,6 +29,9 @@ class ChunkStates:
         """From now on a state is what `step` makes of it, which is done each time that it is read."""
         assert index not in self._postponed, "one step at most"
         self._postponed[index] = step
+
+    def is_postponed(self, index: int) -> bool:
+        return index in self._postponed
 
     def copy(self) -> ChunkStates:
         twin = ChunkStates(self._held.copy())
@@ -56,7 +56,4 @@ class ChunkStates:
         step = self._postponed.get(index)
         if step is None:
             return state
-        if self._latest is not None:  # else the program would ask for many more before the first ones are used up
-            jax.block_until_ready(self._latest)
-        self._latest = step(state)
-        return self._latest
+        return step(state)

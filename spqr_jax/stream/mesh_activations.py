@@ -85,6 +85,7 @@ class MeshActivations(Activations):
         self._blocks, self._dense_blocks = MeshBlocks(mesh, config), MeshBlocks(mesh, config)
         self._states = ChunkStates([] if spill is None else spill.states())
         self._waves: list[_Wave] = []
+        self.stream_bytes = 0
         most, left = devices.size(mesh), checked_batches(config, batches)
         while left:
             count = next((i for i, x in enumerate(left[:most]) if x.shape != left[0].shape), min(most, len(left)))
@@ -97,7 +98,9 @@ class MeshActivations(Activations):
 
             counts = devices.put_parts(mesh, partial(_counts, count))
             self._waves.append(_Wave(count, counts, devices.put_everywhere(mesh, where)))
-            self._states.append(State(devices.put_parts(mesh, embedded)))
+            residual = devices.put_parts(mesh, embedded)
+            self._states.append(State(residual))
+            self.stream_bytes += count * residual.nbytes // most  # the last devices may repeat a chunk
             left = left[count:]
 
     def calibrate(  # type: ignore[override]

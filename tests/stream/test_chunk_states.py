@@ -26,12 +26,17 @@ def test_what_is_made_twice_has_the_same_bits(monkeypatch, tiny_model, tiny_batc
     config = SpQRConfig(bits=3, sequential=sequential)
     held = quantize(tiny_model, tiny_batches, config)
     postponed = []
-    monkeypatch.setattr(activations, "_HELD_BYTES", 0)
-    monkeypatch.setattr(activations, "_HELD_SHARE", 0)
+    monkeypatch.setattr(activations, "HELD_BYTES", 0)
+    monkeypatch.setattr(activations, "HELD_SHARE", 0)
     monkeypatch.setattr(ChunkStates, "postpone", _noting(ChunkStates.postpone, postponed))
     made_twice = quantize(tiny_model, tiny_batches, config)
     assert postponed, "all was held"
     jax.tree.map(np.testing.assert_array_equal, held, made_twice)
+
+
+def test_the_bytes_of_the_stream_are_known_without_reading_it(tiny_model, tiny_batches):
+    text = activations.Activations(tiny_model.config, tiny_model.outer, tiny_batches)
+    assert text.stream_bytes == text.copy().stream_bytes == sum(state.residual.nbytes for state, _ in text.chunks())
 
 
 def _noting(postpone, postponed):
