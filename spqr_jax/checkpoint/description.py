@@ -68,6 +68,11 @@ class LeafSpec:
     dtype: np.dtype
     sha256: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the array takes in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
@@ -107,7 +112,7 @@ class WeightSpec:
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory."""
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves.values())
+        return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def build(self, leaves: dict[str, Any], label: str) -> Any:
         """The weight that holds these arrays; raises CheckpointError if their values cannot be right."""

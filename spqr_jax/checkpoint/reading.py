@@ -17,23 +17,29 @@ import numpy as np
 
 from spqr_jax._compat import orbax_v1
 from spqr_jax.checkpoint.description import FORMAT, FORMAT_VERSION, WeightSpec, fingerprint, orbax_context
-from spqr_jax.checkpoint.stored import MatrixFile, damage
+from spqr_jax.checkpoint.stored import ArrayFile, damage
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, SpQRError
 from spqr_jax.files.entries import Entries, is_number, plain, shown
 from spqr_jax.layout import entry_capacity
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Outer
+from spqr_jax.models.dense import PIECE_WEIGHTS
 from spqr_jax.models.stops import with_named_tokens
 from spqr_jax.models.weights import block_shapes, outer_shapes
 from spqr_jax.output import unfinished_note
 from spqr_jax.quantized import is_quantized
 from spqr_jax.stream.blocks import role
+from spqr_jax.stream.outer import OuterMemory
 
 _MOST_COMPRESSED, _SMALL_ANYWAY = 100, 64 << 20
 """Times that arrays are larger in memory than in files; bytes below which that does not matter."""
 
-_HELD_BYTES = 64 << 20  # of a matrix that no reader leaves on disk
+_READ_AT_ONCE = 16 << 20
+"""Bytes of an array that Orbax reads. Larger ones are read in bands, which takes less memory."""
+
+_HELD_BYTES = 64 << 20
+"""Bytes of a matrix that no reader leaves on disk."""
 
 _SHOWN = 10  # problems in one message
 
@@ -96,23 +102,24 @@ class CheckpointSource:
         files, expected = self._matrices_on_disk(), outer_shapes(self._config)
         return Outer(**read_weights(self.path / "model", self._header, expected, files))
 
-    def lean_bytes(self) -> tuple[int, int]:
-        """Bytes that `lean_outer` holds, and bytes of the largest band of its stored matrices."""
-        files, (_, specs) = self._matrices_on_disk(), self.part(None)
+    def outer_memory(self) -> OuterMemory:
+        """What `lean_outer` takes; it reads no weights."""
+        files, (_, specs), head = self._matrices_on_disk(), self.part(None), self._config.head_path
         held = sum(spec.nbytes for name, spec in specs.items() if name not in files)
-        return held, max((file.band * file.shape[1] * file.dtype.itemsize for file in files.values()), default=0)
+        reading = max((file.bytes_at_once for file in files.values()), default=0)
+        rows, width = specs[head].shape
+        packed_rows = PIECE_WEIGHTS // width if specs[head].meta is not None else rows
+        return OuterMemory(held, reading, files[head].band if head in files else min(packed_rows, rows))
 
-    def _matrices_on_disk(self) -> dict[str, MatrixFile]:
-        """Large dense matrices, not verified; no output head of a single chunk, whose pieces cannot be read alone."""
+    def _matrices_on_disk(self) -> dict[str, ArrayFile]:
+        """Large dense matrices; no output head of a single chunk, whose pieces cannot be read alone."""
         directory, specs = self.part(None)
         files = {
-            name: MatrixFile(directory, f"{name}.values", spec.leaves["values"])
+            name: ArrayFile(directory, f"{name}.values", spec.leaves["values"])
             for name in ("embed_tokens", "lm_head")
             if (spec := specs.get(name)) is not None and spec.meta is None and spec.nbytes > _HELD_BYTES
         }
-        return {
-            name: file for name, file in files.items() if name != self._config.head_path or file.band < file.shape[0]
-        }
+        return {name: file for name, file in files.items() if name != self._config.head_path or file.is_cut}
 
     def block(self, index: int) -> Block:
         """A block. Outlier lists are as long as in the block with the most, so that blocks share compiled programs."""
@@ -199,23 +206,22 @@ def read_weights(
     directory: Path,
     header: Entries,
     expected: dict[str, tuple[int, ...]],
-    on_disk: Mapping[str, MatrixFile] = MappingProxyType({}),
+    on_disk: Mapping[str, ArrayFile] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The weights of a part, verified. Those of `on_disk` are not held."""
+    """The weights of a part, verified. Those of `on_disk` are verified when they are read."""
     specs = weight_specs(directory, header, expected)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    held = {(name, leaf): here for name, spec in specs.items() if name not in on_disk for leaf in spec.leaves}
-    tree = read_leaves(directory, specs, held)
-    weights: dict[str, Any] = dict(on_disk)
-    for name, spec in specs.items():
-        if name in on_disk:
-            on_disk[name].verify()
-            continue
-        for leaf, value in tree[name].items():
-            if damaged(spec, leaf, value):
-                raise damage(directory, f"{name}.{leaf}")
-        weights[name] = spec.build(tree[name], f"{directory}: {name}")
-    return {name: weights[name] for name in expected}
+    held = [(name, leaf) for name, spec in specs.items() if name not in on_disk for leaf in spec.leaves]
+    small = [(name, leaf) for name, leaf in held if specs[name].leaves[leaf].nbytes <= _READ_AT_ONCE]
+    tree = read_leaves(directory, specs, dict.fromkeys(small, here))
+    for name, leaf in small:
+        if damaged(specs[name], leaf, tree[name][leaf]):
+            raise damage(directory, f"{name}.{leaf}")
+    for name, leaf in [place for place in held if place not in small]:
+        file = ArrayFile(directory, f"{name}.{leaf}", specs[name].leaves[leaf])
+        tree[name][leaf] = jax.device_put(file.read(), here)
+    weights = {name: specs[name].build(tree[name], f"{directory}: {name}") for name in specs if name not in on_disk}
+    return {name: on_disk[name] if name in on_disk else weights[name] for name in expected}
 
 
 def damaged(spec: WeightSpec, leaf: str, value: Any) -> bool:

@@ -33,6 +33,7 @@ from spqr_jax.job.driver import quantizable_paths
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.weights import weight_shapes
 from spqr_jax.resolve import OpenedModel, default_dtype
+from spqr_jax.stream.outer import outer_memory
 from spqr_jax.tune.config import TuneConfig
 
 _LONG_COMPILATION = 10.0  # seconds from which on the line says how much of it is compilation
@@ -107,7 +108,9 @@ def before_perplexity(opened: OpenedModel, tokens: Any, data: str, batch_size: i
     return _announce(
         f"measuring the perplexity of {opened.label} on {describe_text(text, data)}",
         measuring.perplexity_work(model, text, opened.quantized),
-        memory.perplexity_bytes(model, text, batch_size, itemsize(dtype), opened.quantized),
+        memory.perplexity_bytes(
+            model, text, batch_size, itemsize(dtype), opened.quantized, outer_memory(opened.source)
+        ),
         dtype,
         kept_programs.run_key("perplexity", model, text.seqlen, batch_size, dtype),
         ["a smaller --seqlen", *_smaller_batch(batch_size), *_smaller_dtype(dtype)],
@@ -120,10 +123,11 @@ def before_compare(
     """Says what `spqr compare` will do with int32 tokens [windows, length]."""
     text, dtype = Text(*tokens.shape), dtype or default_dtype()
     models = dense.source.config, opened.source.config
+    outers = outer_memory(dense.source), outer_memory(opened.source)
     return _announce(
         f"comparing {opened.label} with {dense.label} on {describe_text(text, data)}",
         measuring.compare_work(*models, text),
-        memory.compare_bytes(*models, text, batch_size, itemsize(dtype)),
+        memory.compare_bytes(*models, text, batch_size, itemsize(dtype), outers),
         dtype,
         kept_programs.run_key("compare", models, text.seqlen, batch_size, dtype),
         ["a smaller --seqlen", *_smaller_batch(batch_size), *_smaller_dtype(dtype)],
@@ -171,9 +175,9 @@ def before_eval(opened: OpenedModel, tasks: str, limit: float | None, dtype: str
     machine = measure_machine((dtype,))
     rate = some.tokens / max(seconds(measuring.reading_work(model, some), machine, dtype, compiled=True), 1e-9)
     questions = (
-        "all questions" if limit is None else f"{limit:g} questions" if limit >= 1 else f"{limit:.0%} of the questions"
+        "all questions" if limit is None else f"{limit:g} a task" if limit >= 1 else f"{limit:.0%} of the questions"
     )
-    say(f"answering {questions} of {tasks} with {opened.label}")
+    say(f"answering questions of {tasks} with {opened.label}: {questions}")
     say(f"this machine ({machine.name}) reads about {_two_digits(rate)} tokens per second; a bar shows the time left")
 
 

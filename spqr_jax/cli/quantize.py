@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import typer
 
+from spqr_jax._compat import keep_freed_memory
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.display import EventView, console, describe_head, errors, say, size, tell, write_json
 from spqr_jax.cli.next_step import after_writing
@@ -117,6 +118,7 @@ def quantize(
     hosts: Hosts = None,
 ) -> None:
     """Compress a model and save it."""
+    keep_freed_memory()
     together = _join_hosts(hosts)
     with together.watched(interrupt.received, interrupt.ask):
         mesh = "auto" if mesh is None and hosts is not None else mesh

@@ -132,7 +132,7 @@ class Forest:
 def forests(trees: Sequence[Tree], tokens: int) -> list[Forest]:
     """Trees of similar size together, about `tokens` tokens at a time.
 
-    A forest has `tokens` tokens, or those of one larger tree, and its number of slots depends on the size of its largest
+    A forest has `tokens` tokens, or those of one larger tree. Its number of slots depends on the size of its largest
     tree. Only the last forest is smaller.
     """
     waiting = sorted(trees, key=len)

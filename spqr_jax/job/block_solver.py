@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax.numpy as jnp
+import numpy as np
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.job.group_solver import GroupSolver
@@ -251,4 +252,6 @@ def with_stored_values(original: Block, quantized: Block, by_columns: bool) -> B
     """
     arrays = {name: weight for name, weight in quantized.items() if isinstance(weight, SpQRArray)}
     values = {name: array.to_dense_exactly() if by_columns else array.to_dense() for name, array in arrays.items()}
-    return original.replace({name: jnp.asarray(v).astype(original[name].dtype) for name, v in values.items()})
+    dense = {name: np.asarray(v).astype(original[name].dtype) for name, v in values.items()}
+    in_host_memory = {name for name in dense if isinstance(original[name], np.ndarray)}  # under a mesh
+    return original.replace({name: v if name in in_host_memory else jnp.asarray(v) for name, v in dense.items()})

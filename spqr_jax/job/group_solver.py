@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from spqr_jax.array import SpQRArray
@@ -69,7 +72,7 @@ class GroupSolver:
             except DataError as error:  # of its Hessian; blocks come in order, so here it begins
                 raise NotFiniteError(f"inputs of {prefix}{members[0]}: {error}; {advice(weights[0].dtype)}") from None
             block = block.replace({n: one.array for n, one in zip(members, solved, strict=True)})
-            values = {n: one.dense.astype(getattr(dense, n).dtype) for n, one in zip(members, solved, strict=True)}
+            values = {n: _in_dtype(one.dense, getattr(dense, n).dtype) for n, one in zip(members, solved, strict=True)}
             dense = dense.replace(values)
             for name, one in zip(members, solved, strict=True):
                 self._report(prefix + name, one.array, one.stats)
@@ -114,3 +117,11 @@ class GroupSolver:
         for path, one in zip(configs, solved, strict=True):
             ledger.spend(path, one.array)
         return solved
+
+
+def _in_dtype(values: jax.Array | np.ndarray, dtype: Any) -> jax.Array | np.ndarray:
+    """Values of a weight as the model has them; those in host memory are converted on the device, which is faster."""
+    if isinstance(values, np.ndarray):
+        converted: np.ndarray = jax.device_get(jnp.asarray(values).astype(dtype))
+        return converted
+    return values.astype(dtype)

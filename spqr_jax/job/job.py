@@ -23,7 +23,7 @@ from spqr_jax.models.decoder import Block, plain_linear
 from spqr_jax.output import readable_size
 from spqr_jax.planning.budget import Ledger, Measured, Plan, plan_budget
 from spqr_jax.stream import sweep
-from spqr_jax.stream.blocks import BlockSource, TreeSink, as_source
+from spqr_jax.stream.blocks import BlockSource, HostSource, TreeSink, as_source
 from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.mesh_activations import text_activations
 from spqr_jax.stream.spill import Spill
@@ -216,7 +216,8 @@ class Job:
         self, store: ResultSink, config: SpQRConfig, plan: Plan | None, report: Reporter, events: Events
     ) -> None:
         """Blocks, then the outer weights with the head."""
-        model, outer, activations = self._source.config, self._source.outer(), None
+        source = self._source if self._mesh is None else HostSource(self._source)
+        model, outer, activations = source.config, source.outer(), None
         if config.needs_calibration:
             linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
             activations = text_activations(
@@ -231,7 +232,7 @@ class Job:
             keeper = QuantizingKeeper(
                 self._kept, self._state, activations, solver, report, ledger, events, self._spill is not None
             )
-            first, place = keeper.go_on(self._source, reads_end)
+            first, place = keeper.go_on(source, reads_end)
             places = {} if place is None else {first: place}
 
         def visit(index: int, block: Block) -> None:
@@ -242,7 +243,7 @@ class Job:
             if keeper is not None:
                 keeper.after_block(index, last)
 
-        sweep.forward(self._source, visit, first=first)
+        sweep.forward(source, visit, first=first)
         if not reads_end:  # the head, the largest matrix, needs their memory
             activations = None
             give_back_memory()

@@ -209,7 +209,7 @@ class QuantizingKeeper:
         """Whether activations are small enough to be saved after each block; says so."""
         if self.activations is None or self.solver.streams is None:
             return False
-        size = len(self._streams()) * sum(state.residual.nbytes for state, _ in self.activations.chunks())
+        size = sum(stream.stream_bytes for stream in self._streams())
         saves = not self.spilled and size <= _SAVED_ACTIVATIONS and self.kept.has_room(size)
         how = "saved once a minute" if saves else "not saved: a run that goes on makes them again from its blocks"
         self._remark(f"activations ({readable_size(size)}) are {how}")

@@ -22,16 +22,35 @@ class StoredMatrix(Protocol):
 
     Attributes:
       shape, dtype: of the matrix.
-      band: rows that are best read together.
+      band: rows that are read together.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype
     band: int
+
+    def walk(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All bands in order, each with its first row. The matrix is verified once the last one was taken."""
+        ...
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Rows `first`, ..., `first + count - 1`, verified: [count, in]."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterMemory:
+    """What the weights outside of the blocks take.
+
+    Attributes:
+      held: bytes that an `Outer` holds.
+      reading: bytes that are held on top while rows on disk are read.
+      head_rows: rows of the output head whose logits are computed at a time.
+    """
+
+    held: int
+    reading: int
+    head_rows: int
 
 
 @runtime_checkable
@@ -42,20 +61,19 @@ class LeanSource(BlockSource, Protocol):
         """As `outer`, with a `StoredMatrix` in place of each large dense matrix."""
         ...
 
-    def lean_bytes(self) -> tuple[int, int]:
-        """Bytes that `lean_outer` holds, and bytes of the largest band of its stored matrices."""
+    def outer_memory(self) -> OuterMemory:
+        """What `lean_outer` takes; it reads no weights."""
         ...
+
+
+def outer_memory(source: BlockSource) -> OuterMemory | None:
+    """What `lean_outer` takes; None where it holds dense weights."""
+    return source.outer_memory() if isinstance(source, LeanSource) else None
 
 
 def lean_outer(source: BlockSource) -> Outer:
     """The weights outside of the blocks, for `embedded_rows` and `head_piece` only: what can stays on disk."""
     return source.lean_outer() if isinstance(source, LeanSource) else source.outer()
-
-
-def bands(matrix: StoredMatrix) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) of the parts in which a matrix on disk is read."""
-    for first in range(0, matrix.shape[0], matrix.band):
-        yield first, min(matrix.band, matrix.shape[0] - first)
 
 
 def pieces_of(weights: Sequence[Weight]) -> list[tuple[int, int]]:
@@ -67,7 +85,8 @@ def pieces_of(weights: Sequence[Weight]) -> list[tuple[int, int]]:
     stored = [weight for weight in weights if isinstance(weight, StoredMatrix)]
     if not stored or any(is_quantized(weight) for weight in weights):
         return row_pieces(weights)
-    return list(bands(min(stored, key=lambda matrix: matrix.band)))
+    rows, band = stored[0].shape[0], min(matrix.band for matrix in stored)
+    return [(first, min(band, rows - first)) for first in range(0, rows, band)]
 
 
 def head_piece(config: DecoderConfig, outer: Outer, first: int, count: int, dtype: Any) -> Outer:
@@ -80,18 +99,19 @@ def head_piece(config: DecoderConfig, outer: Outer, first: int, count: int, dtyp
 
 
 def embedded_rows(outer: Outer, batches: Sequence[np.ndarray]) -> list[Outer]:
-    """As `embedding_rows`; the embedding may be on disk. Then its rows keep its type."""
+    """As `embedding_rows`; the embedding may be on disk, or NumPy's. Then its rows keep its type."""
     embedding = outer.embed_tokens
+    if isinstance(embedding, np.ndarray):
+        rows_of = [embedding[np.clip(batch.reshape(-1), 0, len(embedding) - 1)] for batch in batches]
+        return [Outer(jnp.asarray(table), None, embed_positions=outer.embed_positions) for table in rows_of]
     if not isinstance(embedding, StoredMatrix):
         return embedding_rows(outer, batches)
     tokens = [batch.reshape(-1) for batch in batches]
     tables = [np.empty((len(ids), embedding.shape[1]), embedding.dtype) for ids in tokens]
-    for first, count in bands(embedding):
-        places = [(first <= ids) & (ids < first + count) for ids in tokens]
-        if any(place.any() for place in places):
-            rows = embedding.rows(first, count)
-            for ids, place, table in zip(tokens, places, tables, strict=True):
-                table[place] = rows[ids[place] - first]
+    for first, band in embedding.walk():
+        for ids, table in zip(tokens, tables, strict=True):
+            here = (first <= ids) & (ids < first + len(band))
+            table[here] = band[ids[here] - first]
     positions = outer.embed_positions
     positions = positions.to_dense() if isinstance(positions, QuantizedMatrix) else positions
     return [Outer(jnp.asarray(table), None, embed_positions=positions) for table in tables]

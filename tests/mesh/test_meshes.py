@@ -49,7 +49,14 @@ def test_an_error_of_one_process_ends_all(pair):
 
 
 def test_eight_devices_hold_a_sixth_each_of_what_one_holds():
-    """From shapes alone: activations, a Hessian while it is summed, and weights while their columns are solved."""
+    """From shapes alone: activations, a Hessian while it is summed, a block, and weights while they are solved."""
     held = mesh_runs.result(mesh_runs.begin(devices=8, memory=[1, 8]))
     for part, alone in held["1"].items():
         assert 6 * held["8"][part] <= alone, (part, held)
+
+
+def test_accelerators_of_a_mesh_solve_rows_panel_by_panel():
+    """As programs that CPUs can run too; a weight at the middle between two codes may fall to either side."""
+    same, is_finite = mesh_runs.result(mesh_runs.begin(devices=8, panels=8))
+    assert same > 0.99
+    assert is_finite

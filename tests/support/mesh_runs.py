@@ -174,12 +174,82 @@ def memory(count: int) -> dict[str, int]:
         "activations": 4 * math.prod(text),
         "Hessian": gram - 2 * 4 * tokens * width,
         "column loop": held(loop) - 4 * inner**2,
+        "block": _block_bytes(mesh),
     }
+
+
+def _block_bytes(mesh: Any) -> int:
+    """What the program of a block's widest stage is given of the block, in bytes a device."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from spqr_jax.models.attention import positions
+    from spqr_jax.models.config import BlockKind
+    from spqr_jax.models.decoder import State, plain_linear
+    from spqr_jax.models.weights import abstract_block
+    from spqr_jax.stream.mesh_activations import advance_program
+    from spqr_jax.stream.mesh_blocks import BlockLayout, MeshBlocks
+    from support.problems import TINY
+
+    model = dataclasses.replace(TINY, num_layers=1, hidden_size=256, intermediate_size=1000)
+    zeros = jax.tree.map(lambda weight: np.zeros(weight.shape, np.float32), abstract_block(model, BlockKind()))
+    block, layout = MeshBlocks(mesh, model).put(zeros)
+    assert layout == BlockLayout.of(model, zeros)
+    state = State(jnp.zeros((mesh.size, 1, 2, 256)))
+    where = positions(model, 2, jnp.zeros(1, jnp.int32), jnp.int32(0))
+    given = []
+    for stage in (0, 2):
+        program = advance_program(mesh, model, layout, stage, plain_linear).lower(block, state, where).compile()
+        given.append(program.memory_analysis().argument_size_in_bytes)
+    return max(given)
+
+
+def panels(count: int) -> tuple[float, bool]:
+    """Rows that `count` devices solve as accelerators do: the part that is as without a mesh, and if it is finite."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from spqr_jax import SpQRConfig
+    from spqr_jax.layout import array_layout
+    from spqr_jax.solver import mesh_columns, pieces
+    from spqr_jax.solver import panels as local
+    from spqr_jax.solver.columns import RowChoices
+    from spqr_jax.solver.mesh_pieces import Cutting
+    from spqr_jax.solver.solve import column_spec
+    from spqr_jax.stream.mesh import parse_mesh
+
+    config, inner, rows = SpQRConfig(bits=3), 64, 96 + 208  # of two matrices
+    spec = column_spec(config, config.group_size, True)
+    spec = dataclasses.replace(spec, grid=dataclasses.replace(spec.grid, at_once=True), rows_at_once=16)
+    random = np.random.default_rng(0)
+    w = random.standard_normal((128, rows)).astype(np.float32)
+    w[inner:] = 0  # a panel's padding
+    u = jnp.asarray(np.eye(128) + np.triu(0.1 * random.standard_normal((128, 128)), 1), jnp.float32)
+    choices = RowChoices(np.full(rows, 0.3, np.float32), np.full(rows, 7, np.float32))
+    layouts = tuple(array_layout((out, inner), config.group_size, 16) for out in (96, 208))
+    options = (True, config.stats_bits, config.stats_group_size)
+    place, valid = random.permutation(inner), np.arange(128) < inner
+    alone = local.solve_columns(jnp.asarray(w), u, valid, choices, spec)
+    expected, _ = pieces.cut(alone, place, layouts, *options)
+    cutting = Cutting(layouts[0], *options, place)
+    whole, figures = mesh_columns.solve_columns(
+        parse_mesh(f"data={count}"), w, u, valid, choices, spec, cutting, rows
+    )  # fmt: skip
+    same = []
+    for piece, other in zip(cutting.split(whole, layouts), expected, strict=True):
+        assert [field.shape for field in piece] == [field.shape for field in other]
+        same.append(np.mean(piece.codes == np.asarray(other.codes)))
+        same.append(np.mean(piece.tile_stats == np.asarray(other.tile_stats)))
+        same.append(np.mean(np.isclose(piece.dense, other.dense, atol=1e-3)))
+    return float(min(same)), bool(figures.finite)
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if "memory" in given:
         print(json.dumps({str(count): memory(count) for count in given["memory"]}))
+    elif "panels" in given:
+        print(json.dumps(panels(given["panels"])))
     else:
         main(given)
