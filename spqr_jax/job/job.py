@@ -254,8 +254,7 @@ class Job:
         )  # fmt: skip
         store.put_outer(head)
         if keeper is not None:
-            keeper.after_head()
-            self._state.save(phase="tune" if self._tuning is not None else "done")
+            keeper.after_head("tune" if self._tuning is not None else "done")
 
     # ---- tuning -----------------------------------------------------------------------------
 

@@ -156,9 +156,9 @@ class QuantizingKeeper:
             self._save(partial=None)
             self._tell(f"block {index}", save_streams)
 
-    def after_head(self) -> None:
-        """The outer weights are on the disk."""
-        self._save(activations=None, partial=None)
+    def after_head(self, phase: str) -> None:
+        """The outer weights are on the disk: saves this, and the phase that comes next, in one step."""
+        self._save(phase, activations=None, partial=None)
 
     def inside(self, index: int) -> KeepPlace | None:
         """What saves places inside a block, or inside the head; None where none can be saved."""
@@ -181,9 +181,9 @@ class QuantizingKeeper:
 
     # ---- helpers ----------------------------------------------------------------------------
 
-    def _save(self, **changes: Any) -> None:
+    def _save(self, phase: str = "blocks", **changes: Any) -> None:
         self.state.save(
-            phase="blocks",
+            phase=phase,
             blocks=self.kept.blocks.digests(),
             layers=layers_to_json(self.report.layers),
             ledger=None if self.ledger is None else self.ledger.state(),

@@ -9,6 +9,7 @@ from support.stops import Stop, StopAfter, report_of
 
 from spqr_jax import CheckpointError, LayerReport, SpQRConfig, accumulate_hessian, empty_hessian, quantize
 from spqr_jax.job import kept, pace
+from spqr_jax.journal import Journal
 from spqr_jax.methods import quantize_weights
 from spqr_jax.planning.budget import Ledger, plan_budget
 from spqr_jax.planning.record import plan_from_json, plan_to_json
@@ -60,6 +61,27 @@ def test_a_run_that_goes_on_ends_as_without_a_stop(
     assert not list(tmp_path.glob(".parts*"))
     first = next(event for event in seen if isinstance(event.detail, LayerReport)) if tuning is None else None
     assert first is None or first.detail.path.startswith("layers.1.")
+
+
+@pytest.mark.filterwarnings("ignore:what was finished")
+def test_a_run_goes_on_after_a_stop_behind_any_commit(tiny_model, tmp_path, monkeypatch):
+    config, commit, commits = SpQRConfig.rtn(4, 16, head_bits=8), Journal.commit, []
+    quantize(tiny_model, None, config, out=tmp_path / "whole")
+
+    def stopping(self, state):
+        commit(self, state)
+        commits.append(state)
+        raise Stop
+
+    for _ in range(10):
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "commit", stopping)
+            with pytest.raises(Stop):
+                quantize(tiny_model, None, config, out=tmp_path / "parts", resume=bool(commits))
+        if commits[-1]["phase"] == "done":
+            break
+    quantize(tiny_model, None, config, out=tmp_path / "parts", resume=True)
+    assert report_of(tmp_path / "parts") == report_of(tmp_path / "whole")
 
 
 @pytest.mark.filterwarnings("ignore:what was finished")
