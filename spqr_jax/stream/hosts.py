@@ -26,6 +26,7 @@ _LOOK = 0.5  # seconds between two looks at the other processes
 _SILENCE = 20.0  # seconds without a sign of life after which a process counts as gone
 _GRACE = 20.0  # seconds that a process has to end by itself once another has failed
 _NOTE = 1 << 16  # bytes up to which a message is a note; longer ones go from device to device
+_HOW_TO_GO_ON = "If a state was saved, the same commands with --resume go on."
 _PIECE = 1 << 22  # bytes of a long message that are sent at a time
 
 T = TypeVar("T")
@@ -255,7 +256,7 @@ class _Watch:
             except Exception as error:  # the first process is gone, which keeps the notes
                 problem, grace = f"the first process does not answer: {error}", _GRACE
             if problem:
-                print(f"spqr: {problem}; all processes end", file=sys.stderr, flush=True)
+                print(f"spqr: {problem}; all processes end. {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
                 if not self._closed.wait(grace):
                     os._exit(1)
                 return

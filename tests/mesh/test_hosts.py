@@ -22,7 +22,7 @@ from spqr_jax.models.decoder import random_decoder
 
 OPTIONS = [
     "model", "--calib", "text.npy", "--nsamples", "6", "--seqlen", "24", "--bits", "3", "--tune", "blocks",
-    "--tune-epochs", "1",
+    "--tune-epochs", "1", "--calibration-dtype", "float32",
 ]  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_a_process_that_is_killed_ends_the_other_one(story):
     (first, second), (words, _) = story[1]["killed"]
     assert first > 0
     assert second == -signal.SIGKILL
-    assert "another process has ended" in words
+    assert "another process has ended" in words or "no sign of life" in words
     assert "--resume" in words
 
 
