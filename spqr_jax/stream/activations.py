@@ -128,6 +128,7 @@ class Activations:
             state, where = states[chunk], self._where[chunk]
             if states.is_postponed(chunk):  # else many states would be made before the first ones are used up
                 jax.block_until_ready(hessians)
+                self._trim(chunk)
             return accumulate_stage(self.config, stage, block, state, where, hessians, part.experts, self._linear)
 
         return sums.total(part.empty_sums(), len(states), add)
@@ -185,9 +186,12 @@ class Activations:
             jax.block_until_ready(before)  # only one chunk is asked for ahead: it needs memory
             self._states[index] = before = state
             held += 0 if state.inner is None else state.inner.nbytes
-            if index % _CHUNKS_TO_TRIM == 0:
-                give_back_memory()
+            self._trim(index)
         give_back_memory()  # between arrays in use there is room of sizes that the next arrays do not have
+
+    def _trim(self, chunk: int) -> None:
+        if chunk % _CHUNKS_TO_TRIM == 0:
+            give_back_memory()
 
     def _through(self, stage: int, block: Block, where: Positions, state: State) -> State:
         after = run_stage(self.config, stage, block, state, where, self._linear)
