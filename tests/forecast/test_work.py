@@ -12,6 +12,7 @@ from spqr_jax import SpQRConfig
 from spqr_jax.forecast import Text, Work, measuring, memory, memory_plan, passes, quantizing
 from spqr_jax.models import prompt_attention
 from spqr_jax.models.config import BlockKind
+from spqr_jax.stream.outer import OuterMemory
 from spqr_jax.tune.config import TuneConfig
 
 # TINY: 2 blocks of hidden 64, MLP 96, 4 heads and 2 key-value heads of 16; vocabulary 256, head not tied.
@@ -150,6 +151,21 @@ def test_bytes_of_calibration_and_models():
     assert memory.perplexity_bytes(dataclasses.replace(TINY, num_layers=9), TEXT, 1, 4, packed=True) == packed
     both = memory.compare_bytes(TINY, TINY, TEXT, 1, 4)
     assert both > packed
+
+
+def test_bytes_outside_of_the_blocks_are_those_held():
+    large = dataclasses.replace(TINY, vocab_size=100_000)
+    dense = memory.perplexity_bytes(large, TEXT, 1, 4, packed=True)
+    lean = OuterMemory(held=10**6, reading=0, head_rows=2000)
+    packed = memory.perplexity_bytes(large, TEXT, 1, 4, True, lean)
+    logits = 3 * 4 * 128 * (100_000 - 2000)
+    assert dense - packed == pytest.approx(2 * 100_000 * 64 * 4 - 10**6 + logits)
+    # A matrix that is read as a whole, before the blocks are.
+    whole = dataclasses.replace(lean, reading=10**9)
+    assert memory.perplexity_bytes(large, TEXT, 1, 4, True, whole) > packed + 10**9
+    # Logits of two models are computed for pieces that fit both.
+    both = memory.compare_bytes(large, large, TEXT, 1, 4)
+    assert both - memory.compare_bytes(large, large, TEXT, 1, 4, (None, lean)) > logits
 
 
 def test_streams_of_long_texts_are_bounded():
