@@ -346,7 +346,7 @@ def _hessian_bytes(widths: Iterable[int], experts: bool, thrift: Thrift) -> floa
 
 def planning_parts(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> Parts:
     """Activations before every block, the gradient of one block and one chunk, and the trials of one stage."""
-    seen = plan_text(model, text)
+    seen = plan_text(text)
     kept_size = BFLOAT16 if rounds(config) else itemsize
     kept = (model.num_layers + 1) * seen.tokens * model.hidden_size * kept_size
     if thrift.spill:

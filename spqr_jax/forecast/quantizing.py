@@ -22,7 +22,7 @@ from spqr_jax.forecast.passes import (
 )
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.weights import block_shapes, matrix_names
-from spqr_jax.planning.budget import PLAN_WINDOW, plan_tokens
+from spqr_jax.planning.budget import PLAN_TOKENS, PLAN_WINDOW
 from spqr_jax.tune.config import TuneConfig
 
 _BACKWARD_ATTENTION = 4  # passes: forward, once more for the gradient, and twice as much backwards
@@ -99,11 +99,10 @@ def _products(passed: Pass, rounded: bool) -> Work:
     return Work(dense=passed.products, attention=passed.attention)
 
 
-def plan_text(model: DecoderConfig, text: Text) -> Text:
+def plan_text(text: Text) -> Text:
     """The beginnings of windows that a plan looks at: 512 tokens of each, or more if there are few."""
-    tokens = plan_tokens(model)
-    windows = min(text.windows, math.ceil(tokens / min(text.seqlen, PLAN_WINDOW)))
-    return Text(windows, min(text.seqlen, max(PLAN_WINDOW, tokens // max(windows, 1))))
+    windows = min(text.windows, math.ceil(PLAN_TOKENS / min(text.seqlen, PLAN_WINDOW)))
+    return Text(windows, min(text.seqlen, max(PLAN_WINDOW, PLAN_TOKENS // max(windows, 1))))
 
 
 def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
@@ -112,7 +111,7 @@ def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     Backwards, a block's products run once more forwards and once for the gradient of its input;
     weights get no gradient. Trials take as many rows of each matrix as it has, or a little more.
     """
-    seen = plan_text(model, text)
+    seen = plan_text(text)
     passed = forward_pass(model, seen)
     products = 3 * passed.products + _HEAD_GRADIENT * head_operations(model, seen.tokens)
     work = _products(Pass(products, (1 + _BACKWARD_ATTENTION) * passed.attention), rounds(config))

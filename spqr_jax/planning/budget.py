@@ -28,7 +28,6 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.methods.choose import check_shards
-from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BlockSensitivity, MeasuringPlace, block_sensitivities
@@ -43,6 +42,7 @@ _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its 
 # Prices tried, in nats per token for one bit more on every weight of the model.
 _PRICES = np.geomspace(0.01, 2.0, 5)
 _LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `_STEEPNESS`
+PLAN_TOKENS = 4096  # of calibration text that a plan looks at, about
 PLAN_WINDOW = 512  # tokens of a window that a plan looks at, or more if there are few windows
 _TOLERANCE = 0.005  # bits per weight by which a finished model may miss its target
 _GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
@@ -371,14 +371,6 @@ def _outlier_bytes(array: SpQRArray) -> int:
     return array.nnz * (np.dtype(np.float16).itemsize + np.dtype(array.outlier_cols.dtype).itemsize)
 
 
-def plan_tokens(model: DecoderConfig) -> int:
-    """About how many tokens of calibration text a plan looks at: 2048, for wide models up to 4096.
-
-    A third more than the widest weight has inputs, since fewer make an input's Hessian singular.
-    """
-    return min(4096, max(2048, 4 * max(model.hidden_size, model.intermediate_size) // 3))
-
-
 def plan_budget(
     source: BlockSource,
     batches: Sequence[Any],
@@ -389,7 +381,7 @@ def plan_budget(
     keep: Callable[[Measured], None] | None = None,
     spill: Spill | None = None,
 ) -> Plan:
-    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, `plan_tokens` in all.
+    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, 4096 or so tokens in all.
 
     Args:
       source, batches: the dense model; int32 [batch, seq] of token ids.
@@ -406,9 +398,7 @@ def plan_budget(
     config = config.resolved()
     assert config.target_bits is not None
     few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
-    text = beginnings(
-        [checked_batch(np.asarray(batch), source.config) for batch in batches], plan_tokens(source.config), PLAN_WINDOW
-    )
+    text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches], PLAN_TOKENS, PLAN_WINDOW)
     curves = measure_curves(source, text, config, events, begin=begin, keep=keep, spill=spill)
     give_back_memory()
     return make_plan(curves, config.target_bits, config)

@@ -13,6 +13,7 @@ from spqr_jax.forecast import Text, Work, measuring, memory, memory_plan, passes
 from spqr_jax.models import prompt_attention
 from spqr_jax.models.config import BlockKind
 from spqr_jax.stream.activations import HELD_SHARE
+from spqr_jax.stream.outer import OuterMemory
 from spqr_jax.tune.config import TuneConfig
 
 # TINY: 2 blocks of hidden 64, MLP 96, 4 heads and 2 key-value heads of 16; vocabulary 256, head not tied.
@@ -76,17 +77,17 @@ def test_passes_of_calibration(config, kind, times):
 
 def test_a_target_measures_first():
     text = Text(40, 128)
-    assert quantizing.plan_text(TINY, text) == Text(16, 128)  # batches of 8 windows, 2048 tokens in all
+    assert quantizing.plan_text(text) == Text(32, 128)  # batches of 8 windows, 4096 tokens in all
     plan = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3), text)
-    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 2048  # forwards, twice backwards; the head thrice
-    assert plan.attention == 5 * passes.forward_pass(TINY, Text(16, 128)).attention
+    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
+    assert plan.attention == 5 * passes.forward_pass(TINY, Text(32, 128)).attention
     with_target = quantizing.quantize_work(TINY, SpQRConfig(target_bits=4.3), text)
     without = quantizing.quantize_work(TINY, SpQRConfig(), text)
     assert with_target.bfloat16 - without.bfloat16 == plan.bfloat16
     exact = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3, calibration_dtype="float32"), text)
     assert (exact.dense, exact.gram) == (plan.bfloat16, plan.rounded_gram)
-    assert quantizing.plan_text(TINY, Text(40, 2048)) == Text(4, 512)
-    assert quantizing.plan_text(TINY, Text(2, 2048)) == Text(2, 1024)
+    assert quantizing.plan_text(Text(40, 2048)) == Text(8, 512)
+    assert quantizing.plan_text(Text(4, 2048)) == Text(4, 1024)
     assert with_target.searched > plan.searched + without.searched  # some weights are solved again
 
 
@@ -154,6 +155,21 @@ def test_bytes_of_calibration_and_models():
     assert memory.perplexity_bytes(dataclasses.replace(TINY, num_layers=9), TEXT, 1, 4, packed=True) == packed
     both = memory.compare_bytes(TINY, TINY, TEXT, 1, 4)
     assert both > packed
+
+
+def test_bytes_outside_of_the_blocks_are_those_held():
+    large = dataclasses.replace(TINY, vocab_size=100_000)
+    dense = memory.perplexity_bytes(large, TEXT, 1, 4, packed=True)
+    lean = OuterMemory(held=10**6, reading=0, head_rows=2000)
+    packed = memory.perplexity_bytes(large, TEXT, 1, 4, True, lean)
+    logits = 3 * 4 * 128 * (100_000 - 2000)
+    assert dense - packed == pytest.approx(2 * 100_000 * 64 * 4 - 10**6 + logits)
+    # A matrix that is read as a whole, before the blocks are.
+    whole = dataclasses.replace(lean, reading=10**9)
+    assert memory.perplexity_bytes(large, TEXT, 1, 4, True, whole) > packed + 10**9
+    # Logits of two models are computed for pieces that fit both.
+    both = memory.compare_bytes(large, large, TEXT, 1, 4)
+    assert both - memory.compare_bytes(large, large, TEXT, 1, 4, (None, lean)) > logits
 
 
 def test_streams_of_long_texts_are_bounded():
