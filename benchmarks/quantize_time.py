@@ -3,6 +3,7 @@
     python benchmarks/quantize_time.py                     the demo model, two layers, growth (a few minutes)
     python benchmarks/quantize_time.py --layer 4096x4096   one layer only
     python benchmarks/quantize_time.py --target-bits 4.3   with the plan for a size
+    python benchmarks/quantize_time.py --commands          whole commands, the default and 3 bits, nothing compiled
 
 Shows wall-clock seconds and CPU seconds of all threads. Each problem runs twice: the difference between the first and
 the second run is the time of compilation. The second run is split into parts. To time a part, the script waits for its
@@ -13,9 +14,12 @@ resident size of the process until then.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +36,7 @@ import spqr_jax.planning.sensitivity
 import spqr_jax.solver.solve
 import spqr_jax.stream.activations
 from spqr_jax import SpQRConfig, accumulate_hessian, empty_hessian
+from spqr_jax.compile_cache import CACHE_VARIABLE
 from spqr_jax.job.job import Job
 from spqr_jax.methods import quantize_weight
 from spqr_jax.resolve import open_model
@@ -111,10 +116,12 @@ def show(title: str, cold: np.ndarray, warm: np.ndarray, parts: dict[str, np.nda
     ]
 
 
+_RSS_UNIT = (1 if sys.platform == "darwin" else 1024) / 2**30  # GiB in what the system counts resident sizes in
+
+
 def peak_gib() -> float:
     """Largest resident size of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def model_time(model: str, windows: np.ndarray, config: SpQRConfig) -> list[dict[str, Any]]:
@@ -128,6 +135,37 @@ def model_time(model: str, windows: np.ndarray, config: SpQRConfig) -> list[dict
 
     title = f"{model}: {windows.shape[0]} x {windows.shape[1]} tokens, model in memory {size:.2f} GiB"
     return show(title, *twice(run))
+
+
+COMMANDS = {"default": [], "3 bits": ["--bits", "3", "--outlier-threshold", "0.2"]}
+
+
+def command_times(model: str, nsamples: int, seqlen: int) -> list[dict[str, Any]]:
+    """Runs `spqr quantize` in processes of their own, each with an empty cache of programs: unset JAX's own."""
+    rows = []
+    for name, options in COMMANDS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            words = ["--out", f"{scratch}/out", "--calib", "pydoc", f"--nsamples={nsamples}", f"--seqlen={seqlen}"]
+            command = [sys.executable, "-m", "spqr_jax", "quantize", model, *words, *options]
+            clock = time.perf_counter()
+            child = subprocess.Popen(command, env={**os.environ, CACHE_VARIABLE: f"{scratch}/programs"})
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            sys.exit(f"{' '.join(command)} failed")
+        wall, cpu, peak = time.perf_counter() - clock, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _RSS_UNIT
+        rows.append(
+            {
+                "problem": f"spqr quantize {model}, {name}, {nsamples} x {seqlen} tokens",
+                "part": "total, with compilation",
+                "wall_s": wall,
+                "cpu_s": cpu,
+                "peak_gib": peak,
+            }
+        )
+    cells = [[r["problem"], f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}", f"{r['peak_gib']:.2f}"] for r in rows]
+    table("Whole commands", ["", "wall s", "CPU s", "peak GiB"], cells)
+    return rows
 
 
 def problem(out: int, inner: int, tokens: int) -> tuple[jax.Array, jax.Array]:
@@ -174,11 +212,16 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--target-bits", type=float, help="plan for so many stored bits; default: 3 bits, tau 0.2")
     parser.add_argument("--layer", action="append", help="OUTxIN: time only this layer; repeatable")
+    parser.add_argument("--commands", action="store_true", help="time whole commands only")
     add_csv_options(parser, "quantize_time.csv")
     arguments = parser.parse_args()
     check_csv(parser, arguments.csv, QuantizeRow)
     rows = []
     console.print(f"{platform.processor() or platform.machine()}, {jax.devices()}, jax {jax.__version__}")
+    if arguments.commands:
+        rows += command_times(arguments.model, arguments.nsamples, arguments.seqlen)
+        save(arguments.csv, QuantizeRow, arguments, rows)
+        return
     if arguments.layer is None:
         if arguments.calib:
             windows = np.load(arguments.calib, allow_pickle=False)[: arguments.nsamples, : arguments.seqlen]

@@ -143,7 +143,7 @@ def answer_tasks(setup: Setup, opened: OpenedModel, params: Any) -> dict[str, tu
     if not setup.tasks:
         return {}
     harness = import_harness()
-    found = harness.evaluate_tasks(
+    run = harness.evaluate_tasks(
         harness.HarnessModel(params, opened.tokenizer()),
         setup.tasks,
         num_fewshot=0,
@@ -153,7 +153,7 @@ def answer_tasks(setup: Setup, opened: OpenedModel, params: Any) -> dict[str, tu
     )
     values = {}
     for task in setup.tasks:
-        metrics = found["results"][task]
+        metrics = run.values["results"][task]
         name = next((name for name in METRICS if name in metrics), None)
         if name is None:
             raise SpQRError(f"task {task} has none of the metrics {', '.join(METRICS)}: it has {', '.join(metrics)}")

@@ -9,10 +9,8 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import itertools
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -114,60 +112,68 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's `mallopt`
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed, until `give_back_memory`, where it is glibc.
+
+    Else it maps and unmaps memory for each call of a program: a fifth of the CPU seconds of quantizing is then spent
+    in the system on new pages. For the process of a command; call it before JAX starts its threads.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((_TRIM_THRESHOLD, 2**30), (_MMAP_MAX, 0), (_ARENA_MAX, 1)):
+            mallopt(parameter, value)
+
+
 def start_distributed(timeout: int, **settings: Any) -> None:
-    """`jax.distributed.initialize`, with collective operations between processes on CPUs, too; seconds to wait."""
+    """`jax.distributed.initialize`, with collective operations between processes on CPUs, too; seconds to wait.
+
+    JAX is to leave to us what happens when another process has died, and when SIGTERM comes.
+    """
+    for option, value in (("jax_enable_recoverability", True), ("jax_enable_preemption_service", False)):
+        with contextlib.suppress(AttributeError):
+            jax.config.update(option, value)
     if jax.config._read("jax_cpu_collectives_implementation") in (None, "", "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(initialization_timeout=timeout, **settings)
 
 
-def _coordinator() -> Any:
-    from jax._src import distributed  # not public in any version
+class Notes:
+    """Short texts that all processes can read. The coordinator, in process 0, keeps them."""
 
-    return distributed.global_state.client
+    _FOLDER = "spqr/"
 
+    @staticmethod
+    def _coordinator() -> Any:
+        from jax._src import distributed  # not public in any version
 
-_barriers = itertools.count()
+        return distributed.global_state.client
 
+    @classmethod
+    def write(cls, name: str, text: bytes) -> None:
+        """Keeps a text under a name such as ``folder/name``, in place of an earlier one."""
+        cls._coordinator().key_value_set_bytes(cls._FOLDER + name, text, allow_overwrite=True)
 
-def barrier(name: str, timeout: int) -> None:
-    """Returns once all processes are here, or raises after so many seconds."""
-    if jax.process_count() > 1:
-        _coordinator().wait_at_barrier(f"spqr/{name}/{next(_barriers)}", 1000 * timeout)
+    @classmethod
+    def wait(cls, name: str, seconds: float) -> bytes | None:
+        """A text, once it is there; None if it did not come in time."""
+        try:
+            text: bytes = cls._coordinator().blocking_key_value_get_bytes(cls._FOLDER + name, round(1000 * seconds))
+            return text
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            return None
 
+    @classmethod
+    def meet(cls, name: str, seconds: float) -> None:
+        """Returns once all processes are here; raises if they did not come in time."""
+        cls._coordinator().wait_at_barrier(cls._FOLDER + name, round(1000 * seconds))
 
-class Watch:
-    """Ends this process once another has told that it failed.
-
-    Args:
-      grace: seconds that the process has to end by itself.
-    """
-
-    _FOLDER = "spqr/failed/"
-
-    def __init__(self, grace: float) -> None:
-        self._grace, self._closed = grace, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="other processes")
-        self._thread.start()
-
-    def tell(self, message: str) -> None:
-        """Tells the others."""
-        with contextlib.suppress(Exception):  # they may be gone
-            _coordinator().key_value_set(f"{self._FOLDER}{jax.process_index()}", message)
-
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        mine = f"{self._FOLDER}{jax.process_index()}"
-        while not self._closed.wait(1.0):
-            try:
-                failed = [text for key, text in _coordinator().key_value_dir_get(self._FOLDER) if key != mine]
-            except Exception as error:  # process 0 is gone, which keeps what is told
-                failed = [f"the first process does not answer: {error}"]
-            if failed:
-                print(f"spqr: {failed[0]}; all processes end", file=sys.stderr, flush=True)
-                if not self._closed.wait(self._grace):
-                    os._exit(1)
-                return
+    @classmethod
+    def folder(cls, name: str) -> dict[str, bytes]:
+        """All texts of a folder, by name."""
+        texts = cls._coordinator().key_value_dir_get_bytes(f"{cls._FOLDER}{name}/")
+        return {key.rpartition("/")[2]: text for key, text in texts}

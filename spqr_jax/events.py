@@ -35,8 +35,15 @@ class Remark:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
 class SafePoint:
-    """An event's `detail` where all work so far is saved, so that a run that is stopped here loses nothing."""
+    """An event's `detail` where a run that is stopped loses nothing.
+
+    Attributes:
+      save: saves what is not saved yet; to be called before the event raises. It may be called only during the event.
+    """
+
+    save: Callable[[], None] = lambda: None
 
 
 Events = Callable[[Event], None]

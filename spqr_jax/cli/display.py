@@ -63,7 +63,9 @@ class EventView:
             self._event = None
 
     def __call__(self, event: Event) -> None:
-        (interrupt.at_safe_point if isinstance(event.detail, SafePoint) else interrupt.check)()
+        if isinstance(event.detail, SafePoint):
+            interrupt.at_safe_point(event.detail.save)
+        interrupt.check()
         if isinstance(event.detail, Remark):
             say(event.detail.text)
             return

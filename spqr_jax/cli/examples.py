@@ -38,10 +38,13 @@ EXAMPLES = {
         spqr compare demo small --data pydoc --seqlen 1024 --json small.json
         """,
     "eval": """
-        # The five tasks of the SpQR paper, 200 questions from each
-        spqr eval small --limit 200
+        # The SpQR paper's five tasks, 200 questions each, against the dense model
+        spqr eval small --tasks paper --limit 200 --compare demo
 
-        # Two tasks, with 5 solved examples before each question
+        # Go on with a run that was stopped
+        spqr eval small --tasks paper --resume
+
+        # Two tasks from the Hugging Face hub, with 5 solved examples each
         spqr eval small --tasks piqa,arc_easy --num-fewshot 5 --json scores.json
         """,
     "bench": """

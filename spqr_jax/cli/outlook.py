@@ -175,9 +175,9 @@ def before_eval(opened: OpenedModel, tasks: str, limit: float | None, dtype: str
     machine = measure_machine((dtype,))
     rate = some.tokens / max(seconds(measuring.reading_work(model, some), machine, dtype, compiled=True), 1e-9)
     questions = (
-        "all questions" if limit is None else f"{limit:g} questions" if limit >= 1 else f"{limit:.0%} of the questions"
+        "all questions" if limit is None else f"{limit:g} a task" if limit >= 1 else f"{limit:.0%} of the questions"
     )
-    say(f"answering {questions} of {tasks} with {opened.label}")
+    say(f"answering questions of {tasks} with {opened.label}: {questions}")
     say(f"this machine ({machine.name}) reads about {_two_digits(rate)} tokens per second; a bar shows the time left")
 
 

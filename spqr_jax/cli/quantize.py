@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import typer
 
+from spqr_jax._compat import keep_freed_memory
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.cli.display import EventView, console, describe_head, errors, say, size, tell, write_json
 from spqr_jax.cli.next_step import after_writing
@@ -68,8 +69,9 @@ from spqr_jax.inspection import summarize
 from spqr_jax.job.directory import quantize_to, take_part
 from spqr_jax.job.job import JobReport
 from spqr_jax.output import AlreadyFinished, Claim
+from spqr_jax.output.run_folder import Run
 from spqr_jax.resolve import OpenedModel, default_dtype, open_model
-from spqr_jax.stream.mesh import hosts_together, is_first, start_hosts, wait_for_all
+from spqr_jax.stream.hosts import ALONE, Together, start_hosts
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal import interrupt
 from spqr_jax.texts import read_calibration
@@ -116,41 +118,48 @@ def quantize(
     hosts: Hosts = None,
 ) -> None:
     """Compress a model and save it."""
-    mesh = _join_hosts(hosts, mesh, alone=resume or restart or tune != "none")
-    tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
-    config = build_config(
-        method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
-        stats_group_size=stats_group_size, outlier_threshold=outlier_threshold, damping=damping,
-        drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
-        input_shards=input_shards, sequential=sequential, steps=steps,
-        rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
-    )  # fmt: skip
-    needs_text = config.needs_calibration or tuning is not None
-    if plan_only:
-        text = Text(nsamples, seqlen) if needs_text else Text(0, 2)
-        dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
-        return
-    config, out = config.resolved(), needed_out(out, machine)
-    claim = _claim(context, out, overwrite, resume, restart, shared=hosts is not None)
-    opened = _open_dense(model, dtype, claim, config)
-    if calib and not needs_text:
-        say(f"--method {method} uses no calibration text: --calib is ignored")
-    windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed) if needs_text else (None, None)
-    outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
-    devices = None if mesh is None else parse_mesh(mesh)
-    watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, devices)
-    batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
-    spill, at_once = context.with_resource(watch.spill(out)), watch.thrift.hessian_bytes
-    with hosts_together(), EventView() as view, interrupt.at_safe_points():
-        if claim is None:
-            take_part(opened.source, batches, config, mesh=devices, spill=spill, hessian_bytes=at_once)
-        else:
+    keep_freed_memory()
+    together = _join_hosts(hosts)
+    with together.watched(interrupt.received, interrupt.ask):
+        mesh = "auto" if mesh is None and hosts is not None else mesh
+        tuning = build_tuning(tune, epochs=tune_epochs, learning_rate=tune_learning_rate)
+        config = build_config(
+            method, preset, target_bits=target_bits, bits=bits, group_size=group_size, stats_bits=stats_bits,
+            stats_group_size=stats_group_size, outlier_threshold=outlier_threshold, damping=damping,
+            drift_correction=drift_correction, calibration_dtype=calibration_dtype, order=order, fit=fit,
+            input_shards=input_shards, sequential=sequential, steps=steps,
+            rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
+        )  # fmt: skip
+        needs_text = config.needs_calibration or tuning is not None
+        if plan_only:
+            text = Text(nsamples, seqlen) if needs_text else Text(0, 2)
+            dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
+            return
+        config, out = together.from_first(config.resolved), needed_out(out, machine)
+        claim = _claim(context, together, out, overwrite, resume, restart)
+        opened = _open_dense(model, dtype, claim, config)
+        if calib and not needs_text:
+            say(f"--method {method} uses no calibration text: --calib is ignored")
+        windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed) if needs_text else (None, None)
+        outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
+        devices = None if mesh is None else parse_mesh(mesh)
+        watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, devices)
+        watch.thrift = together.from_first(lambda: watch.thrift)  # the same chunks in all processes
+        batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
+        spill, at_once = context.with_resource(watch.spill(out)), watch.thrift.hessian_bytes
+        with EventView() as view, interrupt.at_safe_points():
+            events = together.stopping(view, interrupt.received)
+            if claim is None:
+                take_part(
+                    opened.source, batches, config, tuning=tuning, events=events, mesh=devices, together=together,
+                    spill=spill, hessian_bytes=at_once,
+                )  # fmt: skip
+                return
             place, report = quantize_to(
-                claim, opened.source, batches, config, tuning=tuning, events=view, files=_files_to_keep(opened),
-                provenance=_provenance(opened, method, calibration), mesh=devices, spill=spill, hessian_bytes=at_once,
+                claim, opened.source, batches, config, tuning=tuning, events=events, files=_files_to_keep(opened),
+                provenance=_provenance(opened, method, calibration), mesh=devices, together=together, spill=spill,
+                hessian_bytes=at_once,
             )  # fmt: skip
-        wait_for_all("written")
-    if claim is not None:
         summary = _show_result(place, report, watch)
         write_json(json, {"seconds": report.seconds, **outlook.to_json(), **watch.to_json(), **summary})
         if opened.note is not None:
@@ -158,34 +167,32 @@ def quantize(
         outlook.end(after_writing(out))
 
 
-def _join_hosts(hosts: str | None, mesh: str | None, alone: bool) -> str | None:
-    """Joins the processes of ``--hosts``; the mesh to use. `alone`: some option works in one process only."""
+def _join_hosts(hosts: str | None) -> Together:
+    """Joins the processes of ``--hosts``; all but the first say nothing."""
     if hosts is None:
-        return mesh
-    start_hosts(hosts)
-    if alone:
-        raise SpQRError("with --hosts, --tune, --resume and --restart do not work: run them on one machine")
-    console.quiet = errors.quiet = not is_first()
-    return mesh or "auto"
+        return ALONE
+    together = start_hosts(hosts)
+    console.quiet = errors.quiet = not together.is_first
+    return together
 
 
 def _claim(
-    context: typer.Context, out: Path, overwrite: bool, resume: bool, restart: bool, shared: bool
+    context: typer.Context, together: Together, out: Path, overwrite: bool, resume: bool, restart: bool
 ) -> Claim | None:
     """The result's name, and what to do with an unfinished run of that name.
 
-    Several processes share a result: the first has the name, the others None. No state is saved, as all would have to
-    go on with it.
+    Of several processes the first one has the name, the others None.
     """
-    if shared:
-        return context.with_resource(Claim(out, overwrite)) if is_first() else None
     if resume and restart:
         raise SpQRError("--resume goes on with a run, --restart begins again: give one of them")
+    claims: list[Claim] = []
+    run: Run = "resume" if resume else "restart" if restart else "new"
     try:
-        return context.with_resource(Claim(out, overwrite, run="resume" if resume else "restart" if restart else "new"))
+        together.from_first(lambda: claims.append(context.with_resource(Claim(out, overwrite, run=run))))
     except AlreadyFinished as error:
         say(str(error))
         raise typer.Exit from None
+    return claims[0] if claims else None
 
 
 def _open_dense(model: str, dtype: str | None, claim: Claim | None, config: SpQRConfig) -> OpenedModel:

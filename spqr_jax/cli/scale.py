@@ -20,7 +20,7 @@ from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.estimate import quantized_bytes
 from spqr_jax.forecast import Text, about_bytes, about_seconds, measure_machine
-from spqr_jax.forecast.cluster import Costs, cluster_costs, model_bytes
+from spqr_jax.forecast.cluster import JAX_SHARE, Costs, cluster_costs, model_bytes
 from spqr_jax.forecast.machine import free_of_host
 from spqr_jax.forecast.machines import Cluster, named_cluster
 from spqr_jax.forecast.memory_fit import (
@@ -32,6 +32,7 @@ from spqr_jax.forecast.memory_fit import (
     ways_to_save,
 )
 from spqr_jax.forecast.memory_plan import Layout, MemoryPlan, Thrift, plan_memory
+from spqr_jax.forecast.mesh_memory import plan_mesh_memory
 from spqr_jax.forecast.passes import block_total, model_weights
 from spqr_jax.forecast.peak import begin_peak, device_peak, host_peak
 from spqr_jax.forecast.quantizing import compile_seconds
@@ -43,7 +44,6 @@ from spqr_jax.stream.spill import Spill
 from spqr_jax.tune.config import TuneConfig
 
 _USABLE = 0.9  # of a named machine's memory
-_JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes at its start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Run:
 
     def plan(self, thrift: Thrift = Thrift()) -> MemoryPlan:
         """What it holds, if it does `thrift` to hold less."""
-        return plan_memory(
+        planned = plan_memory if self.layout.devices == 1 else plan_mesh_memory
+        return planned(
             self.model,
             self.config,
             self.text,
@@ -236,7 +237,7 @@ def dry_run(
     cluster = None if machine is None else _with_devices(named_cluster(machine), devices)
     layout = this_layout(devices)
     if cluster is not None:
-        usable = _JAX_SHARE * cluster.device.memory
+        usable = JAX_SHARE * cluster.device.memory
         layout = Layout(cluster.devices, cluster.hosts, on_host=False, device_memory=usable)
     chosen = dtype or (default_dtype() if cluster is None else "bfloat16")
     run = Run(model, config, text, tuning, chosen, layout)

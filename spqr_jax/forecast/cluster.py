@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.forecast.machines import Cluster
-from spqr_jax.forecast.memory_plan import CHUNK_TOKENS, PACKED_BYTES
+from spqr_jax.forecast.memory_plan import CHUNK_TOKENS, PACKED_BYTES, is_blocked
 from spqr_jax.forecast.passes import (
     Text,
     Work,
@@ -29,13 +29,15 @@ from spqr_jax.forecast.passes import (
 )
 from spqr_jax.forecast.quantizing import calibration_work, head_work, plan_work, rounds, solver_work, tuning_work
 from spqr_jax.models.config import DecoderConfig
+from spqr_jax.solver import mesh_columns
+from spqr_jax.solver.blocked_factor import PANEL as BLOCKED_PANEL
 from spqr_jax.solver.hessian import gram_panels
 from spqr_jax.tune.config import TuneConfig
 
 ROWS_AT_ONCE = 4096
 """Rows of a matrix that an accelerator solves together, as in `spqr_jax.solver.columns`."""
-MESH_ROWS_AT_ONCE = 512
-"""The same for each device of a mesh, as in `spqr_jax.solver.mesh_columns`."""
+JAX_SHARE = 0.75
+"""Of a GPU's memory, which JAX takes at its start."""
 PANEL = 128
 """Columns of a panel of the loop, as there."""
 PANEL_LAUNCHES = 258
@@ -45,6 +47,9 @@ _REACHED = {"dense": 0.6, "bfloat16": 0.6, "float32": 0.7, "gram": 0.7, "rounded
 _FACTOR_REACHED = {"gpu": 0.3, "tpu": 0.1}
 _DISK = 1e9  # bytes per second to and from a host's disk; assumed
 _HOST_SECONDS_A_WEIGHT = 8.4e-9  # to read (2.3) and to pack and write (6.1) it; measured on one core (AMD, Zen 4)
+_MESH_SECONDS_A_WEIGHT = 0.8e-9  # to take over a mesh's results; measured on one core, in memory that was used before
+_RESULT_BYTES = 8  # a solved weight: code, value, residual, flag
+_MOVED_BYTES = 20.4  # of a weight: results (8) to the host; value twice, code and outliers (12) back; packed (0.4)
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target, as in `quantizing.py`
 
 Costs = dict[str, float]
@@ -66,6 +71,8 @@ def cluster_costs(
         solver = solver_work(model, config, text)
         blocks["factorization"] = _seconds(Work(factor=solver.factor), cluster, dtype)  # every device does all
         blocks["between devices"] = _exchanged_bytes(model, config, text, cluster, itemsize) / cluster.link
+        if cluster.devices > 1:
+            blocks["between host and devices"] = _bus_bytes(model, cluster, itemsize) / cluster.device.from_host
         blocks["column loop"] = _loop_seconds(model, config, cluster)
     weights = block_total(model)
     blocks["reading and writing"] = _host_seconds(weights, itemsize, cluster)
@@ -85,8 +92,12 @@ def cluster_costs(
 
 def _waves(text: Text, devices: int) -> float:
     """Part of the time of one device that chunks take on several: a device without a chunk waits."""
-    chunks = max(1, math.ceil(text.windows / max(1, CHUNK_TOKENS // max(text.seqlen, 1))))
+    chunks = _chunks(text)
     return math.ceil(chunks / devices) / chunks
+
+
+def _chunks(text: Text) -> int:
+    return max(1, math.ceil(text.windows / max(1, CHUNK_TOKENS // max(text.seqlen, 1))))
 
 
 def _seconds(work: Work, cluster: Cluster, dtype: str) -> float:
@@ -139,7 +150,7 @@ def _loop_seconds(model: DecoderConfig, config: SpQRConfig, cluster: Cluster) ->
     """The column loops: kernels that are launched one after the other, and the products of panels."""
     total = 0.0
     for count, rows, width, _ in _groups(model):
-        at_once = ROWS_AT_ONCE if cluster.devices == 1 else MESH_ROWS_AT_ONCE
+        at_once = ROWS_AT_ONCE if cluster.devices == 1 else mesh_columns.ROWS_AT_ONCE
         pieces = math.ceil(rows / (at_once * cluster.devices))
         launches = pieces * math.ceil(width / PANEL) * PANEL_LAUNCHES
         products = 2.0 * pieces * at_once * width**2 / (_REACHED["float32"] * cluster.device.float32)
@@ -148,19 +159,35 @@ def _loop_seconds(model: DecoderConfig, config: SpQRConfig, cluster: Cluster) ->
 
 
 def _exchanged_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, cluster: Cluster, itemsize: int) -> float:
-    """What a device receives: inputs of all chunks, panels of Hessians, rows of results; nothing on one device."""
-    total = 0.0
+    """What a device receives: inputs of all chunks, a block's rows for each wave of chunks, and factors of Hessians;
+    with several hosts also panels of Hessians, and rows of results. Nothing on one device."""
+    total, waves = 0.0, math.ceil(_chunks(text) / cluster.devices)
     for count, rows, width, share in _groups(model):
         inputs = share * text.tokens * width * itemsize
-        total += count * (inputs + 4.0 * width**2 + (4 + PACKED_BYTES) * rows * width)
+        of_hosts = 4.0 * width**2 + _RESULT_BYTES * rows * width if cluster.hosts > 1 else 0.0
+        total += count * (inputs + waves * itemsize * rows * width + 4.0 * width**2 + of_hosts)
     return total * (cluster.devices - 1) / cluster.devices * (2 if config.corrects_drift else 1)
 
 
+def _bus_bytes(model: DecoderConfig, cluster: Cluster, itemsize: int) -> float:
+    """Between a host and its first device, on a mesh: weights before and after their columns are solved, and Hessians.
+
+    A Hessian that is factored through host memory passes once for each of its panels.
+    """
+    total = 0.0
+    for count, rows, width, _ in _groups(model):
+        matrices = 2.0  # the Hessian's panels, and the Hessian
+        if is_blocked(width, JAX_SHARE * cluster.device.memory):
+            matrices += 4.0 + math.ceil(width / BLOCKED_PANEL)
+        total += count * (matrices * 4.0 * width**2 + (_MOVED_BYTES + 2 * itemsize) * rows * width)
+    return total
+
+
 def _host_seconds(weights: float, itemsize: int, cluster: Cluster) -> float:
-    """Weights from the disk to all devices of a host, packed and written to the disk again."""
-    local = max(1, cluster.devices // cluster.hosts)
-    to_devices = itemsize / cluster.device.from_host * local  # every device holds the whole block
-    return weights * ((itemsize + PACKED_BYTES) / _DISK + to_devices + _HOST_SECONDS_A_WEIGHT)
+    """Weights from the disk to a host's devices, each its rows; packed and written to the disk again."""
+    to_devices = itemsize / (cluster.device.from_host * cluster.hosts)
+    on_host = _HOST_SECONDS_A_WEIGHT + _MESH_SECONDS_A_WEIGHT * (cluster.devices > 1)
+    return weights * ((itemsize + PACKED_BYTES) / _DISK + to_devices + on_host)
 
 
 def model_bytes(model: DecoderConfig, itemsize: int) -> float:

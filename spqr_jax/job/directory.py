@@ -11,14 +11,17 @@ from jax.sharding import Mesh
 
 from spqr_jax.checkpoint import CheckpointFolder, CheckpointSink
 from spqr_jax.config import SpQRConfig
+from spqr_jax.errors import DataError
 from spqr_jax.events import Events, ignore
-from spqr_jax.job.job import Job, JobReport, Kept, Store
-from spqr_jax.journal import Journal, identity_of
-from spqr_jax.models.decoder import Block, Outer
+from spqr_jax.job.job import Job, JobReport
+from spqr_jax.job.kept import Kept
+from spqr_jax.job.shared import SharedState, SharedStore
+from spqr_jax.journal import Journal, differences, identity_of
 from spqr_jax.output import Claim
 from spqr_jax.output.run_folder import has_state
 from spqr_jax.planning.budget import Plan
 from spqr_jax.stream.blocks import ModelSource
+from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES
 from spqr_jax.tune.config import TuneConfig
@@ -38,6 +41,7 @@ def quantize_to(
     files: Mapping[str, bytes] | None = None,
     provenance: dict[str, Any] | None = None,
     mesh: Mesh | None = None,
+    together: Together = ALONE,
     events: Events = ignore,
     spill: Spill | None = None,
     hessian_bytes: int = EXPERT_HESSIAN_BYTES,
@@ -51,6 +55,8 @@ def quantize_to(
       tokenizer: a transformers tokenizer to keep with the model, or None.
       files: path in the directory -> content of more files to keep with the model.
       provenance: JSON values that tell where the model comes from; the target and the tuning are added.
+      mesh, together: as `Job` takes them. Where there are several processes this is for the first one, and the claim
+        has the folder of a run; the others call `take_part`.
       events: told of each step.
       spill, hessian_bytes: as `Job` takes them.
 
@@ -66,24 +72,16 @@ def quantize_to(
         kept["target_bits"] = config.target_bits
     batches = None if batches is None else list(batches)
     with CheckpointSink(claim, source.config, config, tokenizer=tokenizer, provenance=kept, files=files) as sink:
-        state = None if claim.run is None else _kept(claim.run, sink, source, batches, config, tuning)
-        job = Job(
-            source, sink, batches, config, tuning, plan, kept=state, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes
-        )
-        report = job.run(events)
+        state = None
+        if claim.run is not None:
+            identity = _identity(source, batches, config, tuning)
+            _refuse_unlike(together, identity)
+            state = _kept(claim.run, sink, source, identity, config, tuning, together)
+        report = Job(
+            source, sink if state is None else state.result, batches, config, tuning, plan,
+            kept=state, mesh=mesh, together=together, spill=spill, hessian_bytes=hessian_bytes,
+        ).run(events)  # fmt: skip
     return sink.path, report
-
-
-class _NoSink:
-    """Takes a model's parts and drops them."""
-
-    def put_outer(self, outer: Outer) -> None: ...
-
-    def put_block(self, index: int, block: Block) -> None: ...
-
-    def record(self, path: str, stats: dict[str, float]) -> None: ...
-
-    def describe(self, quantization: SpQRConfig) -> None: ...
 
 
 def take_part(
@@ -91,25 +89,55 @@ def take_part(
     batches: Iterable[Any] | None,
     config: SpQRConfig,
     *,
+    together: Together,
     mesh: Mesh | None,
+    tuning: TuneConfig | None = None,
+    plan: Plan | None = None,
+    events: Events = ignore,
     spill: Spill | None = None,
     hessian_bytes: int = EXPERT_HESSIAN_BYTES,
 ) -> None:
-    """What every process but the first does while the first runs `quantize_to`: the same, but it writes nothing."""
-    Job(source, _NoSink(), batches, config, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes).run()
+    """What every process but the first does while the first runs `quantize_to`, with the same arguments.
+
+    It writes nothing. What an earlier run has finished comes from the first process.
+    """
+    batches = None if batches is None else list(batches)
+    _refuse_unlike(together, _identity(source, batches, config, tuning))
+    together.from_first(lambda: None)  # the first one opens the journal
+    store = SharedStore(together, None)
+    kept = Kept(SharedState(together, None), store, store, Path(), together)
+    Job(
+        source, store, batches, config, tuning, plan,
+        kept=kept, mesh=mesh, together=together, spill=spill, hessian_bytes=hessian_bytes,
+    ).run(events)  # fmt: skip
+
+
+def _identity(
+    source: ModelSource, batches: Sequence[Any] | None, config: SpQRConfig, tuning: TuneConfig | None
+) -> dict[str, str]:
+    settings = None if tuning is None else dataclasses.asdict(tuning)
+    return identity_of(source.identity(), batches, config.to_json(), settings)
+
+
+def _refuse_unlike(together: Together, identity: dict[str, str]) -> None:
+    """Raises `DataError` in a process that was given other things than the first one."""
+    if unlike := differences(together.from_first(lambda: identity), identity):
+        raise DataError(f"this process differs from the first one in {' and in '.join(unlike)}: give all the same")
 
 
 def _kept(
     folder: Path,
     sink: CheckpointSink,
     source: ModelSource,
-    batches: Sequence[Any] | None,
+    identity: dict[str, str],
     config: SpQRConfig,
     tuning: TuneConfig | None,
+    together: Together,
 ) -> Kept:
     """What the run in this folder keeps; with tuning, quantized blocks go to a folder of their own first."""
-    settings = None if tuning is None else dataclasses.asdict(tuning)
-    identity = identity_of(source.identity(), batches, config.to_json(), settings)
-    journal = Journal(folder, identity, resume=has_state(folder))
-    blocks: Store = sink if tuning is None else CheckpointFolder(folder / _UNTUNED, source.config, config)
-    return Kept(journal, blocks, sink, folder)
+    opened: list[Journal] = []  # which does not travel to the other processes
+    together.from_first(lambda: opened.append(Journal(folder, identity, resume=has_state(folder))))
+    result = SharedStore(together, sink)
+    untuned = None if tuning is None else CheckpointFolder(folder / _UNTUNED, source.config, config)
+    blocks = result if untuned is None else SharedStore(together, untuned)
+    return Kept(SharedState(together, opened[0]), blocks, result, folder, together)

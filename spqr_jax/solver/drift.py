@@ -13,13 +13,14 @@ is little: H is damped and only a share of the way is gone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from spqr_jax.product_jit import product_jit
-from spqr_jax.solver.hessian import damping_shift
+from spqr_jax.solver.hessian import damping_shift, gram_panels
 
 _DAMPING = 1.0  # share of the mean diagonal of H; as much as the inputs' own size
 
@@ -27,7 +28,21 @@ _DAMPING = 1.0  # share of the mean diagonal of H; as much as the inputs' own si
 def cross_gram(aim: jax.Array, x: jax.Array) -> jax.Array:
     """Σ (aim - x) xᵀ over tokens: activations [..., in] twice -> float32 [in, in]."""
     aim, x = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (aim, x))
-    return lax.dot_general(aim - x, x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    whole = partial(cross_panel, first=0, end=x.shape[1])
+    total: jax.Array = lax.platform_dependent(aim - x, x, cpu=_in_panels, default=whole)
+    return total
+
+
+def _in_panels(miss: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.concatenate([cross_panel(miss, x, *columns) for columns in gram_panels(x.shape[1])])
+
+
+def cross_panel(miss: jax.Array, x: jax.Array, first: int, end: int) -> jax.Array:
+    """Rows `first` to `end` of Σ miss xᵀ: float32 [tokens, in] twice -> [end - first, in].
+
+    The devices of a mesh sum the panels that one CPU sums, for the same numbers.
+    """
+    return lax.dot_general(miss[:, first:end], x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 @product_jit()

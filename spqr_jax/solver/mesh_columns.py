@@ -20,77 +20,147 @@ from jax.sharding import Mesh
 
 import spqr_jax.devices as devices
 from spqr_jax.layout import round_up
-from spqr_jax.solver import columns, panels
+from spqr_jax.solver import columns, panels, pieces
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns
+from spqr_jax.solver.mesh_pieces import Cutting, joined
+from spqr_jax.solver.pieces import Figures, Piece
 
 _UNIT = 64  # a CPU device's rows come in multiples; those of 32 are enough for equal results
-_CHUNK = 512  # rows that an accelerator of a mesh solves together, however many there are
+ROWS_AT_ONCE = 512
+"""Rows that an accelerator of a mesh solves together, however many there are."""
 
 
 def spec_for(spec: ColumnSpec) -> ColumnSpec:
     """The same choices for a mesh, on which an accelerator solves fewer rows at once."""
-    return dataclasses.replace(spec, rows_at_once=_CHUNK)
+    return dataclasses.replace(spec, rows_at_once=ROWS_AT_ONCE)
 
 
 def solve_columns(
-    mesh: Mesh, w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
-) -> SolvedColumns:
-    """`columns.solve_columns` on all devices. Every process must call it with the same arrays, on its first device.
+    mesh: Mesh,
+    w: Any,
+    u: jax.Array | None,
+    valid: np.ndarray,
+    choices: RowChoices,
+    spec: ColumnSpec,
+    cutting: Cutting,
+    rows: int,
+) -> tuple[Piece, Figures]:
+    """`columns.solve_columns` and `pieces.cut` on all devices. Every process must call it with the same arrays.
+
+    Args:
+      mesh: of devices.
+      w, choices: in host memory, or on this process's first device; another one is given its rows only.
+      u, valid, spec: as there; U is on this process's first device, and is copied to all.
+      cutting: how results are cut.
+      rows: that count, whole tiles; those behind them are padding.
 
     Returns:
-      The same numbers, of all rows, on this process's first device.
+      All rows as one matrix in host memory, its codes not packed; and the figures. No device ever holds all of it.
     """
-    rows, count = w.shape[1], devices.size(mesh)
-    tile = spec.grid.stats_group_size if spec.grid.quantized_stats else 1
-    unit = count * (spec.chunk if spec.grid.at_once else math.lcm(_UNIT, tile))
-    padded = round_up(rows, unit)
-    w, choices = _padded(w, choices, padded)
+    unit = devices.size(mesh) * (spec.chunk if spec.grid.at_once else math.lcm(_UNIT, cutting.unit))
     solve = _solve_panels if spec.grid.at_once else _solve_parts
-    return _first_rows(solve(mesh, w, u, valid, choices, spec), rows, tile)
+    parts = solve(mesh, w, u, valid, choices, spec, cutting, rows, round_up(rows, unit))
+    return joined(parts)
+
+
+Part = tuple[Piece, Figures]
 
 
 def _solve_parts(
-    mesh: Mesh, w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
-) -> list[SolvedColumns]:
-    size = w.shape[1] // devices.size(mesh)
+    mesh: Mesh,
+    w: Any,
+    u: jax.Array | None,
+    valid: np.ndarray,
+    choices: RowChoices,
+    spec: ColumnSpec,
+    cutting: Cutting,
+    rows: int,
+    padded: int,
+) -> list[Part]:
+    size, w = padded // devices.size(mesh), np.asarray(w)
 
     @cache
-    def part(index: int) -> SolvedColumns:
-        w_part, choices_part = panels.rows_from(w, choices, index * size, size)
-        return columns.solve_columns(w_part, u, valid, choices_part, spec)
+    def leaves(index: int) -> tuple[list[Any], Any]:
+        w_part, choices_part = _rows(w, choices, index * size, size)
+        solved = columns.solve_columns(jnp.asarray(w_part), u, valid, choices_part, spec)
+        return jax.tree.flatten(cutting.cut(solved, size))
 
+    firsts = range(0, rows, size)  # parts of padding alone are left out
     if jax.process_count() == 1:
-        return [part(index) for index in range(devices.size(mesh))]
-    stacks = [devices.put_parts(mesh, lambda i, k=k: part(i)[k]) for k in range(len(SolvedColumns._fields))]  # type: ignore[misc]
-    every = SolvedColumns(*devices.gather(mesh, stacks))
-    return [SolvedColumns(*(field[index] for field in every)) for index in range(devices.size(mesh))]
+        parts = [jax.tree.unflatten(leaves(first // size)[1], leaves(first // size)[0]) for first in firsts]
+    else:
+        here = next(i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index())
+        number, tree = len(leaves(here)[0]), leaves(here)[1]
+        stacks = [devices.put_parts(mesh, lambda i, k=k: leaves(i)[0][k]) for k in range(number)]  # type: ignore[misc]
+        every = [devices.to_host(mesh, stack) for stack in stacks]
+        parts = [jax.tree.unflatten(tree, [stack[first // size] for stack in every]) for first in firsts]
+    return [cutting.first(part, min(size, rows - first)) for part, first in zip(parts, firsts, strict=True)]
 
 
 def _solve_panels(
-    mesh: Mesh, w: jax.Array, u: jax.Array | None, valid: np.ndarray, choices: RowChoices, spec: ColumnSpec
-) -> list[SolvedColumns]:
+    mesh: Mesh,
+    w: Any,
+    u: jax.Array | None,
+    valid: np.ndarray,
+    choices: RowChoices,
+    spec: ColumnSpec,
+    cutting: Cutting,
+    rows: int,
+    padded: int,
+) -> list[Part]:
     u = None if u is None else devices.put_everywhere(mesh, u)
+    place = None if cutting.place is None else devices.put_everywhere(mesh, cutting.place)
     step, parts, programs = spec.chunk * devices.size(mesh), [], _panel_programs(mesh, spec)
-    for first in range(0, w.shape[1], step):
-        w_part, choices_part = panels.rows_from(w, choices, first, step)
-        choices_part = RowChoices(*(devices.cut(mesh, choice) for choice in choices_part))
-        solved = panels.solve_chunk(devices.cut(mesh, w_part, axis=1), u, valid, choices_part, spec, programs)
-        parts.append(devices.gather(mesh, solved))
+    cut = _cut_program(mesh, cutting._replace(place=None), spec.chunk)
+    for first in range(0, padded, step):
+        count = min(step, rows - first)
+        w_part, choices_part = (
+            w[:, first : first + count],
+            (np.asarray(choice)[first : first + count] for choice in choices),
+        )
+        filled = (_filled(choice, step, value) for choice, value in zip(choices_part, _OF_NOTHING, strict=True))
+        cut_choices = RowChoices(*(devices.cut(mesh, choice) for choice in filled))
+        w_cut = devices.cut(mesh, w_part, axis=1, length=step)
+        solved = panels.solve_chunk(w_cut, u, valid, cut_choices, spec, programs)
+        piece, figures = cut(solved, place)
+        in_host_memory = {
+            name: None if field is None else devices.to_host(mesh, field, *cutting.extent(name, count))
+            for name, field in piece._asdict().items()
+        }
+        outliers = devices.to_host(mesh, figures.outliers, length=count)
+        finite = devices.to_host(mesh, figures.finite).all()
+        parts.append((Piece(**in_host_memory), Figures(finite, outliers)))  # type: ignore[arg-type]
     return parts
 
 
-def _padded(w: jax.Array, choices: RowChoices, rows: int) -> tuple[jax.Array, RowChoices]:
-    """With rows of zeros behind the others."""
-    extra = (0, rows - w.shape[1])
-    threshold = jnp.pad(choices.threshold, extra, constant_values=jnp.inf)
-    return jnp.pad(w, ((0, 0), extra)), RowChoices(threshold, jnp.pad(choices.maxq, extra, constant_values=1.0))
+@lru_cache(maxsize=64)
+def _cut_program(mesh: Mesh, cutting: Cutting, rows: int) -> Any:
+    """(results of all devices, place) -> their pieces and figures, `rows` a device."""
+
+    def run(solved: SolvedColumns, place: jax.Array | None) -> Part:
+        program: Any = pieces.cut
+        piece, figures = cutting._replace(place=place).cut(solved, rows, program.__wrapped__)
+        return piece, Figures(figures.finite[None], figures.outliers)
+
+    by_row: Any = devices.cut_along(mesh)
+    specs = Piece(*(devices.cut_along(mesh, cutting.extent(name, rows)[0]) for name in Piece._fields))  # type: ignore[arg-type]
+    return devices.mesh_jit(mesh, run, (_specs(mesh)[2], devices.EVERYWHERE), (specs, Figures(by_row, by_row)))
 
 
-def _first_rows(parts: list[SolvedColumns], rows: int, tile: int) -> SolvedColumns:
-    """Parts side by side without the padding."""
-    solved = panels.side_by_side(parts) if len(parts) > 1 else parts[0]
-    kept = {name: getattr(solved, name)[:, :rows] for name in solved._fields if name not in ("stats", "loss")}
-    return SolvedColumns(**kept, stats=solved.stats[:, : rows // tile], loss=solved.loss[:rows])
+_OF_NOTHING = (np.inf, 1.0)  # what rows of padding choose
+
+
+def _rows(w: np.ndarray, choices: RowChoices, first: int, size: int) -> tuple[np.ndarray, RowChoices]:
+    """Some rows of Wᵀ [in, rows], and their choices; with rows of zeros behind the last."""
+    w_part = w[:, first : first + size]
+    parts = (np.asarray(choice)[first : first + size] for choice in choices)
+    filled = (_filled(part, size, value) for part, value in zip(parts, _OF_NOTHING, strict=True))
+    missing = size - w_part.shape[1]
+    return (np.pad(w_part, ((0, 0), (0, missing))) if missing else w_part), RowChoices(*filled)  # type: ignore[arg-type]
+
+
+def _filled(values: Any, size: int, value: Any) -> np.ndarray:
+    return np.pad(values, (0, size - len(values)), constant_values=value)
 
 
 def _specs(mesh: Mesh) -> tuple[Any, RowChoices, SolvedColumns]:

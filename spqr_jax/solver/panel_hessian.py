@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 import spqr_jax.devices as devices
+from spqr_jax.solver.drift import cross_panel
 from spqr_jax.solver.hessian import gram_panel, gram_panels, mean_square
 
 
@@ -61,18 +62,17 @@ class PanelHessian:
 
     def matrix(self) -> jax.Array:
         """H = (2/n) X Xᵀ, float32 [in, in], on this process's first device. Every process must call it."""
-        panels, tokens = devices.gather(self.mesh, (self.panels, self.tokens))
-        return mean_square(_assembled(panels), tokens)
+        return mean_square(_assembled(self.mesh, self.panels), self.tokens.addressable_data(0))
 
 
-@jax.jit
-def _assembled(panels: jax.Array) -> jax.Array:
-    """[devices, panels a device, rows, in] -> X Xᵀ [in, in], whose upper triangle is complete."""
+def _assembled(mesh: Mesh, panels: jax.Array) -> np.ndarray:
+    """[devices, panels a device, rows, in] -> X Xᵀ [in, in] in host memory, whose upper triangle is complete."""
     count, _, _, width = panels.shape
-    gram = jnp.zeros((width, width), panels.dtype)
-    for device in range(count):
+    parts = devices.to_host(mesh, panels, length=min(count, len(gram_panels(width))))  # devices behind these have none
+    gram = np.empty((width, width), np.float32)
+    for device in range(len(parts)):
         for slot, (first, end) in enumerate(panels_of(width, device, count)):
-            gram = gram.at[first:end].set(panels[device, slot, : end - first])
+            gram[first:end] = parts[device, slot, : end - first]
     return gram
 
 
@@ -141,7 +141,7 @@ def add_cross_panels(mesh: Mesh, panels: jax.Array, x: jax.Array, aim: jax.Array
 
     def added(columns: Sequence[tuple[int, int]], panels: jax.Array, miss: jax.Array, x: jax.Array) -> jax.Array:
         for slot, (first, end) in enumerate(columns):
-            part = panels[slot, : end - first] + _product(miss[:, first:end], x)
+            part = panels[slot, : end - first] + cross_panel(miss, x, first, end)
             panels = lax.dynamic_update_slice(panels, part[None], (slot, 0, 0))
         return panels
 
@@ -154,12 +154,6 @@ def add_cross_panels(mesh: Mesh, panels: jax.Array, x: jax.Array, aim: jax.Array
     return lax.scan(chunk, panels[0], jnp.arange(count))[0][None]
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """aᵀ b in full float32."""
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
-
-
 def cross_matrix(hessian: PanelHessian, panels: jax.Array) -> jax.Array:
     """(2/n) Σ (aim - x) xᵀ [in, in] from its panels, on this process's first device. Every process must call it."""
-    panels, tokens = devices.gather(hessian.mesh, (panels, hessian.tokens))
-    return 2.0 / tokens * _assembled(panels)
+    return 2.0 / hessian.tokens.addressable_data(0) * jnp.asarray(_assembled(hessian.mesh, panels))

@@ -1,4 +1,4 @@
-"""Matrices that were solved as one, cut out of the result again; with the figures that the host reads."""
+"""Matrices that were solved as one, cut out of the result again: whole, or by rows where a mesh has solved them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from spqr_jax.packing import pack_codes, packed_words
 from spqr_jax.product_jit import product_jit
 from spqr_jax.solver.columns import SolvedColumns
 from spqr_jax.solver.hessian import quadratic_form
+from spqr_jax.solver.sparse import OutlierList, outlier_list
 
 
 class Figures(NamedTuple):
     """What the host reads as soon as matrices are solved."""
 
-    output_errors: list[jax.Array]  # f32 scalar of each matrix
     finite: jax.Array  # bool scalar, whether all statistics are
     outliers: jax.Array  # int32 [rows], of each row of all matrices
 
@@ -34,15 +34,13 @@ class Piece(NamedTuple):
     residual: jax.Array | None  # f16 [out, in], permuted columns
     outliers: jax.Array | None  # bool [out, in], permuted columns
     dense: jax.Array  # f32 [out, in]
+    loss: jax.Array  # f32 [out], see `SolvedColumns`
 
 
 @product_jit(static_argnames=("layouts", "has_outliers", "stats_bits", "tile"))
 def cut(
     solved: SolvedColumns,
-    weights: tuple[jax.Array, ...],
-    h: jax.Array | None,
     place: np.ndarray | None,
-    shift: jax.Array | None,
     layouts: tuple[ArrayLayout, ...],
     has_outliers: bool,
     stats_bits: int,
@@ -59,8 +57,8 @@ def cut(
         both = jnp.stack([solved.scale_codes[:groups], solved.zero_codes[:groups]])
         # Without the barrier, an accelerator compiles a kernel that packs for each matrix.
         scale_codes, zero_codes = lax.optimization_barrier(pack_codes(both, stats_bits))
-    pieces, errors, first = [], [], 0
-    for w, layout in zip(weights, layouts, strict=True):
+    pieces, first = [], 0
+    for layout in layouts:
         last, end = first + layout.shape[0], first + layout.padded_out
 
         def words(packed: jax.Array, first: int = first, end: int = end) -> jax.Array:
@@ -75,22 +73,36 @@ def cut(
             residual=solved.residual[:inner, rows].T if has_outliers else None,
             outliers=solved.outliers[:inner, rows].T if has_outliers else None,
             dense=dense[rows],
+            loss=solved.loss[rows],
         )
         pieces.append(piece)
-        errors.append(_relative_error(w.astype(jnp.float32), dense[rows], h, solved.loss[rows], shift))
         first = end
     counts = jnp.sum(solved.outliers[:inner], axis=0, dtype=jnp.int32)
-    return pieces, Figures(errors, jnp.all(jnp.isfinite(stats)), counts)
+    return pieces, Figures(jnp.all(jnp.isfinite(stats)), counts)
 
 
-def _relative_error(
+pack = jax.jit(pack_codes, static_argnums=1)
+"""Packs codes; apart from the rest, as bits differ from matrix to matrix."""
+
+
+def listed(piece: Piece, counts: np.ndarray, layout: ArrayLayout) -> OutlierList:
+    """The outliers of a matrix; `counts` int32 [padded out], of each of its rows."""
+    if piece.residual is None or piece.outliers is None:
+        row_ptr = np.zeros(layout.shape[0] + 1, np.int32)
+        return OutlierList(row_ptr, np.zeros(0, np.int32), np.zeros(0, np.float16))
+    return outlier_list(piece.residual, piece.outliers, counts[: layout.shape[0]])
+
+
+@product_jit()
+def relative_error(
     w: jax.Array, dense: jax.Array, h: jax.Array | None, loss: jax.Array, shift: jax.Array | None
 ) -> jax.Array:
-    """‖(W-Ŵ)X‖/‖WX‖, or ‖W-Ŵ‖/‖W‖ without compensation.
+    """‖(W-Ŵ)X‖/‖WX‖, or ‖W-Ŵ‖/‖W‖ without compensation, of one matrix [out, in].
 
     The loop's own loss is that of the damped H; taking out what damping added to
     it costs no product with H.
     """
+    w = w.astype(jnp.float32)
     miss = jnp.square(w - dense)
     if h is None or shift is None:
         error, total = jnp.sum(miss), jnp.sum(w * w)

@@ -22,16 +22,15 @@ from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import ArrayLayout, array_layout, check_input_shards
-from spqr_jax.packing import pack_codes
-from spqr_jax.solver import mesh_columns
+from spqr_jax.solver import mesh_columns, mesh_pieces
 from spqr_jax.solver.columns import ColumnSpec, RowChoices
 from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
 from spqr_jax.solver.panel_hessian import PanelHessian
 from spqr_jax.solver.panels import by_panels, solve_columns
-from spqr_jax.solver.pieces import Piece, cut
-from spqr_jax.solver.sparse import OutlierList, outlier_list
+from spqr_jax.solver.pieces import Piece, cut, listed, pack, relative_error
+from spqr_jax.solver.sparse import OutlierList
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +165,6 @@ def _solve_stack(
     config = configs[0]
     layouts = tuple(weight_layout(w, config) for w in weights)
     spec = column_spec(config, layouts[0].group_size, config.outliers)
-    solve = solve_columns if mesh is None else partial(mesh_columns.solve_columns, mesh)
     if mesh is not None:
         spec = mesh_columns.spec_for(spec)
     padded = spec.padded(layouts[0].padded_in, sum(layout.padded_out for layout in layouts))
@@ -174,29 +172,38 @@ def _solve_stack(
     perm = None if factor is None else factor.perm
     place = None if perm is None else np.argsort(perm)
     taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
-    w_stack, choices, finite = _stack(tuple(weights), perm, u, taus, 2**bits - 1, layouts, padded)
+    stacked = _stack if mesh is None else mesh_pieces.stacked_by(_stack)
+    w_stack, choices, finite = stacked(tuple(weights), perm, u, taus, 2**bits - 1, layouts, padded)
     valid = np.arange(padded[0]) < weights[0].shape[1]
     if u is not None and u.shape[0] < padded[0]:
         u = pad_factor(u, padded[0])
-    solved = solve(w_stack, u, valid, choices, spec)
+    options = (config.outliers, config.stats_bits, config.stats_group_size)
+    if mesh is None:
+        solved = solve_columns(w_stack, u, valid, choices, spec)
+        pieces, figures = cut(solved, place, layouts, *options)
+        del solved
+    else:
+        cutting, rows = mesh_pieces.Cutting(layouts[0], *options, place), sum(layout.padded_out for layout in layouts)
+        whole, figures = mesh_columns.solve_columns(mesh, w_stack, u, valid, choices, spec, cutting, rows)
+        pieces = cutting.split(whole, layouts)
+    codes = [pack(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
     shift = None if factor is None else factor.shift
-    pieces, figures = cut(
-        solved, tuple(weights), h, place, shift, layouts, config.outliers, config.stats_bits, config.stats_group_size
-    )
-    codes = [_pack_codes(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
-    finite, figures = jax.device_get((finite, figures))  # the only wait
+    errors = [relative_error(w, piece.dense, h, piece.loss, shift) for w, piece in zip(weights, pieces, strict=True)]
+    finite, figures, errors = jax.device_get((finite, figures, errors))  # the only wait
     for w, fine in zip(weights, finite, strict=True):
         if not fine:
             raise SpQRError(f"a weight of shape {tuple(w.shape)} has values that are not finite")
     if not figures.finite:
         raise SpQRError(
             "a group's scale or zero point does not fit float16: the weights are too large "
-            f"(largest {float(jnp.max(jnp.abs(w_stack))):g}) or too far from zero; rescale the layer or leave it dense"
+            f"(largest {float(abs(w_stack).max()):g}) or too far from zero; rescale the layer or leave it dense"
         )
     damping = 0.0 if factor is None else factor.damping
     counts = np.split(figures.outliers, np.cumsum([layout.padded_out for layout in layouts]))[: len(layouts)]
+    lists = list(map(listed, pieces, counts, layouts))
     finish = partial(_result, perm=perm, damping=damping)
-    return list(map(finish, pieces, codes, figures.output_errors, counts, layouts, configs))
+    results = list(map(finish, pieces, codes, errors, lists, layouts, configs))
+    return results if mesh is None else [result._replace(array=jax.device_get(result.array)) for result in results]
 
 
 def checked_hessian(
@@ -272,25 +279,17 @@ def _stack(
     return jnp.pad(w_t, ((0, padded[0] - w_t.shape[0]), extra)), choices, finite
 
 
-_pack_codes = jax.jit(pack_codes, static_argnums=1)  # apart from the rest: bits differ from matrix to matrix
-
-
 def _result(
     matrix: Piece,
     codes: jax.Array,
     output_error: np.ndarray,
-    counts: np.ndarray,
+    outliers: OutlierList,
     layout: ArrayLayout,
     config: SpQRConfig,
     perm: np.ndarray | None,
     damping: float,
 ) -> Solved:
-    """A solved matrix, with its packed codes, its output error and the number of outliers of each row."""
-    if matrix.residual is None or matrix.outliers is None:
-        row_ptr = np.zeros(layout.shape[0] + 1, np.int32)
-        outliers = OutlierList(row_ptr, np.zeros(0, np.int32), np.zeros(0, np.float16))
-    else:
-        outliers = outlier_list(matrix.residual, matrix.outliers, counts[: layout.shape[0]])
+    """A solved matrix, with its packed codes, its output error and its outliers."""
     array = pack_array(
         layout,
         codes=codes,

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.config import SpQRConfig
@@ -20,6 +21,8 @@ from spqr_jax.errors import ModelError
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer, Weight
 from spqr_jax.quantized import is_quantized
+
+_Part = TypeVar("_Part", Outer, Block)
 
 
 class BlockSource(Protocol):
@@ -82,13 +85,47 @@ class TreeSource:
         return self._params.layers[index]
 
 
+class HostSource:
+    """Another source whose parts are in host memory: NumPy arrays, which no accelerator ever holds whole.
+
+    For meshes: each device is given its part of a block, as `MeshActivations` does.
+    """
+
+    def __init__(self, source: BlockSource) -> None:
+        self._source = source
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self._source.config
+
+    def outer(self) -> Outer:
+        return self._read(self._source.outer)
+
+    def block(self, index: int) -> Block:
+        return self._read(lambda: self._source.block(index))
+
+    @staticmethod
+    def _read(read: Callable[[], _Part]) -> _Part:
+        with jax.default_device(_host_device()):
+            part: _Part = jax.device_get(read())
+        return part
+
+
+def _host_device() -> jax.Device | None:
+    """The CPU of this process as a device of JAX; None where the user has switched it off."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def as_source(model: Decoder | BlockSource) -> BlockSource:
     """The model as a source of blocks."""
     return TreeSource(model) if isinstance(model, Decoder) else model
 
 
 class TreeSink:
-    """Collects a parameter tree in memory."""
+    """Collects a parameter tree in memory; NumPy's arrays are put on JAX's default device."""
 
     def __init__(self, config: DecoderConfig) -> None:
         self._config = config
@@ -96,10 +133,10 @@ class TreeSink:
         self._blocks: dict[int, Block] = {}
 
     def put_outer(self, outer: Outer) -> None:
-        self._outer = outer
+        self._outer = _on_device(outer)
 
     def put_block(self, index: int, block: Block) -> None:
-        self._blocks[index] = block
+        self._blocks[index] = _on_device(block)
 
     def record(self, path: str, stats: dict[str, float]) -> None:
         """A tree keeps no statistics."""
@@ -120,6 +157,12 @@ class TreeSink:
             )
         blocks = [self._blocks[i] for i in range(self._config.num_layers)]
         return Decoder(self._outer, tuple(with_equal_capacities(blocks)), self._config)
+
+
+def _on_device(part: _Part) -> _Part:
+    """A part whose NumPy arrays are on JAX's default device."""
+    placed: _Part = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, part)
+    return placed
 
 
 def role(name: str) -> str:

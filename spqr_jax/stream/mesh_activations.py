@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +22,9 @@ from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Linear, Outer, State, embed, logits, plain_linear
 from spqr_jax.solver import Hessian, PanelHessian
 from spqr_jax.solver.panel_hessian import add_panels, counted_inputs, empty_panels
-from spqr_jax.stream.activations import Activations, States, checked_batches, places
+from spqr_jax.stream.activations import Activations, checked_batches, places
+from spqr_jax.stream.chunk_states import ChunkStates
+from spqr_jax.stream.mesh_blocks import BlockLayout, MeshBlocks
 from spqr_jax.stream.mesh_sums import (
     drift_at,
     drift_program,
@@ -32,8 +35,10 @@ from spqr_jax.stream.mesh_sums import (
     mesh_parts,
     mine,
 )
+from spqr_jax.stream.outer import embedded_rows
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import EXPERT_HESSIAN_BYTES, InputRecorder, Part, after_stage
+from spqr_jax.stream.sums import KeepSums, PartSums, SumsPlace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +82,10 @@ class MeshActivations(Activations):
     ) -> None:
         self.config, self._linear, self._mesh = config, linear, mesh
         self._hessian_bytes = hessian_bytes
-        self._places, self._dense_places = _Places(mesh), _Places(mesh)
-        self._states: States = [] if spill is None else spill.states()
+        self._blocks, self._dense_blocks = MeshBlocks(mesh, config), MeshBlocks(mesh, config)
+        self._states = ChunkStates([] if spill is None else spill.states())
         self._waves: list[_Wave] = []
+        self.stream_bytes = 0
         most, left = devices.size(mesh), checked_batches(config, batches)
         while left:
             count = next((i for i, x in enumerate(left[:most]) if x.shape != left[0].shape), min(most, len(left)))
@@ -88,61 +94,85 @@ class MeshActivations(Activations):
             def embedded(
                 index: int, chunks: Sequence[np.ndarray] = left[:count], where: Positions = where
             ) -> jax.Array:
-                return embed(config, outer, jax.device_put(chunks[min(index, len(chunks) - 1)]), where)
+                return embedded_chunk(config, outer, chunks[min(index, len(chunks) - 1)], where)
 
             counts = devices.put_parts(mesh, partial(_counts, count))
             self._waves.append(_Wave(count, counts, devices.put_everywhere(mesh, where)))
-            self._states.append(State(devices.put_parts(mesh, embedded)))
+            residual = devices.put_parts(mesh, embedded)
+            self._states.append(State(residual))
+            self.stream_bytes += count * residual.nbytes // most  # the last devices may repeat a chunk
             left = left[count:]
 
     def calibrate(  # type: ignore[override]
-        self, stage: int, block: Block, dense: Activations | None = None, original: Block | None = None
+        self,
+        stage: int,
+        block: Block,
+        dense: Activations | None = None,
+        original: Block | None = None,
+        *,
+        begin: SumsPlace | None = None,
+        keep: KeepSums | None = None,
     ) -> Iterator[tuple[tuple[str, ...], Hessian | PanelHessian, jax.Array | None]]:
-        """Panels of a Hessian, or whole Hessians of experts, are spread over the devices."""
+        """Panels of a Hessian, or whole Hessians of experts, are spread over the devices.
+
+        `keep` is given arrays that only a process which has all devices can read whole.
+        """
         states, beside = self._states.copy(), None if dense is None else dense._states.copy()
-        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
-            sums = self._hessian_sums(stage, block, states, part)
+        parts = mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes)
+        first = begin.part if begin is not None and begin.stage == stage else 0
+        for number, part in enumerate(parts[first:], first):
+            kept = PartSums(stage, number, begin, keep)
+            sums = self._hessian_sums(stage, block, states, part, kept)
             drifts: Any = None
             if beside is not None and original is not None:
-                drifts = self._drift_sums(stage, block, states, beside, original, part)
+                drifts = self._drift_sums(stage, block, states, beside, original, part, kept)
             for index, (names, _) in enumerate(part.groups):
                 hessian = hessian_at(self._mesh, part, sums, index)
                 drift = None if drifts is None else drift_at(self._mesh, part, hessian, drifts, index)
                 yield names, hessian, drift
+                kept.keep(is_last=index + 1 == len(part.groups))
 
-    def _hessian_sums(self, stage: int, block: Block, states: Any, part: Part) -> Any:
+    def _hessian_sums(self, stage: int, block: Block, states: Any, part: Part, sums: PartSums) -> Any:
         linear: Any = self._linear
-        program = hessian_program(self._mesh, self.config, stage, linear, bool(len(part.experts)))
-        block, which = self._places.put(block), experts_of_devices(self._mesh, part)
-        sums = empty_sums(self._mesh, part)
-        for state, wave in zip(states, self._waves, strict=True):
-            sums = program(block, state, wave.where, wave.counts, sums, which)
-        return sums
+        block, layout = self._blocks.put(block)
+        program = hessian_program(self._mesh, self.config, layout, stage, linear, bool(len(part.experts)))
+        which = experts_of_devices(self._mesh, part)
 
-    def _drift_sums(self, stage: int, block: Block, states: Any, dense: Any, original: Block, part: Part) -> Any:
-        program = drift_program(self._mesh, self.config, stage, bool(len(part.experts)))
-        block, which = self._places.put(block), experts_of_devices(self._mesh, part)
-        original = self._dense_places.put(original)
-        sums, _ = empty_sums(self._mesh, part)
-        for state, aim, wave in zip(states, dense, self._waves, strict=True):
-            sums = program(block, original, state, aim, wave.where, wave.counts, sums, which)
-        return sums
+        def add(index: int, total: Any) -> Any:
+            wave = self._waves[index]
+            return program(block, states[index], wave.where, wave.counts, total, which)
+
+        return sums.total(empty_sums(self._mesh, part), len(states), add)
+
+    def _drift_sums(
+        self, stage: int, block: Block, states: Any, dense: Any, original: Block, part: Part, sums: PartSums
+    ) -> Any:
+        (block, layout), (original, _) = self._blocks.put(block), self._dense_blocks.put(original)
+        program = drift_program(self._mesh, self.config, layout, stage, bool(len(part.experts)))
+        which = experts_of_devices(self._mesh, part)
+
+        def add(index: int, total: Any) -> Any:
+            wave = self._waves[index]
+            return program(block, original, states[index], dense[index], wave.where, wave.counts, total, which)
+
+        return sums.total(empty_sums(self._mesh, part)[0], len(states), add)
 
     def drifts(
         self, stage: int, block: Block, dense: Activations, original: Block, hessians: Sequence[Any]
     ) -> tuple[jax.Array, ...]:
         """As `Activations.drifts`: f32 [in, in] each, on this process's first device."""
         found: list[jax.Array] = []
-        for part in mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes):
-            sums = self._drift_sums(stage, block, self._states, dense._states, original, part)
+        for number, part in enumerate(mesh_parts(self._mesh, self.config, block.kind, stage, self._hessian_bytes)):
+            kept = PartSums(stage, number)
+            sums = self._drift_sums(stage, block, self._states, dense._states, original, part, kept)
             for index in range(len(part.groups)):
                 found.append(drift_at(self._mesh, part, hessians[len(found)], sums, index))
         return tuple(found)
 
     def advance(self, stage: int, block: Block) -> None:
         linear: Any = self._linear
-        program = _advance_program(self._mesh, self.config, stage, linear)
-        block = self._places.put(block)
+        block, layout = self._blocks.put(block)
+        program = advance_program(self._mesh, self.config, layout, stage, linear)
         for index, wave in enumerate(self._waves):
             self._states[index] = program(block, self._states[index], wave.where)
 
@@ -153,7 +183,9 @@ class MeshActivations(Activations):
             for index in range(wave.chunks):
                 yield jax.tree.map(lambda leaf, index=index: leaf[index], whole), where
 
-    def head_hessian(self, outer: Outer) -> PanelHessian:  # type: ignore[override]
+    def head_hessian(  # type: ignore[override]
+        self, outer: Outer, *, begin: SumsPlace | None = None, keep: KeepSums | None = None
+    ) -> PanelHessian:
         # Only the norm in front of the head is read; the large arrays stay where they are.
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outer)
         leaves, tree = jax.tree.flatten(shapes)
@@ -161,9 +193,11 @@ class MeshActivations(Activations):
         norms = [leaf for leaf in jax.tree.leaves(outer) if leaf.ndim == 1]
         norms = devices.put_everywhere(self._mesh, norms)
         empty = empty_panels(self._mesh, self.config.hidden_size)
-        sums = (empty.panels, empty.tokens)
-        for state, wave in zip(self._states, self._waves, strict=True):
-            sums = program(norms, state.residual, wave.counts, sums)
+
+        def add(index: int, sums: Any) -> Any:
+            return program(norms, self._states[index].residual, self._waves[index].counts, sums)
+
+        sums = PartSums(0, 0, begin, keep).total((empty.panels, empty.tokens), len(self._waves), add)
         return PanelHessian(*sums, self._mesh)
 
     def restore(self, residuals: Sequence[np.ndarray]) -> None:
@@ -181,7 +215,7 @@ class MeshActivations(Activations):
         twin = object.__new__(MeshActivations)
         twin.__dict__.update(self.__dict__)
         twin._states = self._states.copy()
-        twin._places, twin._dense_places = _Places(self._mesh), _Places(self._mesh)
+        twin._blocks, twin._dense_blocks = (MeshBlocks(self._mesh, self.config) for _ in range(2))
         return twin
 
 
@@ -201,22 +235,11 @@ def text_activations(
     return MeshActivations(config, outer, batches, linear, mesh=mesh, spill=spill, hessian_bytes=hessian_bytes)
 
 
-class _Places:
-    """Blocks on all devices. Of a block that differs in a few weights from the last one, only these are copied."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-        self._last: dict[int, tuple[Any, jax.Array]] = {}
-
-    def put(self, block: Block) -> Block:
-        leaves, tree = jax.tree.flatten(block)
-        last = {}
-        for leaf in leaves:
-            held = self._last.get(id(leaf))
-            last[id(leaf)] = (leaf, devices.put_everywhere(self._mesh, leaf)) if held is None else held
-        self._last = last
-        placed: Block = jax.tree.unflatten(tree, [last[id(leaf)][1] for leaf in leaves])
-        return placed
+def embedded_chunk(config: DecoderConfig, outer: Outer, tokens: np.ndarray, where: Positions) -> jax.Array:
+    """`embed` of one chunk [batch, seq]. Of an embedding in host memory, only its tokens' rows go to the device."""
+    if isinstance(outer.embed_tokens, np.ndarray):
+        outer, tokens = embedded_rows(outer, [tokens])[0], np.arange(tokens.size).reshape(tokens.shape)
+    return embed(config, jax.tree.map(jnp.asarray, outer), jnp.asarray(tokens, jnp.int32), where)
 
 
 def _counts(chunks: int, device: int) -> np.ndarray:
@@ -224,13 +247,16 @@ def _counts(chunks: int, device: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _advance_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any) -> Any:
+def advance_program(mesh: Mesh, config: DecoderConfig, layout: BlockLayout, stage: int, linear: Any) -> Any:
+    """(block, wave's state, where) -> the state after a stage."""
+
     def run(block: Block, state: State, where: Positions) -> State:
+        block = layout.gathered(mesh, config, stage, block)
         state = after_stage(config, stage, block, mine(state), where, linear)
         return jax.tree.map(lambda leaf: leaf[None], state)
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
-    return devices.mesh_jit(mesh, run, (whole, cut, whole), cut)
+    return devices.mesh_jit(mesh, run, (layout.specs(mesh), cut, whole), cut)
 
 
 @lru_cache(maxsize=8)

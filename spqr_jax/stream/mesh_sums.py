@@ -27,6 +27,7 @@ from spqr_jax.solver.panel_hessian import (
     cross_matrix,
     empty_panels,
 )
+from spqr_jax.stream.mesh_blocks import BlockLayout
 from spqr_jax.stream.stages import (
     PairInput,
     Part,
@@ -120,17 +121,19 @@ def _counted_pairs(given: PairInput, counts: jax.Array) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any, of_experts: bool) -> Any:
+def hessian_program(
+    mesh: Mesh, config: DecoderConfig, layout: BlockLayout, stage: int, linear: Any, of_experts: bool
+) -> Any:
     """(block, wave's state, where, counts, sums, experts of the devices) -> sums with one wave more."""
 
     def dense(block: Any, state: Any, where: Any, counts: jax.Array, sums: Sums, which: jax.Array) -> Sums:
-        read = recorded(config, stage, block, mine(state), where, linear).inputs
+        read = recorded(config, stage, layout.shapes(block), mine(state), where, linear).inputs
         inputs = [counted_inputs(x, counts[0]) for x in read]
         pairs = [add_panels(mesh, panels, tokens, x) for panels, tokens, x in zip(*sums, inputs, strict=True)]
         return [panels for panels, _ in pairs], [tokens for _, tokens in pairs]
 
     def experts(block: Any, state: Any, where: Any, counts: jax.Array, sums: Sums, which: jax.Array) -> Sums:
-        given = recorded(config, stage, block, mine(state), where, linear).pairs[0]
+        given = recorded(config, stage, layout.shapes(block), mine(state), where, linear).pairs[0]
 
         pairs = _counted_pairs(given, counts[0])
 
@@ -143,26 +146,27 @@ def hessian_program(mesh: Mesh, config: DecoderConfig, stage: int, linear: Any, 
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
     specs = (cut, cut) if of_experts else (cut, whole)
-    in_specs = (whole, cut, whole, cut, specs, cut)
+    in_specs = (layout.specs(mesh), cut, whole, cut, specs, cut)
     return devices.mesh_jit(mesh, experts if of_experts else dense, in_specs, specs, donate_argnums=4)
 
 
 @lru_cache(maxsize=64)
-def drift_program(mesh: Mesh, config: DecoderConfig, stage: int, of_experts: bool) -> Any:
+def drift_program(mesh: Mesh, config: DecoderConfig, layout: BlockLayout, stage: int, of_experts: bool) -> Any:
     """(block, dense block, wave's state, dense state, where, counts, sums, experts) -> sums with one wave more."""
 
     def dense(
         block: Any, original: Any, state: Any, aim: Any, where: Any, counts: Any, sums: Any, which: jax.Array
     ) -> Any:
-        drifted = [counted_inputs(x, counts[0]) for x in _inputs(config, stage, block, state, where)]
-        aims = [counted_inputs(x, counts[0]) for x in _inputs(config, stage, original, aim, where)]
+        drifted = [counted_inputs(x, counts[0]) for x in _inputs(config, stage, layout.shapes(block), state, where)]
+        read = _inputs(config, stage, layout.shapes(original), aim, where)
+        aims = [counted_inputs(x, counts[0]) for x in read]
         return [add_cross_panels(mesh, *each) for each in zip(sums, drifted, aims, strict=True)]
 
     def experts(
         block: Any, original: Any, state: Any, aim: Any, where: Any, counts: Any, sums: Any, which: jax.Array
     ) -> Any:
-        drifted = recorded(config, stage, block, mine(state), where).pairs[0]
-        aims = recorded(config, stage, original, mine(aim), where).pairs[0]
+        drifted = recorded(config, stage, layout.shapes(block), mine(state), where).pairs[0]
+        aims = recorded(config, stage, layout.shapes(original), mine(aim), where).pairs[0]
 
         both = _counted_pairs(drifted, counts[0]), _counted_pairs(aims, counts[0])
 
@@ -173,5 +177,5 @@ def drift_program(mesh: Mesh, config: DecoderConfig, stage: int, of_experts: boo
         return lax.scan(add, sums, jnp.arange(devices.size(mesh)))[0]
 
     cut, whole = devices.cut_along(mesh), devices.EVERYWHERE
-    in_specs = (whole, whole, cut, cut, whole, cut, cut, cut)
+    in_specs = (layout.specs(mesh), layout.specs(mesh), cut, cut, whole, cut, cut, cut)
     return devices.mesh_jit(mesh, experts if of_experts else dense, in_specs, cut, donate_argnums=6)

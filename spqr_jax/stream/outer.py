@@ -99,8 +99,11 @@ def head_piece(config: DecoderConfig, outer: Outer, first: int, count: int, dtyp
 
 
 def embedded_rows(outer: Outer, batches: Sequence[np.ndarray]) -> list[Outer]:
-    """As `embedding_rows`; the embedding may be on disk. Then its rows keep its type."""
+    """As `embedding_rows`; the embedding may be on disk, or NumPy's. Then its rows keep its type."""
     embedding = outer.embed_tokens
+    if isinstance(embedding, np.ndarray):
+        rows_of = [embedding[np.clip(batch.reshape(-1), 0, len(embedding) - 1)] for batch in batches]
+        return [Outer(jnp.asarray(table), None, embed_positions=outer.embed_positions) for table in rows_of]
     if not isinstance(embedding, StoredMatrix):
         return embedding_rows(outer, batches)
     tokens = [batch.reshape(-1) for batch in batches]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _received: list[int] = []
@@ -31,9 +31,14 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def at_safe_point() -> None:
-    """All work so far is saved: raises KeyboardInterrupt if a signal came, also one that waited for this."""
+def at_safe_point(save: Callable[[], None]) -> None:
+    """If a signal came, also one that waited for this: calls `save`, after which nothing is lost, and raises.
+
+    Raises:
+      KeyboardInterrupt: a signal came.
+    """
     if _received:
+        save()
         raise KeyboardInterrupt
 
 
@@ -51,6 +56,12 @@ def at_safe_points() -> Iterator[None]:
 def received() -> bool:
     """Whether a signal came, also one whose exception another library turned into an error of its own."""
     return bool(_received)
+
+
+def ask() -> None:
+    """As if the first signal had come, from elsewhere: the work stops at its next safe point."""
+    if not _received:
+        _received.append(signal.SIGTERM)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

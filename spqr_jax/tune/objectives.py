@@ -162,6 +162,8 @@ def _orders(config: TuneConfig, batches: int) -> list[tuple[float, int]]:
     rng = np.random.default_rng(config.seed)
     order = np.concatenate([rng.permutation(batches) for _ in range(config.epochs)])
     steps = len(order)
+    if steps == 1:  # optax's schedule needs a step behind the warm-up
+        return [(config.learning_rate, int(order[0]))]
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, round(_WARM_UP * steps)), steps)
     return [(float(rate(step + 1)), int(batch)) for step, batch in enumerate(order)]
 

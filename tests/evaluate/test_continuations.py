@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,27 +80,39 @@ def test_a_long_context_loses_its_beginning(tiny_model):
     check(tiny_model, [(context, [9, 10]), (context, [11]), ([4], rng.integers(3, 256, 128).tolist())])
 
 
-def test_a_shared_context_is_read_once(tiny_model, monkeypatch):
-    """Four continuations of one context: the batch holds one row of context, not four."""
-    rows = []
-    real = continuations._pass_both
-
-    def watched(config, block, context, residual, *rest):
-        rows.append((context.shape[0], residual.shape[0]))
-        return real(config, block, context, residual, *rest)
-
-    monkeypatch.setattr(continuations, "_pass_both", watched)
-    context = list(range(3, 40))
-    continuation_scores(tiny_model, [(context, [n, n]) for n in range(4)])
-    assert set(rows) == {(1, 4)}
-
-
-def test_progress_counts_every_request(tiny_model):
+def test_a_shared_context_is_read_once(tiny_model):
+    """Four continuations of one context: 36 tokens, its last one, and one more for each continuation."""
     told = []
-    requests = some_requests(np.random.default_rng(0))
-    continuation_scores(tiny_model, requests, batch_tokens=200, events=told.append)
+    context = list(range(3, 40))
+    continuation_scores(tiny_model, [(context, [n, n]) for n in range(4)], events=told.append)
+    assert told[-1].total == 37 + 4
+
+
+def test_progress_counts_tokens(tiny_model):
+    told = []
+    continuation_scores(tiny_model, some_requests(np.random.default_rng(0)), batch_tokens=200, events=told.append)
     assert len(told) > 2
-    assert told[-1].done == told[-1].total == len(requests) * (tiny_model.config.num_layers + 1)
+    assert all(before.done <= after.done for before, after in itertools.pairwise(told))
+    assert told[-1].done == told[-1].total
+    assert told[-1].note == "16 of 16 continuations"
+
+
+def test_scores_come_group_by_group(tiny_model, monkeypatch):
+    """Whoever stops the work keeps the groups that were told of before."""
+    monkeypatch.setattr(continuations, "groups", lambda batches, *_: [[batch] for batch in batches])
+    requests, told = some_requests(np.random.default_rng(0)), {}
+
+    def stop_after_two(scores):
+        told.update(scores)
+        if len(told) > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        continuation_scores(tiny_model, requests, batch_tokens=64, scored=stop_after_two)
+    assert 2 < len(told) < len(requests)
+    whole = continuation_scores(tiny_model, requests)
+    for index, score in told.items():
+        assert score.log_probability == pytest.approx(whole[index].log_probability, abs=1e-5)
 
 
 def test_quantized_weights_are_used(tiny_model):

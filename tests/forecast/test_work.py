@@ -12,6 +12,7 @@ from spqr_jax import SpQRConfig
 from spqr_jax.forecast import Text, Work, measuring, memory, memory_plan, passes, quantizing
 from spqr_jax.models import prompt_attention
 from spqr_jax.models.config import BlockKind
+from spqr_jax.stream.activations import HELD_SHARE
 from spqr_jax.stream.outer import OuterMemory
 from spqr_jax.tune.config import TuneConfig
 
@@ -76,17 +77,17 @@ def test_passes_of_calibration(config, kind, times):
 
 def test_a_target_measures_first():
     text = Text(40, 128)
-    assert quantizing.plan_text(text) == Text(32, 128)  # batches of 8 windows, 4096 tokens in all
+    assert quantizing.plan_text(TINY, text) == Text(16, 128)  # batches of 8 windows, 2048 tokens in all
     plan = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3), text)
-    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
-    assert plan.attention == 5 * passes.forward_pass(TINY, Text(32, 128)).attention
+    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 2048  # forwards, twice backwards; the head thrice
+    assert plan.attention == 5 * passes.forward_pass(TINY, Text(16, 128)).attention
     with_target = quantizing.quantize_work(TINY, SpQRConfig(target_bits=4.3), text)
     without = quantizing.quantize_work(TINY, SpQRConfig(), text)
     assert with_target.bfloat16 - without.bfloat16 == plan.bfloat16
     exact = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3, calibration_dtype="float32"), text)
     assert (exact.dense, exact.gram) == (plan.bfloat16, plan.rounded_gram)
-    assert quantizing.plan_text(Text(40, 2048)) == Text(8, 512)
-    assert quantizing.plan_text(Text(4, 2048)) == Text(4, 1024)
+    assert quantizing.plan_text(TINY, Text(40, 2048)) == Text(4, 512)
+    assert quantizing.plan_text(TINY, Text(2, 2048)) == Text(2, 1024)
     assert with_target.searched > plan.searched + without.searched  # some weights are solved again
 
 
@@ -137,6 +138,9 @@ def test_more_text_is_never_less_work_or_memory(config):
 def test_bytes_of_calibration_and_models():
     # A token: the residual stream (64) in float32, and the widest input between stages (96), rounded to bfloat16.
     assert memory_plan.calibration_bytes(TINY, SpQRConfig(), TEXT, 4) == 384 * (64 * 4 + 96 * 2)
+    # Half the residual stream's bytes of the MLP's 96 are held, but all that attention makes (64).
+    held = memory_plan.calibration_bytes(TINY, SpQRConfig(), TEXT, 4, most_inner=0)
+    assert held == 384 * (64 * 4 + max(64 * 4 * HELD_SHARE, 64 * 2))
     exact = SpQRConfig(drift_correction=0.5, calibration_dtype="float32")
     assert memory_plan.calibration_bytes(TINY, exact, TEXT, 4) == 2 * 384 * (64 + 96) * 4
     dense = memory.perplexity_bytes(TINY, TEXT, 1, 4, packed=False)

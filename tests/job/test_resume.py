@@ -5,49 +5,33 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from support.stops import Stop, StopAfter, report_of
 
-from spqr_jax import CheckpointError, Event, LayerReport, SpQRConfig, accumulate_hessian, empty_hessian, quantize
-from spqr_jax.checkpoint import CheckpointSource, content_digest
-from spqr_jax.events import SafePoint
-from spqr_jax.job import job as job_module
+from spqr_jax import CheckpointError, LayerReport, SpQRConfig, accumulate_hessian, empty_hessian, quantize
+from spqr_jax.job import kept, pace
 from spqr_jax.methods import quantize_weights
 from spqr_jax.planning.budget import Ledger, plan_budget
 from spqr_jax.planning.record import plan_from_json, plan_to_json
 from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.tune.config import TuneConfig
 
-
-class Stop(Exception):
-    """What stops a run here; Ctrl-C is another exception."""
-
-
-class StopAfter:
-    """Stops a run at a safe point of a phase."""
-
-    def __init__(self, phase: str, count: int) -> None:
-        self._phase, self._left = phase, count
-
-    def __call__(self, event: Event) -> None:
-        if event.phase == self._phase and isinstance(event.detail, SafePoint):
-            self._left -= 1
-            if not self._left:
-                raise Stop
-
-
-def report_of(path):
-    source = CheckpointSource(path)
-    return content_digest(path, verify=True), source.layer_stats, source.quantization, source.provenance
-
-
 CASES = {
-    "target and head": (SpQRConfig(target_bits=4.5, head_bits=3), None, [("measuring", 4), ("quantizing", 1)]),
-    "drift": (SpQRConfig(drift_correction=0.5), None, [("quantizing", 1)]),
-    "all at once": (SpQRConfig(sequential=False), None, [("quantizing", 1)]),
-    "blocks are tuned": (SpQRConfig(), TuneConfig("blocks", epochs=2), [("quantizing", 2), ("tuning", 1)]),
-    "logits are tuned": (SpQRConfig(), TuneConfig("logits", epochs=3, batch_tokens=64), [("tuning", 5)]),
-    "round to nearest": (SpQRConfig.rtn(4, 16, head_bits=8), None, [("quantizing", 1)]),
-    "brecq": (SpQRConfig.baseline("brecq", 3, 32, steps=4), None, [("quantizing", 1)]),
-}
+    "target and head": (
+        SpQRConfig(target_bits=4.5, head_bits=3),
+        None,
+        [("measuring", 1, "backward"), ("quantizing", 1, "^block 0")],
+    ),
+    "drift": (SpQRConfig(drift_correction=0.5), None, [("quantizing", 1, "^block 0")]),
+    "all at once": (SpQRConfig(sequential=False), None, [("quantizing", 1, "^block 0")]),
+    "blocks are tuned": (
+        SpQRConfig(),
+        TuneConfig("blocks", epochs=2),
+        [("quantizing", 1, "^block 1"), ("tuning", 1, "^block 0")],
+    ),
+    "logits are tuned": (SpQRConfig(), TuneConfig("logits", epochs=3, batch_tokens=64), [("tuning", 1, "step 2")]),
+    "round to nearest": (SpQRConfig.rtn(4, 16, head_bits=8), None, [("quantizing", 1, "^block 0")]),
+    "brecq": (SpQRConfig.baseline("brecq", 3, 32, steps=4), None, [("quantizing", 1, "^block 0")]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("saves", [True, False], ids=["saved", "made again"])
@@ -59,14 +43,14 @@ def test_a_run_that_goes_on_ends_as_without_a_stop(
     if not saves:
         if not config.needs_calibration:
             pytest.skip("there are no activations")
-        monkeypatch.setattr(job_module, "_SAVED_ACTIVATIONS", 0)
-    monkeypatch.setattr(job_module, "SAVE_EVERY", 0.0)
+        monkeypatch.setattr(kept, "_SAVED_ACTIVATIONS", 0)
+    monkeypatch.setattr(pace, "SAVE_EVERY", 0.0)
     quantize(tiny_model, tiny_batches, config, tuning=tuning, out=tmp_path / "whole")
-    for number, (phase, count) in enumerate(stops):
+    for number, stop in enumerate(stops):
         with pytest.raises(Stop):
             quantize(
                 tiny_model, tiny_batches, config, tuning=tuning,
-                out=tmp_path / "parts", resume=number > 0, events=StopAfter(phase, count),
+                out=tmp_path / "parts", resume=number > 0, events=StopAfter(*stop),
             )  # fmt: skip
         assert (tmp_path / ".parts.run").is_dir()
         assert not (tmp_path / "parts").exists()
@@ -81,7 +65,9 @@ def test_a_run_that_goes_on_ends_as_without_a_stop(
 @pytest.mark.filterwarnings("ignore:what was finished")
 def test_another_run_is_refused(tiny_model, tiny_batches, tmp_path):
     with pytest.raises(Stop):
-        quantize(tiny_model, tiny_batches, SpQRConfig(), out=tmp_path / "m", events=StopAfter("quantizing", 1))
+        quantize(
+            tiny_model, tiny_batches, SpQRConfig(), out=tmp_path / "m", events=StopAfter("quantizing", 1, "^block 0")
+        )
     with pytest.raises(CheckpointError, match="unfinished run"):
         quantize(tiny_model, tiny_batches, SpQRConfig(), out=tmp_path / "m")
     with pytest.raises(CheckpointError, match="differs in the configuration"):

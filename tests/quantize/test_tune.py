@@ -23,7 +23,7 @@ from spqr_jax import (
 from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.tune.config import TuneConfig
 from spqr_jax.tune.form import dense_weight, fixed_parts
-from spqr_jax.tune.objectives import tune
+from spqr_jax.tune.objectives import _orders, tune
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +127,7 @@ def test_bad_settings_are_refused(change):
 def test_no_text_is_refused(tiny_model, quantized):
     with pytest.raises(DataError, match="needs calibration batches"):
         tune(quantized, TreeSource(tiny_model), [])
+
+
+def test_a_single_step_trains_at_the_full_rate():
+    assert _orders(TuneConfig(epochs=1, learning_rate=0.25), batches=1) == [(0.25, 0)]

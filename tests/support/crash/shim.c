@@ -29,6 +29,13 @@ static long kill_at = -1, calls = 0;
 
 enum { CREATE = 1, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, MKDIR, LINK, SYMLINK };
 
+// The same for a process that was forked: kill_call is 0 for none.
+void crash_begin(const char *watched, const char *log, long kill_call) {
+  snprintf(folder, sizeof folder, "%s", watched);
+  log_file = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  kill_at = kill_call ? kill_call : -1, calls = 0;
+}
+
 __attribute__((constructor)) static void start(void) {
   const char *name = getenv("CRASH_FOLDER"), *log = getenv("CRASH_LOG"), *kill_text = getenv("CRASH_KILL");
   if (name) snprintf(folder, sizeof folder, "%s", name);
