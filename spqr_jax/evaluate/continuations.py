@@ -54,7 +54,7 @@ def continuation_scores(
     params: Decoder | BlockSource,
     requests: Sequence[tuple[Tokens, Tokens]],
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     events: Events = ignore,
     scored: Scored = lambda scores: None,
     seed: int = 0,
