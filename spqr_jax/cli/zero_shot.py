@@ -175,9 +175,8 @@ def _answers_file(identity: dict[str, Any]) -> Path:
 def show(model: str, run: Any) -> None:
     """A table of one model's scores."""
     rows = task_rows(run.values)
-    counts = [(count["effective"], count["original"]) for count in run.values["n-samples"].values()]
-    answered, whole = (sum(column) for column in zip(*counts, strict=True))
-    title = f"{model}: partial, {answered} of {whole} questions" if run.partial else model
+    answered = sum(count["effective"] for count in run.values["n-samples"].values())
+    title = f"{model}: partial, {answered} of {run.values['asked']} questions" if run.partial else model
     table(title, ["task", "metric", "value", "±", "questions"], rows)
 
 
