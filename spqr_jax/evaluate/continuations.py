@@ -27,8 +27,9 @@ from spqr_jax.stream.blocks import BlockSource, as_source
 from spqr_jax.stream.finite import not_finite
 from spqr_jax.stream.head import see
 
-_FEWEST_NUMBERS = 2**25  # of residual stream in a group, 128 MiB in float32: a small block costs little to make dense
+_FEWEST_NUMBERS = 2**24  # of residual stream in a group, 64 MiB in float32: a small block costs little to make dense
 _HEAD_ROWS = 512  # that the output head reads at a time
+_TARGETS = 4  # tokens whose probability is asked for at the same place: choices of a question mostly differ at once
 
 Tokens = Sequence[int]
 
@@ -53,7 +54,7 @@ def continuation_scores(
     params: Decoder | BlockSource,
     requests: Sequence[tuple[Tokens, Tokens]],
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     events: Events = ignore,
     scored: Scored = lambda scores: None,
     seed: int = 0,
@@ -184,30 +185,51 @@ def _predicted(
     config: DecoderConfig, outer: Outer, group: list[Forest], residuals: list[jax.Array]
 ) -> dict[int, ContinuationScore]:
     """Scores by the residual streams after the last block. The output head reads only tokens that predict."""
-    rows, targets, indices = [], [], []
+    streams, places, targets, requests, read = [], [], [], [], 0
     for forest, residual in zip(group, residuals, strict=True):
         first = 0
         predicting: list[np.ndarray] = []
         for tree in forest.trees:
-            for index, nodes, continuation in tree.predicting:
+            for number, nodes, continuation in tree.predicting:
                 predicting.append(nodes + first)
                 targets.append(continuation)
-                indices.append(np.full(len(continuation), index))
+                requests.append(np.full(len(continuation), number))
             first += len(tree)
-        rows.append(np.asarray(residual)[0, np.concatenate(predicting)])
-    stream, target, request = (np.concatenate(parts) for parts in (rows, targets, indices))
-    del rows
-    padding = -len(target) % _HEAD_ROWS
-    stream = np.pad(stream, ((0, padding), (0, 0))).reshape(-1, 1, _HEAD_ROWS, stream.shape[1])
-    seen = see(config, outer, list(stream), list(np.pad(target, (0, padding)).reshape(-1, 1, _HEAD_ROWS)))
-    loss, likeliest = (
-        np.concatenate([np.asarray(part)[0] for part in parts])[: len(target)]
-        for parts in ([piece.loss for piece in seen], [piece.likeliest for piece in seen])
-    )
-    texts, which = np.unique(request, return_inverse=True)
-    totals = np.bincount(which, weights=-np.asarray(loss, np.float64))
-    misses = np.bincount(which, weights=likeliest != target)
+        tokens, position = np.unique(np.concatenate(predicting), return_inverse=True)
+        streams.append(np.asarray(residual)[0, tokens])
+        places.append(position + read)
+        read += len(tokens)
+    stream, place, target, request = (np.concatenate(parts) for parts in (streams, places, targets, requests))
+    del streams
+    row_place, row, column = _in_rows(place)
+    padding = -len(row_place) % _HEAD_ROWS
+    row_targets = np.full((len(row_place) + padding, _TARGETS), -1, np.int32)
+    row_targets[row, column] = target
+    stream = stream[np.pad(row_place, (0, padding))].reshape(-1, 1, _HEAD_ROWS, stream.shape[1])
+    seen = see(config, outer, list(stream), list(row_targets.reshape(-1, 1, _HEAD_ROWS, _TARGETS)))
+    loss = np.concatenate([np.asarray(piece.loss, np.float64)[0] for piece in seen])[row, column]
+    likeliest = np.concatenate([np.asarray(piece.likeliest)[0] for piece in seen])[row]
+    which, index = np.unique(request, return_inverse=True)
+    totals, misses = np.bincount(index, weights=-loss), np.bincount(index, weights=likeliest != target)
     return {
-        int(index): ContinuationScore(float(total), not missed)
-        for index, total, missed in zip(texts, totals, misses, strict=True)
+        int(number): ContinuationScore(float(total), not missed)
+        for number, total, missed in zip(which, totals, misses, strict=True)
     }
+
+
+def _in_rows(place: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions at the same place share a row of the output head, `_TARGETS` at most.
+
+    Args:
+      place: int [predictions], where each prediction is made.
+
+    Returns:
+      The place of each row; the row and the column of each prediction.
+    """
+    order = np.argsort(place, kind="stable")
+    starts = np.concatenate([[True], np.diff(place[order]) > 0])
+    rank = np.arange(len(place)) - np.maximum.accumulate(np.where(starts, np.arange(len(place)), 0))
+    column = rank % _TARGETS
+    row, columns = np.empty_like(order), np.empty_like(order)
+    row[order], columns[order] = np.cumsum(column == 0) - 1, column
+    return place[order][column == 0], row, columns

@@ -108,7 +108,7 @@ class TaskRun:
 
     Attributes:
       values: JSON-serializable: `results` (task, then metric, then value), `groups` (and their tasks), `versions`,
-        `n-samples`, `harness`, the harness's version, and `partial`.
+        `n-samples`, `harness`, the harness's version, `partial`, and `asked`, the number of questions.
       questions: of each task and metric, the score of each question by its number.
       partial: whether the run was stopped: `values` are then those of the questions that were answered.
     """
@@ -150,6 +150,7 @@ def evaluate_tasks(
     """
     loaded = tasks if isinstance(tasks, Tasks) else loaded_tasks(tasks, include_path)
     numbers = None if limit is None else {name: _drawn(name, size, limit, seed) for name, size in loaded.sizes.items()}
+    asked = sum(loaded.sizes.values() if numbers is None else map(len, numbers.values()))
     settings = {
         "num_fewshot": num_fewshot,
         "apply_chat_template": apply_chat_template,
@@ -160,7 +161,7 @@ def evaluate_tasks(
         "fewshot_random_seed": seed,
     }
     try:
-        return _run(model, loaded, numbers, settings)
+        return _run(model, loaded, numbers, settings, asked=asked)
     except KeyboardInterrupt:
         answered = _answered(model, loaded, numbers)
         if not any(answered.values()):
@@ -168,7 +169,7 @@ def evaluate_tasks(
     everything = loaded.chosen
     loaded.chosen = loaded.without(name for name, chosen in answered.items() if not chosen)
     try:
-        return _run(model, loaded, answered, settings, partial=True)
+        return _run(model, loaded, answered, settings, asked=asked, partial=True)
     finally:
         loaded.chosen = everything
 
@@ -179,6 +180,7 @@ def _run(
     numbers: dict[str, list[int]] | None,
     settings: dict[str, Any],
     *,
+    asked: int,
     partial: bool = False,
 ) -> TaskRun:
     with _explained(), _without_bars():
@@ -199,6 +201,7 @@ def _run(
         "n-samples": dict(results["n-samples"]),
         "harness": lm_eval.__version__,
         "partial": partial,
+        "asked": asked,
     }
     questions: dict[tuple[str, str], dict[int, float]] = {}
     for task, samples in results["samples"].items():

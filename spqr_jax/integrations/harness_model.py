@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -22,7 +23,8 @@ from spqr_jax.models.decoder import Decoder
 from spqr_jax.models.tokenizer import render_chat, token_ids
 from spqr_jax.sampling import Sampling
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = {"cpu": 1024, "gpu": 4096, "tpu": 4096}
+"""Tokens to read at a time. More take longer each on a CPU, whose caches then hold less of them."""
 
 
 class HarnessModel(TemplateLM):
@@ -31,7 +33,7 @@ class HarnessModel(TemplateLM):
     Args:
       params: dense or quantized.
       tokenizer: its tokenizer, a transformers one.
-      batch_tokens: about how many tokens to read at a time.
+      batch_tokens: about how many tokens to read at a time; None for `BATCH_TOKENS`.
       events: told of phases "scoring" and "generating".
       answers: scores that are known, and where new ones are kept.
     """
@@ -43,13 +45,14 @@ class HarnessModel(TemplateLM):
         params: Decoder,
         tokenizer: Any,
         *,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         events: Events = ignore,
         answers: Answers | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.answers = tokenizer, Answers() if answers is None else answers
-        self._params, self._batch_tokens, self._events = params, batch_tokens, events
+        self._batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 4096)
+        self._params, self._events = params, events
         self._generator: Generator | None = None
         self._keys: dict[tuple[str, str], str] = {}  # of texts that were tokenized
 

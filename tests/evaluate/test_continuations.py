@@ -115,6 +115,11 @@ def test_scores_come_group_by_group(tiny_model, monkeypatch):
         assert score.log_probability == pytest.approx(whole[index].log_probability, abs=1e-5)
 
 
+def test_many_continuations_of_one_token(tiny_model):
+    """More predictions at one place than a row of the output head has, of one token each."""
+    check(tiny_model, [([5, 6, 7], [token]) for token in (9, 8, 9, 10, 11, 12, 13)])
+
+
 def test_quantized_weights_are_used(tiny_model):
     small = quantize(tiny_model, None, SpQRConfig.rtn(3))
     dense = jax.tree.map(

@@ -119,12 +119,12 @@ def test_a_stopped_run_shows_its_answers_and_goes_on(folder, fetched, monkeypatc
         kept = stop_after(4, patch)
         stopped = spqr(*command, "--json", "stopped.json", cwd=folder)
     assert stopped.returncode == 130
-    assert "partial" in stopped.stdout
     assert "--resume" in stopped.stderr
     partial = json.loads((folder / "stopped.json").read_text())
     assert partial["partial"]
     answered = sum(counts["effective"] for counts in partial["n-samples"].values())
-    assert 0 < answered < 12
+    assert 0 < answered < partial["asked"] == 12
+    assert f"partial, {answered} of 12 questions" in stopped.stdout
     scored = []
     real = harness.HarnessModel._scores
     with monkeypatch.context() as patch:
