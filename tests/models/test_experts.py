@@ -266,7 +266,7 @@ def compiled_by_solving(monkeypatch):
         counts.append(len(compiled) - before)
         return solved
 
-    monkeypatch.setattr(importlib.import_module("spqr_jax.job.block_solver"), "quantize_weights", counted)
+    monkeypatch.setattr(importlib.import_module("spqr_jax.job.group_solver"), "quantize_weights", counted)
     return counts
 
 
