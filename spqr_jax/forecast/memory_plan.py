@@ -292,10 +292,10 @@ def activation_parts(
     """A device's share of the chunks; on disk, three chunks at a time. In one device's memory a part is made twice."""
     if layout.devices == 1 and not thrift.spill and config.solver != "brecq":
         return {"activations": calibration_bytes(model, config, text, itemsize, most_inner=HELD_BYTES)}
-    one = chunk_activations(model, config, text, itemsize, thrift)
+    chunk = chunk_activations(model, config, text, itemsize, thrift)
     chunks = math.ceil(text.tokens / chunk_tokens(text, thrift)) if text.tokens else 0
     held = math.ceil(chunks / layout.devices)
-    return {"activations": one * (min(held, SPILLED_CHUNKS) if thrift.spill else held)}
+    return {"activations": chunk * (min(held, SPILLED_CHUNKS) if thrift.spill else held)}
 
 
 def chunk_bytes(model: DecoderConfig, text: Text, thrift: Thrift) -> float:
@@ -340,8 +340,8 @@ def factor_bytes(width: int, room: float) -> float:
 
 def _hessian_bytes(widths: Iterable[int], experts: bool, thrift: Thrift) -> float:
     """Of the Hessians that are summed at once: all of a dense stage, of experts as many as are allowed."""
-    each = [float(FLOAT32 * width**2) for width in widths]
-    return min(sum(each), max(max(each), thrift.hessian_bytes)) if experts else sum(each)
+    hessians = [float(FLOAT32 * width**2) for width in widths]
+    return min(sum(hessians), max(max(hessians), thrift.hessian_bytes)) if experts else sum(hessians)
 
 
 def planning_parts(model: DecoderConfig, config: SpQRConfig, text: Text, itemsize: int, thrift: Thrift) -> Parts:

@@ -167,9 +167,9 @@ def _sums(
     if not groups[0][0][0].startswith("experts."):
         panels = (-(-len(gram_panels(width)) // layout.devices) * gram_panels(width)[0][1] for _, width in groups)
         return float(copies * FLOAT32 * sum(rows * width for rows, (_, width) in zip(panels, groups, strict=True)))
-    one = FLOAT32 * groups[0][1] ** 2
-    together = min(len(groups), max(1, thrift.hessian_bytes * layout.devices // one))
-    return float(copies * one * -(-together // layout.devices))
+    hessian = FLOAT32 * groups[0][1] ** 2
+    together = min(len(groups), max(1, thrift.hessian_bytes * layout.devices // hessian))
+    return float(copies * hessian * -(-together // layout.devices))
 
 
 def _calibrating(

@@ -203,13 +203,13 @@ class HarnessModel(TemplateLM):
             longest = min(len(encoded[members[0]]), room) + new_tokens
             batch = members[: max(1, self._batch_tokens // longest)]
             members = members[len(batch) :]
-            made = self._generator(
+            generated = self._generator(
                 [encoded[index][-room:] for index in batch],
                 max_new_tokens=new_tokens,
                 sampling=_sampling(options),
                 stop_when=at_phrase,
             )
-            for index, tokens in zip(batch, made.tokens, strict=True):
+            for index, tokens in zip(batch, generated.tokens, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 yield index, postprocess_generated_text(text, until, None)
 

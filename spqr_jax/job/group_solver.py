@@ -57,7 +57,7 @@ class GroupSolver:
         """
         dense = block if dense is None else dense
         together: dict[int, list[str]] = {}
-        configs = {name: own for name in names if (own := self._config.for_path(prefix + name)) is not None}
+        configs = {name: config for name in names if (config := self._config.for_path(prefix + name)) is not None}
         if hessian is not None and names[0].startswith("experts."):
             configs = self._damped_by_need(configs, hessian)
         for name in configs:
@@ -71,11 +71,13 @@ class GroupSolver:
                 solved = self._quantize(weights, hessian, {prefix + name: configs[name] for name in members})
             except DataError as error:  # of its Hessian; blocks come in order, so here it begins
                 raise NotFiniteError(f"inputs of {prefix}{members[0]}: {error}; {advice(weights[0].dtype)}") from None
-            block = block.replace({n: one.array for n, one in zip(members, solved, strict=True)})
-            values = {n: _in_dtype(one.dense, getattr(dense, n).dtype) for n, one in zip(members, solved, strict=True)}
+            block = block.replace({n: result.array for n, result in zip(members, solved, strict=True)})
+            values = {
+                n: _in_dtype(result.dense, getattr(dense, n).dtype) for n, result in zip(members, solved, strict=True)
+            }
             dense = dense.replace(values)
-            for name, one in zip(members, solved, strict=True):
-                self._report(prefix + name, one.array, one.stats)
+            for name, result in zip(members, solved, strict=True):
+                self._report(prefix + name, result.array, result.stats)
         return block, dense
 
     def _damped_by_need(self, configs: dict[str, SpQRConfig], hessian: Hessian) -> dict[str, SpQRConfig]:
@@ -110,12 +112,12 @@ class GroupSolver:
         factor: float | None = ledger.factor()
         tried: list[tuple[float, dict[str, SpQRArray]]] = []
         while factor is not None and len(tried) < _TRIES:
-            own = [dataclasses.replace(c, outlier_threshold=factor * c.outlier_threshold) for c in configs.values()]
-            solved = quantize_weights(weights, hessian, own, self._mesh)
-            tried.append((factor, {path: one.array for path, one in zip(configs, solved, strict=True)}))
+            scaled = [dataclasses.replace(c, outlier_threshold=factor * c.outlier_threshold) for c in configs.values()]
+            solved = quantize_weights(weights, hessian, scaled, self._mesh)
+            tried.append((factor, {path: result.array for path, result in zip(configs, solved, strict=True)}))
             factor = ledger.next_factor(tried)
-        for path, one in zip(configs, solved, strict=True):
-            ledger.spend(path, one.array)
+        for path, result in zip(configs, solved, strict=True):
+            ledger.spend(path, result.array)
         return solved
 
 
