@@ -105,8 +105,10 @@ def _added(gram: jax.Array, x: jax.Array, about: int) -> jax.Array:
 def gram_panel(x: jax.Array, first: int, end: int) -> jax.Array:
     """Rows `first` to `end` of xᵀ x, from column `first` on: x [tokens, in], float32 or bfloat16, summed in float32."""
     panel = x[:, first:end].T
-    if x.dtype == jnp.bfloat16:  # without the barrier XLA multiplies x as it lies, on a CPU as slowly as float32
-        panel = lax.optimization_barrier(panel)
+    if x.dtype == jnp.bfloat16:
+        # On a CPU, XLA multiplies bfloat16 by its instructions only where the first factor lies as it is read. Without
+        # the barriers it multiplies x as it lies, as slowly as float32.
+        panel = lax.optimization_barrier(lax.optimization_barrier(x.T)[first:end])
     return lax.dot_general(
         panel,
         x[:, first:],
