@@ -141,4 +141,9 @@ def predicted_bytes(
         permuted=permuted,
     )
     fixed = sum(math.prod(spec[0]) * np.dtype(spec[1]).itemsize for spec in specs.values() if spec is not None)
-    return fixed + nnz * (np.dtype(np.float16).itemsize + column_dtype(shape[1]).itemsize)
+    return fixed + nnz * bytes_of_outlier(shape[1])
+
+
+def bytes_of_outlier(inner: int) -> int:
+    """Bytes of an outlier's value and column in a matrix with `inner` inputs."""
+    return np.dtype(np.float16).itemsize + column_dtype(inner).itemsize

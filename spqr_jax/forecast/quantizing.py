@@ -22,7 +22,7 @@ from spqr_jax.forecast.passes import (
 )
 from spqr_jax.models.config import BlockKind, DecoderConfig
 from spqr_jax.models.weights import block_shapes, matrix_names
-from spqr_jax.planning.budget import PLAN_TOKENS, PLAN_WINDOW
+from spqr_jax.planning.budget import text_of_plan
 from spqr_jax.tune.config import TuneConfig
 
 _BACKWARD_ATTENTION = 4  # passes: forward, once more for the gradient, and twice as much backwards
@@ -100,9 +100,8 @@ def _products(passed: Pass, rounded: bool) -> Work:
 
 
 def plan_text(text: Text) -> Text:
-    """The beginnings of windows that a plan looks at: 512 tokens of each, or more if there are few."""
-    windows = min(text.windows, math.ceil(PLAN_TOKENS / min(text.seqlen, PLAN_WINDOW)))
-    return Text(windows, min(text.seqlen, max(PLAN_WINDOW, PLAN_TOKENS // max(windows, 1))))
+    """The beginnings of windows that a plan looks at."""
+    return Text(*text_of_plan(text.windows, text.seqlen))
 
 
 def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:

@@ -17,7 +17,7 @@ from spqr_jax.methods.report import Reporter
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Outer, matrix_names
 from spqr_jax.models.finite import advice
-from spqr_jax.planning.budget import Ledger
+from spqr_jax.planning.ledger import Ledger
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.sums import KeepSums, SumsPlace

@@ -19,7 +19,7 @@ from spqr_jax.methods import quantize_weights
 from spqr_jax.methods.report import Reporter
 from spqr_jax.models.decoder import Block
 from spqr_jax.models.finite import advice
-from spqr_jax.planning.budget import Ledger
+from spqr_jax.planning.ledger import Ledger
 from spqr_jax.solver import Hessian, Solved, correct_drift
 
 _LEAST_DAMPING = 0.01  # that is multiplied for experts which few tokens reach

@@ -20,7 +20,7 @@ from spqr_jax.job.state import JobState, StateKeeper, layers_to_json
 from spqr_jax.methods.report import Reporter
 from spqr_jax.models.decoder import Block
 from spqr_jax.output import readable_size
-from spqr_jax.planning.budget import Ledger
+from spqr_jax.planning.ledger import Ledger
 from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.blocks import BlockSink, BlockSource

@@ -16,17 +16,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from spqr_jax._compat import few_lapack_threads, give_back_memory
-from spqr_jax.array import SpQRArray
 from spqr_jax.config import LayerRule, SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
-from spqr_jax.layout import predicted_bytes
+from spqr_jax.layout import bytes_of_outlier, predicted_bytes
 from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
@@ -41,12 +41,11 @@ _OUTLIER_BITS = 32
 _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
 # Prices tried, in nats per token for one bit more on every weight of the model.
 _PRICES = np.geomspace(0.01, 2.0, 5)
-_LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `_STEEPNESS`
-PLAN_TOKENS = 4096  # of calibration text that a plan looks at, about
-PLAN_WINDOW = 512  # tokens of a window that a plan looks at, or more if there are few windows
-_TOLERANCE = 0.005  # bits per weight by which a finished model may miss its target
-_GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss
-_STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
+_LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `STEEPNESS`
+STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
+_SHARE_READ = 8  # a plan looks at one token in so many of the calibration text, but no fewer and no more than these:
+_FEWEST_TOKENS, _MOST_TOKENS = 2048, 4096
+_WINDOW = 256  # tokens of a window that a plan looks at, or more if there are few windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Candidate:
             return math.inf, 1.0, price
         known, shares = np.log(_PRICES[usable]), np.log(np.maximum(self.outliers[usable], 1e-9))
         # As low as the price may go until there are too many outliers.
-        x = max(math.log(price), known[0] - (math.log(_MOST_OUTLIERS) - shares[0]) / _STEEPNESS)
-        more = _STEEPNESS * max(known[0] - x, 0.0)
+        x = max(math.log(price), known[0] - (math.log(_MOST_OUTLIERS) - shares[0]) / STEEPNESS)
+        more = STEEPNESS * max(known[0] - x, 0.0)
         loss = float(np.interp(x, known, self.loss[usable]))
         return loss, math.exp(np.interp(x, known, shares) + more), math.exp(x)
 
@@ -234,13 +233,18 @@ def _widths(config: SpQRConfig, path: str) -> tuple[int, ...]:
 
 
 def _bytes(curve: WeightCurve, bits: int, share: float, config: SpQRConfig) -> float:
+    return _bytes_without_outliers(curve.shape, bits, config) + share * curve.size * bytes_of_outlier(curve.shape[1])
+
+
+@lru_cache
+def _bytes_without_outliers(shape: tuple[int, int], bits: int, config: SpQRConfig) -> float:
     return predicted_bytes(
-        curve.shape,
+        shape,
         bits=bits,
         group_size=config.group_size,
         stats_group_size=config.stats_group_size,
         stats_bits=config.stats_bits if config.quantized_stats else None,
-        nnz=share * curve.size,
+        nnz=0,
         permuted=config.order == "activation",
     )
 
@@ -293,82 +297,11 @@ def _bisect(falling: Callable[[float], float], target: float, low: float, high: 
     return high
 
 
-class Ledger:
-    """Keeps a model that is being quantized on its plan's budget.
-
-    Predictions of outlier counts are off, mostly by some percent. What was over-
-    or underspent is shared out over the outliers of the weights to come; a miss
-    that they could not make up for with small changes is not accepted.
-
-    Args:
-      plan: to be kept.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._left = dict(plan.choices)
-        self._budget = plan.target_bits * plan.size / 8
-        self._size, self._spent = plan.size, 0.0
-        self._planned, self._found = 0.0, 0.0  # bytes of outliers so far
-
-    def factor(self) -> float:
-        """What the next weights' thresholds should be multiplied by, before anything is known of them."""
-        total = self._planned + sum(choice.outlier_bytes for choice in self._left.values())
-        wanted = self._ratio()
-        if self._found and self._planned > 0.02 * total:
-            wanted *= self._planned / self._found
-        return _for_counts(wanted, _STEEPNESS)
-
-    def state(self) -> dict[str, Any]:
-        """What was spent so far, as JSON; for `restore`."""
-        return {
-            "left": list(self._left), "spent": float(self._spent),
-            "planned": float(self._planned), "found": float(self._found),
-        }  # fmt: skip
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on where a ledger of the same plan was when it gave `state`; all sums have the same bits."""
-        self._left = {path: self._left[path] for path in state["left"]}
-        self._spent, self._planned, self._found = state["spent"], state["planned"], state["found"]
-
-    def _ratio(self) -> float:
-        """Outliers that the weights to come may have, as a multiple of what was planned for them."""
-        fixed = sum(choice.nbytes - choice.outlier_bytes for choice in self._left.values())
-        planned = sum(choice.outlier_bytes for choice in self._left.values())
-        return max(self._budget - self._spent - fixed, 0.0) / max(planned, 1e-9)
-
-    def next_factor(self, tried: Sequence[tuple[float, dict[str, SpQRArray]]]) -> float | None:
-        """Another factor to solve the same weights with, or None to accept them as they are.
-
-        Args:
-          tried: factors and what they led to, by path, the last one last.
-        """
-        factor, arrays = tried[-1]
-        counts = [sum(_outlier_bytes(array) for array in own.values()) for _, own in tried]
-        later = sum(choice.outlier_bytes for path, choice in self._left.items() if path not in arrays)
-        ratio = self._ratio()
-        wanted = ratio * sum(self._left[path].outlier_bytes for path in arrays)
-        if abs(counts[-1] - wanted) <= max(_GIVE * ratio * later, _TOLERANCE * self._size / 8):
-            return None
-        steepness = _STEEPNESS
-        if len(tried) > 1 and tried[-2][0] != factor:
-            measured = math.log(max(counts[-2], 1) / max(counts[-1], 1)) / math.log(factor / tried[-2][0])
-            steepness = float(np.clip(measured, 0.3, 6.0))
-        return factor * _for_counts(max(wanted, 1.0) / max(counts[-1], 1), steepness)
-
-    def spend(self, path: str, array: SpQRArray) -> None:
-        """Books a finished weight."""
-        self._spent += array.stored_bytes
-        self._planned += self._left.pop(path).outlier_bytes
-        self._found += _outlier_bytes(array)
-
-
-def _for_counts(ratio: float, steepness: float) -> float:
-    """Factor on a threshold that changes outlier counts by `ratio`."""
-    return float(np.clip(ratio, 1e-3, 1e3) ** (-1 / steepness))
-
-
-def _outlier_bytes(array: SpQRArray) -> int:
-    return array.nnz * (np.dtype(np.float16).itemsize + np.dtype(array.outlier_cols.dtype).itemsize)
+def text_of_plan(windows: int, length: int) -> tuple[int, int]:
+    """Windows and tokens of each that a plan looks at, of a text of so many windows of this length."""
+    tokens = min(max(windows * length // _SHARE_READ, _FEWEST_TOKENS), _MOST_TOKENS)
+    length = min(length, max(_WINDOW, -(-tokens // windows)))
+    return min(windows, -(-tokens // length)), length
 
 
 def plan_budget(
@@ -381,7 +314,8 @@ def plan_budget(
     keep: Callable[[Measured], None] | None = None,
     spill: Spill | None = None,
 ) -> Plan:
-    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows, 4096 or so tokens in all.
+    """Plans how to meet `config.target_bits`; looks at the beginnings of some windows: an eighth of the text,
+    from 2048 to 4096 tokens.
 
     Args:
       source, batches: the dense model; int32 [batch, seq] of token ids.
@@ -398,7 +332,10 @@ def plan_budget(
     config = config.resolved()
     assert config.target_bits is not None
     few_lapack_threads(max(source.config.hidden_size, source.config.intermediate_size))
-    text = beginnings([checked_batch(np.asarray(batch), source.config) for batch in batches], PLAN_TOKENS, PLAN_WINDOW)
+    checked = [checked_batch(np.asarray(batch), source.config) for batch in batches]
+    windows = sum(len(batch) for batch in checked)
+    read, length = text_of_plan(windows, sum(batch.size for batch in checked) // windows)
+    text = beginnings(checked, read * length, length)
     curves = measure_curves(source, text, config, events, begin=begin, keep=keep, spill=spill)
     give_back_memory()
     return make_plan(curves, config.target_bits, config)

@@ -11,7 +11,8 @@ from spqr_jax import CheckpointError, LayerReport, SpQRConfig, accumulate_hessia
 from spqr_jax.job import kept, pace
 from spqr_jax.journal import Journal
 from spqr_jax.methods import quantize_weights
-from spqr_jax.planning.budget import Ledger, plan_budget
+from spqr_jax.planning.budget import plan_budget
+from spqr_jax.planning.ledger import Ledger
 from spqr_jax.planning.record import plan_from_json, plan_to_json
 from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.tune.config import TuneConfig
