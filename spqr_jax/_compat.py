@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import math
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -106,10 +108,39 @@ def multiplies_bfloat16() -> bool:
     return False
 
 
-def give_back_memory() -> None:
-    """Returns what was freed to the system, where the C library keeps it otherwise (glibc's `malloc_trim`)."""
+def give_back_memory(beyond: int = 0) -> None:
+    """Returns what was freed to the system, where the C library keeps it otherwise (glibc's `malloc_trim`).
+
+    Args:
+      beyond: bytes that may be kept: less is left alone, because what is returned costs new pages when it is needed
+        again.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function; TypeError: Windows
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        if not beyond or _kept_bytes(library) > beyond:
+            library.malloc_trim(0)
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _NAMES.split())
+
+
+def _kept_bytes(library: ctypes.CDLL) -> float:
+    """Resident bytes that nobody has asked the C library for; infinite where that is not known.
+
+    With them counts what is resident without it, such as compiled code.
+    """
+    try:
+        library.mallinfo2.restype = _Mallinfo
+        used = library.mallinfo2()
+        with open("/proc/self/statm", encoding="ascii") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except (AttributeError, OSError):
+        return math.inf
+    return (resident - shared) * mmap.PAGESIZE - used.uordblks - used.hblkhd
 
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's `mallopt`

@@ -24,6 +24,7 @@ from spqr_jax.output import readable_size
 from spqr_jax.planning.budget import Measured, Plan, plan_budget
 from spqr_jax.planning.ledger import Ledger
 from spqr_jax.stream import sweep
+from spqr_jax.stream.activations import KEPT_BYTES
 from spqr_jax.stream.blocks import BlockSource, HostSource, TreeSink, as_source
 from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.mesh_activations import text_activations
@@ -240,7 +241,7 @@ class Job:
             last = index + 1 == model.num_layers and not reads_end
             begin, keep = places.pop(index, None), None if keeper is None else keeper.inside(index)
             store.put_block(index, solver.solve(activations, block, f"layers.{index}.", last, begin, keep))
-            give_back_memory()  # else what the C library keeps grows from block to block
+            give_back_memory(KEPT_BYTES)  # else what the C library keeps grows from block to block
             if keeper is not None:
                 keeper.after_block(index, last)
 

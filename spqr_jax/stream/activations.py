@@ -34,6 +34,7 @@ from spqr_jax.stream.sums import KeepSums, PartSums, SumsPlace
 from spqr_jax.stream.windows import checked_batch
 
 _CHUNKS_TO_TRIM = 16  # after so many, what they freed is given back
+KEPT_BYTES = 2**28  # of freed memory that a run keeps: to ask for new pages each time takes a tenth of its CPU seconds
 _INNER_STAGES = (0, 2)  # which leave the residual stream as it is
 _MLP = 2  # the stage whose results, what `down_proj` reads, are larger than the residual stream
 HELD_BYTES, HELD_SHARE = 2**28, 0.5
@@ -187,11 +188,11 @@ class Activations:
             self._states[index] = before = state
             held += 0 if state.inner is None else state.inner.nbytes
             self._trim(index)
-        give_back_memory()  # between arrays in use there is room of sizes that the next arrays do not have
+        give_back_memory(KEPT_BYTES)  # between arrays in use there is room of sizes that the next arrays do not have
 
     def _trim(self, chunk: int) -> None:
         if chunk % _CHUNKS_TO_TRIM == 0:
-            give_back_memory()
+            give_back_memory(KEPT_BYTES)
 
     def _through(self, stage: int, block: Block, where: Positions, state: State) -> State:
         after = run_stage(self.config, stage, block, state, where, self._linear)
