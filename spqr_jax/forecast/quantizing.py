@@ -108,7 +108,7 @@ def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
     """What `--target-bits` measures first: one pass forwards, one backwards, and trials of each width and threshold.
 
     Backwards, a block's products run once more forwards and once for the gradient of its input;
-    weights get no gradient. Trials take as many rows of each matrix as it has, or a little more.
+    weights get no gradient. Trials take a quarter of the rows that each matrix has, but at least one tile a choice.
     """
     seen = plan_text(text)
     passed = forward_pass(model, seen)
@@ -126,7 +126,7 @@ def plan_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:
 
 def _trial_rows(rows: int, config: SpQRConfig, choices: int) -> int:
     tile = config.stats_group_size if config.quantized_stats else 16
-    return max(rows, choices * tile * max(1, math.ceil(rows / tile) // choices))
+    return choices * tile * max(1, math.ceil(rows / tile) // (4 * choices))
 
 
 def solver_work(model: DecoderConfig, config: SpQRConfig, text: Text) -> Work:

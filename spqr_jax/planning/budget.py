@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,8 @@ from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BlockSensitivity, MeasuringPlace, block_sensitivities
+from spqr_jax.solver.hessian import Hessian
+from spqr_jax.solver.solve import weight_layout
 from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.spill import Spill
@@ -185,11 +187,11 @@ def measure_curves(
     curves: list[WeightCurve] = [] if begin is None else list(begin.curves)
 
     def measure(block: BlockSensitivity) -> None:
-        for names, hessian in block.hessians:
-            wanted = [name for name in names if config.for_path(f"layers.{block.index}.{name}") is not None]
-            for width in dict.fromkeys(getattr(block.block, name).shape[1] for name in wanted):
-                same = [name for name in wanted if getattr(block.block, name).shape[1] == width]
-                curves.extend(_block_curves(block, same, hessian, config, total))
+        alike = list(_solved_together(block, config))
+        rows = [sum(weight_layout(block.block[name], config).padded_out for name in names) for names, _ in alike]
+        for names, hessian in alike:
+            same = [count for count, (_, other) in zip(rows, alike, strict=True) if other.width == hessian.width]
+            curves.extend(_block_curves(block, names, hessian, config, total, same))
 
     linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
     block_sensitivities(
@@ -201,8 +203,21 @@ def measure_curves(
     return curves
 
 
+def _solved_together(block: BlockSensitivity, config: SpQRConfig) -> Iterator[tuple[list[str], Hessian]]:
+    """Names of weights that are to be quantized and read one input, and its Hessian."""
+    for names, hessian in block.hessians:
+        wanted = [name for name in names if config.for_path(f"layers.{block.index}.{name}") is not None]
+        if wanted:
+            yield wanted, hessian
+
+
 def _block_curves(
-    block: BlockSensitivity, names: Sequence[str], hessian: Any, config: SpQRConfig, total: int
+    block: BlockSensitivity,
+    names: Sequence[str],
+    hessian: Hessian,
+    config: SpQRConfig,
+    total: int,
+    solved_rows: Sequence[int],
 ) -> list[WeightCurve]:
     weights = [getattr(block.block, name) for name in names]
     fisher = [np.asarray(block.fisher[name], np.float64) / 4 for name in names]
@@ -214,7 +229,7 @@ def _block_curves(
     for name, unit in zip(names, per_price, strict=True):
         padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
         choices.append([(bits, unit * price) for bits in padded for price in _PRICES])
-    trials = try_choices(weights, hessian, fisher, choices, config.for_inputs(names[0]))
+    trials = try_choices(weights, hessian, fisher, choices, config.for_inputs(names[0]), solved_rows)
     curves = []
     for name, w, unit, trial in zip(names, weights, per_price, trials, strict=True):
         loss, outliers = (part.reshape(-1, len(_PRICES)) for part in (trial.loss, trial.outliers))

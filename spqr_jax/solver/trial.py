@@ -42,6 +42,7 @@ def try_choices(
     row_weights: Sequence[Any],
     choices: Sequence[Sequence[tuple[int, float]]],
     config: SpQRConfig,
+    solved_rows: Sequence[int] = (),
 ) -> list[Trial]:
     """Tries choices on matrices that read one input.
 
@@ -51,6 +52,8 @@ def try_choices(
       row_weights: f32 [out_k] each, what a row's loss counts.
       choices: for each matrix (bits, T), equally many; T in units of the loss.
       config: everything else; it must compensate errors.
+      solved_rows: numbers of rows that matrices of this width are solved in, padded. The trials are padded to the
+        smallest that is enough, because a program for it will be there.
     """
     factor = factor_hessian(hessian.matrix(), config)
     layouts = [weight_layout(w, config) for w in weights]
@@ -59,9 +62,8 @@ def try_choices(
     times = len(choices[0])
     rows = [_some_rows(w.shape[0], tile, times) for w in weights]
     flat = [(len(chosen), each) for chosen, own in zip(rows, choices, strict=True) for each in own]
-    # As many rows as the matrices have, if that is more, so that trying and solving are one program.
     tried = sum(count for count, _ in flat)
-    padded = spec.padded(layouts[0].padded_in, max(tried, sum(layout.padded_out for layout in layouts)))
+    padded = spec.padded(layouts[0].padded_in, min((rows for rows in solved_rows if rows >= tried), default=tried))
     padding = padded[1] - tried
     thresholds = np.concatenate([np.full(count, t) for count, (_, t) in flat] + [np.full(padding, np.inf)])
     maxq = np.concatenate([np.full(count, 2.0**bits - 1) for count, (bits, _) in flat] + [np.ones(padding)])
@@ -83,9 +85,13 @@ def try_choices(
 
 
 def _some_rows(out: int, tile: int, times: int) -> np.ndarray:
-    """Rows of evenly spread whole tiles, one in `times`; a last row is repeated to fill its tile."""
+    """Rows of evenly spread whole tiles; a last row is repeated to fill its tile.
+
+    Tried so many `times`, they are a quarter of all rows. With all of them a plan was no better
+    (docs/explanation/quality.md).
+    """
     tiles = -(-out // tile)
-    picked = np.linspace(0, tiles - 1, max(tiles // times, 1)).round().astype(int)
+    picked = np.linspace(0, tiles - 1, max(tiles // (4 * times), 1)).round().astype(int)
     return np.minimum((picked[:, None] * tile + np.arange(tile)).reshape(-1), out - 1)
 
 
