@@ -77,17 +77,18 @@ def test_passes_of_calibration(config, kind, times):
 
 def test_a_target_measures_first():
     text = Text(40, 128)
-    assert quantizing.plan_text(text) == Text(32, 128)  # batches of 8 windows, 4096 tokens in all
+    assert quantizing.plan_text(text) == Text(16, 128)  # 2048 tokens in all
     plan = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3), text)
-    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 4096  # forwards, twice backwards; the head thrice
-    assert plan.attention == 5 * passes.forward_pass(TINY, Text(32, 128)).attention
+    assert plan.bfloat16 == 3 * (2 * BLOCK * 2 + 2 * HEAD) * 2048  # forwards, twice backwards; the head thrice
+    assert plan.attention == 5 * passes.forward_pass(TINY, Text(16, 128)).attention
     with_target = quantizing.quantize_work(TINY, SpQRConfig(target_bits=4.3), text)
     without = quantizing.quantize_work(TINY, SpQRConfig(), text)
     assert with_target.bfloat16 - without.bfloat16 == plan.bfloat16
     exact = quantizing.plan_work(TINY, SpQRConfig(target_bits=4.3, calibration_dtype="float32"), text)
     assert (exact.dense, exact.gram) == (plan.bfloat16, plan.rounded_gram)
-    assert quantizing.plan_text(Text(40, 2048)) == Text(8, 512)
-    assert quantizing.plan_text(Text(4, 2048)) == Text(4, 1024)
+    assert quantizing.plan_text(Text(40, 2048)) == Text(16, 256)  # never more than 4096 tokens
+    assert quantizing.plan_text(Text(24, 1024)) == Text(12, 256)  # an eighth
+    assert quantizing.plan_text(Text(4, 2048)) == Text(4, 512)  # longer beginnings of few windows
     assert with_target.searched > plan.searched + without.searched  # some weights are solved again
 
 

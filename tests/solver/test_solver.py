@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.problems import correlated_problem
 from support.reference_spqr import spqr as reference_spqr
 
 from spqr_jax import DataError, SpQRConfig, SpQRError, accumulate_hessian, empty_hessian, quantize_weight
+from spqr_jax._compat import multiplies_bfloat16
 from spqr_jax.methods import quantize_weights
 from spqr_jax.packing import unpack_codes
 from spqr_jax.solver.hessian import factorize, quadratic_form
@@ -235,6 +238,19 @@ def test_wide_inputs_are_summed_in_panels(width):
     np.testing.assert_allclose(h, 2 / 40 * x.T.astype(np.float64) @ x, atol=1e-5)
     np.testing.assert_array_equal(h, h.T)
     np.testing.assert_allclose(jax.jit(quadratic_form)(w, h), np.sum((w @ np.asarray(h)) * w), rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [576, 1536])
+def test_a_processor_with_instructions_for_bfloat16_uses_them(width):
+    if jax.default_backend() != "cpu" or not multiplies_bfloat16():
+        pytest.skip("this processor has no instructions for products of bfloat16 matrices")
+    compiled = jax.jit(accumulate_hessian).lower(empty_hessian(width), jnp.zeros((256, width), jnp.bfloat16)).compile()
+    programs = [part for part in compiled.as_text().split("\n\n") if " dot(" in part]
+    assert programs
+    for program in programs:
+        factors = re.search(r" dot\((%[\w.]+), (%[\w.]+)\)", program).groups()
+        types = [re.search(rf"{re.escape(name)} = (\w+)\[", program)[1] for name in factors]
+        assert types == ["bf16", "bf16"]  # else XLA has made float32 of them, which takes twice as long
 
 
 def test_hessian_is_streamed():
