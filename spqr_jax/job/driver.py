@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from spqr_jax._compat import give_back_memory
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import DataError, NotFiniteError
 from spqr_jax.job.block_solver import BlockSolver, Parallel, Sequential, Uncalibrated
@@ -86,7 +88,7 @@ def quantized_head(
     Args:
       path: of the head, one of the outer weights' names.
       outer: dense.
-      activations: the text behind all blocks; only read if `head_needs_text`.
+      activations: the text behind all blocks; only read, and then dropped, if `head_needs_text`.
       config: how to quantize.
       report: told of the head.
       mesh: of devices that solve its rows together, or None.
@@ -101,7 +103,9 @@ def quantized_head(
     weight = getattr(outer, path)
     hessian = None
     if activations is not None and chosen.needs_calibration:
-        hessian = activations.head_hessian(outer, begin=begin, keep=keep)
+        hessian = jax.block_until_ready(activations.head_hessian(outer, begin=begin, keep=keep))
+        activations.drop()  # the head, the largest matrix, needs their memory
+        give_back_memory()
     try:
         solved = quantize_weights([weight], hessian, [chosen], mesh)[0]
     except DataError as error:

@@ -222,6 +222,10 @@ class Activations:
         for index, residual in enumerate(residuals):
             self._states[index] = State(jax.device_put(residual))
 
+    def drop(self) -> None:
+        """Lets go of the text, once nothing reads it or saves it any more."""
+        del self._states
+
     def copy(self) -> Activations:
         """The same place in the model, to go on from twice."""
         twin = object.__new__(Activations)
