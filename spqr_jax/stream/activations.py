@@ -179,7 +179,7 @@ class Activations:
         """
         held, before = 0, None
         for index, where in enumerate(self._where):
-            step = partial(self._through, stage, block, where)
+            step = partial(_through, self.config, self._linear, stage, block, where)  # refers to no text
             if stage == _MLP and held > self._held_bytes:
                 self._states.postpone(index, step)
                 continue
@@ -193,13 +193,6 @@ class Activations:
     def _trim(self, chunk: int) -> None:
         if chunk % _CHUNKS_TO_TRIM == 0:
             give_back_memory(KEPT_BYTES)
-
-    def _through(self, stage: int, block: Block, where: Positions, state: State) -> State:
-        after = run_stage(self.config, stage, block, state, where, self._linear)
-        if stage in _INNER_STAGES:
-            # The program returns a copy. Arrays of two sizes, freed in turn, would fragment the memory.
-            after = dataclasses.replace(after, residual=state.residual)
-        return after
 
     def chunks(self) -> Iterator[tuple[State, Positions]]:
         """Each chunk's state as it is now, and where its tokens stand."""
@@ -233,6 +226,14 @@ class Activations:
         twin._states, twin._where = self._states.copy(), self._where
         twin.stream_bytes, twin._held_bytes = self.stream_bytes, self._held_bytes
         return twin
+
+
+def _through(config: DecoderConfig, linear: Linear, stage: int, block: Block, where: Positions, state: State) -> State:
+    after = run_stage(config, stage, block, state, where, linear)
+    if stage in _INNER_STAGES:
+        # The program returns a copy. Arrays of two sizes, freed in turn, would fragment the memory.
+        after = dataclasses.replace(after, residual=state.residual)
+    return after
 
 
 def _mean_drift(hessian: Hessian, total: jax.Array) -> jax.Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from spqr_jax import SpQRConfig, quantize
 from spqr_jax.models.decoder import State
 from spqr_jax.stream import activations
+from spqr_jax.stream.blocks import TreeSource
 from spqr_jax.stream.chunk_states import ChunkStates
 
 
@@ -45,3 +49,21 @@ def _noting(postpone, postponed):
         postpone(self, index, step)
 
     return note
+
+
+def test_a_copy_of_the_text_is_freed_as_soon_as_nobody_holds_it(monkeypatch, tiny_model, tiny_batches):
+    monkeypatch.setattr(activations, "HELD_BYTES", 0)
+    monkeypatch.setattr(activations, "HELD_SHARE", 0)
+    block = TreeSource(tiny_model).block(0)
+    text = activations.Activations(tiny_model.config, tiny_model.outer, tiny_batches)
+    gc.disable()  # it would free the copy later, when more of them have piled up
+    try:
+        ahead = text.copy()
+        for stage in range(3):  # steps of the last one are postponed
+            ahead.advance(stage, block)
+        assert any(ahead._states.is_postponed(chunk) for chunk in range(len(ahead._states)))
+        states = weakref.ref(ahead._states)
+        del ahead
+        assert states() is None
+    finally:
+        gc.enable()
