@@ -8,7 +8,7 @@ where it is used.
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.checkpoint import load, save
-from spqr_jax.config import LayerRule, SpQRConfig
+from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import CheckpointError, DataError, ModelError, NotFiniteError, SpQRError
 from spqr_jax.evaluate.perplexity import Perplexity, perplexity
 from spqr_jax.events import Event
@@ -22,6 +22,7 @@ from spqr_jax.parallel import ShardedDecoder, shard
 from spqr_jax.products import linear, prepare
 from spqr_jax.quantized import is_quantized
 from spqr_jax.resolve import load_model
+from spqr_jax.rules import LayerRule
 from spqr_jax.sampling import Sampling
 from spqr_jax.solver import Hessian, accumulate_hessian, empty_hessian
 from spqr_jax.stream.windows import batched

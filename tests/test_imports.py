@@ -23,6 +23,7 @@ LAYERS = [
     ["packing"],
     ["layout", "quantized"],
     ["invariants"],
+    ["rules"],
     ["config", "sampling", "data"],
     ["array"],
     ["products"],

@@ -11,11 +11,12 @@ from typing import Annotated, Any, cast, get_args
 import jax
 
 from spqr_jax.cli.help import CALIBRATION, COMPUTATION, OUTPUT, TEXT, argument, flag, option
-from spqr_jax.config import BASELINES, DEFAULT_PRESET, LayerRule, SpQRConfig
+from spqr_jax.config import BASELINES, DEFAULT_PRESET, SpQRConfig
 from spqr_jax.data import DATA_HELP
 from spqr_jax.errors import SpQRError
 from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP
+from spqr_jax.rules import LayerRule
 from spqr_jax.stream.mesh import parse_mesh as mesh_of
 from spqr_jax.tune.config import Tune, TuneConfig
 

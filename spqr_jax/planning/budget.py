@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from spqr_jax._compat import few_lapack_threads, give_back_memory
-from spqr_jax.config import LayerRule, SpQRConfig
+from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import bytes_of_outlier, predicted_bytes
@@ -31,6 +31,7 @@ from spqr_jax.methods.choose import check_shards
 from spqr_jax.models.decoder import plain_linear
 from spqr_jax.models.weights import abstract_block, matrix_names
 from spqr_jax.planning.sensitivity import BlockSensitivity, MeasuringPlace, block_sensitivities
+from spqr_jax.rules import LayerRule
 from spqr_jax.solver.hessian import Hessian
 from spqr_jax.solver.solve import weight_layout
 from spqr_jax.solver.trial import try_choices

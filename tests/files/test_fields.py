@@ -11,8 +11,8 @@ import pytest
 from support.problems import TINY
 
 from spqr_jax import DecoderConfig, ModelError, SpQRConfig, SpQRError
-from spqr_jax.config import LayerRule
 from spqr_jax.files.entries import shown
+from spqr_jax.rules import LayerRule
 
 CONFIGS = [
     SpQRConfig(),

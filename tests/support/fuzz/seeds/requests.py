@@ -82,7 +82,7 @@ def rules(folder: Path) -> None:
 
 
 def quantizations(folder: Path) -> None:
-    from spqr_jax.config import LayerRule
+    from spqr_jax.rules import LayerRule
 
     configs = {
         "spqr": SpQRConfig(),

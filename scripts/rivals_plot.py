@@ -1,0 +1,39 @@
+"""The picture of scripts/rivals.py: KL divergence against stored bits; a panel for each text, a line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rivals_table import BASE, points
+
+_MARKERS = {BASE: "o", "SpQR, tuned": "D", "llama.cpp": "s", "GPTQ": "^", "AWQ": "v", "HQQ": "P", "RTN": "X"}
+
+
+def plot(path: Path, done: Sequence[dict[str, Any]]) -> None:
+    """Writes a PNG file; bars are the deviation over seeds."""
+    import matplotlib  # the `plots` extra
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels, methods = list(done[0]["texts"]), list(dict.fromkeys(row["method"] for row in done))
+    figure, panels = pyplot.subplots(
+        1, len(labels), figsize=(5.2 * len(labels), 4.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, label in zip(panels[0], labels, strict=True):
+        for method in methods:
+            bits, mean, deviation = np.array(points(done, method, label)).T
+            axes.errorbar(
+                bits, mean, yerr=np.nan_to_num(deviation), label=method, marker=_MARKERS.get(method, "."),
+                markersize=5, linewidth=2 if method == BASE else 1, capsize=2, zorder=3 if method == BASE else 2,
+            )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel("stored bits per weight")
+        axes.set_title(label)
+        axes.grid(alpha=0.3, which="both")
+    panels[0][0].set_ylabel("KL divergence from the dense model, nats")
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)

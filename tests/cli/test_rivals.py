@@ -1,0 +1,197 @@
+"""scripts/rivals.py on a tiny model. llama.cpp, which takes minutes to compile, is asked where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import ROOT
+from support.family_files import write_gguf
+from support.problems import TINY, random_tokens
+
+from spqr_jax import forward
+from spqr_jax.models.decoder import random_decoder
+from spqr_jax.models.gguf import GGUFFile
+from spqr_jax.resolve import open_model
+from spqr_jax.stream.blocks import collect
+
+SCRIPTS = ROOT / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def _scripts_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture
+def scaled():
+    return importlib.import_module("rivals_scaled")
+
+
+@pytest.fixture
+def files():
+    return importlib.import_module("rivals_gguf")
+
+
+def problem(rows=32, columns=128, tokens=512, seed=0):
+    """Weights, and the Hessian of inputs whose channels differ in size."""
+    rng = np.random.default_rng(seed)
+    w = jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32)
+    x = rng.standard_normal((tokens, columns)) * np.exp(rng.uniform(-2, 2, columns))
+    return w, jnp.asarray(2 / tokens * x.T @ x, jnp.float32)
+
+
+def run_rivals(folder, *options):
+    command = [sys.executable, SCRIPTS / "rivals.py", "dense.gguf", "--out", "rivals", "--calib", "ids.npy"]
+    command += ["--nsamples", "4", "--seqlen", "32", "--data", "first", "ids.npy", "64", "3", *options]
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    write_gguf(tmp_path / "dense.gguf", tiny_model)
+    np.save(tmp_path / "ids.npy", random_tokens((2000,), 0))
+    return tmp_path
+
+
+def test_rivals_are_measured_once_and_compared_at_equal_bits(folder):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `plots`)")
+    options = ("--data", "second", "ids.npy", "32", "2", "--seeds", 0, 1, "--rows", r"^(SpQR (3.4|5)|AWQ 4 bits.* 32)$")
+    result = run_rivals(folder, *options)
+    assert result.returncode == 0, result.stderr
+    with (folder / "rivals" / "rivals.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = {path.name: json.loads(path.read_text()) for path in (folder / "rivals").glob("*.json")}
+    assert len(kept) == 6  # three rows, two seeds
+    assert len(rows) == 12  # on two texts
+    for row in rows:
+        assert float(row["kl_mean"]) > 0
+        assert float(row["cpu_seconds"]) > 0.5
+    awq = [row for row in rows if row["method"] == "AWQ"]
+    assert {row["stored_bits"] for row in awq} == {"4.625"}  # 4, and 16 + 4 for 32 weights
+    assert len({row["kl_mean"] for row in awq if row["text"] == "first"}) == 2  # the seeds draw other windows
+    table = importlib.import_module("rivals_table")
+    done = [values | {"seed": 0} for values in kept.values()]
+    few, many = table.points(done, "SpQR", "first")
+    middle = table.at_equal_bits(done, (few[0] + many[0]) / 2, "first")
+    assert middle == pytest.approx(np.sqrt(few[1] * many[1]))
+    assert np.isnan(table.at_equal_bits(done, many[0] + 1, "first"))
+    text = (folder / "rivals" / "table.md").read_text()
+    ratio = table.at_equal_bits(done, 4.625, "first") / np.mean(
+        [float(r["kl_mean"]) for r in awq if r["text"] == "first"]
+    )
+    assert f"| {ratio:.2f} |" in text
+    assert (folder / "rivals" / "rivals.png").read_bytes().startswith(b"\x89PNG")
+    times = {path: path.stat().st_mtime_ns for path in (folder / "rivals").glob("*.json")}
+    assert run_rivals(folder, *options).returncode == 0  # what is done is kept
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_rows_that_nobody_has_are_refused(folder):
+    result = run_rivals(folder, "--rows", "EXL2")
+    assert result.returncode == 1
+    assert "no row matches 'EXL2'; rows are: SpQR 2.8" in result.stderr
+
+
+def test_llama_cpp_quantizes_with_an_importance_matrix(folder, files, tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed (extra `rivals`)")
+    config = TINY.__class__(**{**TINY.__dict__, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64})
+    write_gguf(tmp_path / "wide.gguf", random_decoder(config, seed=0))
+    rng = np.random.default_rng(0)
+    importance = {}
+    for name, shape in GGUFFile(tmp_path / "wide.gguf").shapes().items():
+        if name.startswith("blk.") and len(shape) == 2:
+            importance[name] = np.exp(rng.uniform(-5, 5, shape[1])).astype(np.float32)
+    for out, values in (("plain.gguf", {}), ("weighed.gguf", importance)):
+        files.quantize(tmp_path / "wide.gguf", tmp_path / out, "Q4_K_S", values)
+    bits, types = files.stored_bits(tmp_path / "plain.gguf")
+    assert 4.5 <= bits < 5.6
+    assert set(types) <= {"Q4_K", "Q5_K"}
+    dense, plain, weighed = (GGUFFile(tmp_path / name) for name in ("wide.gguf", "plain.gguf", "weighed.gguf"))
+    name = "blk.0.ffn_gate.weight"
+    errors = [
+        ((dense.read(name, np.float32) - file.read(name, np.float32)) ** 2) @ importance[name]
+        for file in (plain, weighed)
+    ]
+    assert errors[1].sum() < 0.9 * errors[0].sum()
+    np.testing.assert_array_equal(
+        weighed.read("token_embd.weight", np.float32), dense.read("token_embd.weight", np.float32)
+    )
+
+
+def test_llama_cpp_that_is_missing_or_a_type_it_lacks_is_said(folder, files):
+    if importlib.util.find_spec("llama_cpp") is None:
+        with pytest.raises(files.SpQRError, match=r"pip install 'spqr-jax\[rivals\]'"):
+            files.quantize(folder / "dense.gguf", folder / "out.gguf", "Q4_K_M", {})
+    else:
+        with pytest.raises(files.SpQRError, match="no type 'Q4_KM'"):
+            files.quantize(folder / "dense.gguf", folder / "out.gguf", "Q4_KM", {})
+
+
+def test_a_model_off_its_grid_is_the_same_function(tiny_model, files, tmp_path):
+    write_gguf(tmp_path / "grid.gguf", tiny_model)
+    files.write_dense(tmp_path / "grid.gguf", tmp_path / "off.gguf", 0)
+    files.write_dense(tmp_path / "grid.gguf", tmp_path / "copy.gguf", None)
+    off, copy = (collect(open_model(str(tmp_path / name), "float32").source) for name in ("off.gguf", "copy.gguf"))
+    for left, right in zip(jax.tree.leaves(copy), jax.tree.leaves(tiny_model), strict=True):
+        np.testing.assert_array_equal(left, right)
+    tokens = jnp.asarray(random_tokens((2, 16), 0))
+    np.testing.assert_allclose(forward(off, tokens), forward(tiny_model, tokens), rtol=1e-4, atol=1e-4)
+    for name in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
+        assert np.abs(off.layers[0][name] / copy.layers[0][name] - 1).max() > 0.1
+    assert off.config == copy.config == tiny_model.config
+
+
+def test_bits_are_counted_by_the_bytes_in_the_file(tiny_model, files, tmp_path):
+    import gguf
+
+    write_gguf(tmp_path / "model.gguf", tiny_model, gguf.GGMLQuantizationType.Q8_0)
+    bits, types = files.stored_bits(tmp_path / "model.gguf")
+    assert bits == 8.5
+    assert types == {"Q8_0": 1.0}
+
+
+def test_scaling_by_activations_beats_rounding_to_nearest(scaled):
+    w, h = problem()
+    plain = float(scaled.loss(w - scaled.nearest(w, 4, 32), h))
+    (clipped_only,) = scaled.awq(("o_proj",), [w], h, 4, 32)  # 32 x 128: heads share values, nothing is scaled
+    (both,) = scaled.awq(("down_proj",), [w], h, 4, 32)
+    losses = [float(scaled.loss(w - part, h)) for part in (clipped_only, both)]
+    assert losses[0] < plain
+    assert losses[1] < 0.5 * plain
+    (unclipped,) = scaled.awq(("q_proj",), [w], h, 4, 32)
+    assert losses[1] < float(scaled.loss(w - unclipped, h)) < plain
+
+
+def test_half_quadratic_rounding_lowers_the_error(scaled):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_t(3, (64, 128)), jnp.float32)
+    misses = [jnp.abs(w - scaled.hqq(w, bits, 32)) for bits in (3, 4)]
+    assert float(jnp.mean(misses[1])) < 0.6 * float(jnp.mean(misses[0]))
+    low, high = (part(w.reshape(64, -1, 32), axis=-1, keepdims=True) for part in (jnp.min, jnp.max))
+    scale = (high - low) / 7
+    grid = jnp.clip(jnp.round((w.reshape(64, -1, 32) - low) / scale), 0, 7) * scale + low
+    assert float(jnp.mean(misses[0])) < float(jnp.mean(jnp.abs(w - grid.reshape(w.shape))))
+    codes = np.unique(np.asarray(w - (w - scaled.hqq(w, 3, 32))).reshape(64, -1, 32)[0, 0])
+    assert len(codes) <= 8
+
+
+def test_rows_that_groups_do_not_divide_are_refused(folder):
+    command = [sys.executable, str(SCRIPTS / "rivals_scaled.py"), "dense.gguf", "out", "hqq", "--group-size", "48"]
+    result = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "rows of [64, 96] weights cannot be cut into groups of 48" in result.stderr
