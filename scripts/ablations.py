@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
 """The questions researchers ask of SpQR, answered on one model in one table.
 
-    scripts/ablations.py demo                     all rows (an hour or two on two cores)
-    scripts/ablations.py demo --quick             the main rows on little text (under 15 minutes)
+    scripts/ablations.py demo                                  all rows (an hour or two on two cores)
+    scripts/ablations.py demo --quick                          the main rows on little text (under 15 minutes)
+    scripts/ablations.py demo --paper --seeds 0 1 2 --tasks paper --limit 400 \\
+        --data WikiText-2 wikitext2 2048 10 --data PTB ptb 2048 3
 
-Each row differs from SpQR's defaults in one thing, or is another method. Rows
-that are done are kept in OUT and not run again, so a run can be stopped and
-resumed. Writes table.md, table.csv and perplexity_by_bits.png into OUT.
+Each row differs from SpQR's defaults in one thing, or is another method. `--paper` runs the paper's two ablations
+only: outliers removed, and 16-bit statistics in place of the second level. Rows that are done are kept in OUT and not
+run again, so a run can be stopped and resumed. Writes table.md, table.csv and perplexity_by_bits.png into OUT.
 
-    scripts/ablations.py demo --tasks winogrande,piqa,hellaswag,arc_easy,arc_challenge
-
-adds a column for each task of the LM Evaluation Harness (the `eval` extra), zero-shot.
+`--seeds` draws the calibration windows anew for each seed; ± is then the standard deviation over the seeds, else the
+standard error over windows or questions. `--tasks` adds a column for each zero-shot task (the `eval` extra; names as
+for `spqr eval`).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import math
 import re
@@ -26,8 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from kept_rows import file_name, kept_or_made, markdown_table
+from ablations_table import BASE, DENSE, columns, lines, plot, write_tables
+from kept_rows import file_name, kept_or_made
 
 from spqr_jax import SpQRConfig, SpQRError
 from spqr_jax.data import calibration_windows, evaluation_windows
@@ -38,20 +39,27 @@ from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream.blocks import TreeSink, collect
 from spqr_jax.stream.windows import batched
-from spqr_jax.terminal.display import console, number, say, table
+from spqr_jax.terminal.display import console, say, table
 from spqr_jax.texts import default_corpus, read_tokens
-
-BASE = "SpQR"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: what it asks, the configuration that answers, whether --quick runs it."""
+    """One line of the table.
+
+    Attributes:
+      question: what it asks.
+      name: of the row.
+      config: the configuration that answers; None for the dense model.
+      quick: whether `--quick` runs it.
+      paper: whether it belongs to the paper's ablations.
+    """
 
     question: str
     name: str
-    config: SpQRConfig | None  # None: the dense model
+    config: SpQRConfig | None
     quick: bool = False
+    paper: bool = False
 
 
 def rows() -> list[Row]:
@@ -62,13 +70,13 @@ def rows() -> list[Row]:
 
     plain: dict[str, Any] = {"stats_bits": 16}
     return [
-        Row("", "dense", None, True),
-        Row("", BASE, spqr(), True),
-        Row("outliers", "no outliers", spqr(outlier_threshold=math.inf), True),
+        Row("", DENSE, None, True, True),
+        Row("", BASE, spqr(), True, True),
+        Row("outliers", "no outliers", spqr(outlier_threshold=math.inf), True, True),
         Row("outliers", "simplified (no leave-one-out)", spqr(leave_one_out=False), True),
         *(Row("outliers", f"tau {tau:g}", spqr(outlier_threshold=tau), tau == 1) for tau in (0.05, 0.1, 0.5, 1.0)),
-        Row("statistics", "16-bit statistics (plain groups)", spqr(**plain), True),
-        Row("statistics", "standard: one group a row, 16-bit", spqr(group_size=None, **plain), True),
+        Row("statistics", "16-bit statistics (plain groups)", spqr(**plain), True, True),
+        Row("statistics", "standard: one group a row, 16-bit", spqr(group_size=None, **plain), True, True),
         *(Row("statistics", f"{bits}-bit statistics", spqr(stats_bits=bits), bits == 2) for bits in (2, 4)),
         *(Row("group size", f"groups of {size}", spqr(group_size=size), size == 32) for size in (8, 32, 64, 128)),
         Row("order", "identity order", spqr(order="identity"), True),
@@ -89,244 +97,172 @@ def rows() -> list[Row]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """What perplexity is measured on; `spec` as for `spqr perplexity --data`."""
+
+    label: str
+    spec: str
+    seqlen: int
+    windows: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
-    """What all rows share; its fingerprint is part of every kept result's name."""
+    """What all rows share; it is part of every kept result's name."""
 
     model: str
     calib: str
     nsamples: int
     seqlen: int
-    seed: int
-    data: str
-    windows: int
-    eval_seqlen: int
+    texts: tuple[Text, ...]
     tasks: tuple[str, ...] = ()
     limit: float | None = None
     include_path: str | None = None
 
 
-def run(row: Row, setup: Setup, opened: OpenedModel, calibration: np.ndarray, windows: np.ndarray) -> dict[str, Any]:
-    """Quantizes (unless dense) and measures."""
-    begun = time.perf_counter()
-    values: dict[str, Any] = {"ideal_bits": 32.0, "stored_bits": 32.0, "outlier_percent": 0.0}
-    if row.config is None:
-        params = collect(opened.source)
-    else:
-        sink, arrays = TreeSink(opened.source.config), []
-        Job(opened.source, sink, batched(calibration), row.config).run()
+class Bench:
+    """The dense model and what is read with it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.opened: OpenedModel = open_model(setup.model, "float32", say)
+        self._tasks: Any = None
+        if setup.tasks:  # says now what is missing
+            harness = import_harness()
+            include = None if setup.include_path is None else Path(setup.include_path)
+            self._tasks = harness.loaded_tasks(list(setup.tasks), include, say)
+        self._calibration = read_tokens(setup.calib, "calibration", self.opened)
+        self._windows = {
+            text.label: evaluation_windows(
+                read_tokens(text.spec, "evaluation", self.opened),
+                text.seqlen,
+                text.windows,
+                text.label,
+                self.opened.first_token,
+            )
+            for text in setup.texts
+        }
+
+    def run(self, row: Row, seed: int) -> dict[str, Any]:
+        """Quantizes (unless dense) and measures."""
+        begun = time.perf_counter()
+        values: dict[str, Any] = {"question": row.question, "row": row.name, "seed": seed}
+        sizes = {"ideal_bits": 32.0, "stored_bits": 32.0, "outlier_percent": 0.0}
+        params = collect(self.opened.source) if row.config is None else self._quantized(row.config, seed, sizes)
+        values |= sizes | {"seconds": time.perf_counter() - begun, "texts": {}}
+        for label, windows in self._windows.items():
+            result = perplexity(params, windows)
+            losses = result.window_losses.tolist()
+            figures = {"perplexity": result.perplexity, "stderr": result.stderr, "window_losses": losses}
+            values["texts"][label] = figures
+        return values | {"tasks": self._answers(params)}
+
+    def _quantized(self, config: SpQRConfig, seed: int, sizes: dict[str, float]) -> Any:
+        """The quantized model; `sizes` is given its bits."""
+        setup, arrays = self.setup, []
+        windows = calibration_windows(
+            self._calibration, setup.seqlen, setup.nsamples, seed, setup.calib, self.opened.first_token
+        )
+        sink = TreeSink(self.opened.source.config)
+        Job(self.opened.source, sink, batched(windows), config).run()
         params = sink.params()
         for block in params.layers:
             arrays += quantized_leaves(block)
         size = sum(array.size for array in arrays)
-        values = {
-            "ideal_bits": sum(array.ideal_bits * array.size for array in arrays) / size,
-            "stored_bits": 8 * sum(array.stored_bytes for array in arrays) / size,
-            "outlier_percent": 100 * sum(array.nnz for array in arrays) / size,
-        }
-    values["seconds"] = time.perf_counter() - begun
-    result = perplexity(params, windows)
-    return {
-        **values,
-        "tasks": answer_tasks(setup, opened, params),
-        "perplexity": result.perplexity,
-        "stderr": result.stderr,
-        "window_losses": result.window_losses.tolist(),
-    }
+        sizes["ideal_bits"] = sum(array.ideal_bits * array.size for array in arrays) / size
+        sizes["stored_bits"] = 8 * sum(array.stored_bytes for array in arrays) / size
+        sizes["outlier_percent"] = 100 * sum(array.nnz for array in arrays) / size
+        return params
+
+    def _answers(self, params: Any) -> dict[str, tuple[float, float]]:
+        """(value, standard error) of each task; none if none were asked for."""
+        if self._tasks is None:
+            return {}
+        harness = import_harness()
+        adapter = harness.HarnessModel(params, self.opened.tokenizer())
+        results = harness.evaluate_tasks(adapter, self._tasks, num_fewshot=0, limit=self.setup.limit).values["results"]
+        values = {}
+        for task, metrics in results.items():
+            name = next((name for name in METRICS if name in metrics), None)
+            if name is None:
+                raise SpQRError(
+                    f"task {task} has none of the metrics {', '.join(METRICS)}: it has {', '.join(metrics)}"
+                )
+            error = metrics.get(name.replace(",", "_stderr,"), math.nan)
+            values[task] = (metrics[name], error if isinstance(error, float) else math.nan)
+        return values
 
 
 METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
 """What stands in a task's column: the first of these that the task has."""
 
 
-def answer_tasks(setup: Setup, opened: OpenedModel, params: Any) -> dict[str, tuple[float, float]]:
-    """(value, standard error) of each task; none if none were asked for."""
-    if not setup.tasks:
-        return {}
-    harness = import_harness()
-    run = harness.evaluate_tasks(
-        harness.HarnessModel(params, opened.tokenizer()),
-        setup.tasks,
-        num_fewshot=0,
-        limit=setup.limit,
-        include_path=setup.include_path,
-        seed=setup.seed,
-    )
-    values = {}
-    for task in setup.tasks:
-        metrics = run.values["results"][task]
-        name = next((name for name in METRICS if name in metrics), None)
-        if name is None:
-            raise SpQRError(f"task {task} has none of the metrics {', '.join(METRICS)}: it has {', '.join(metrics)}")
-        error = metrics.get(name.replace(",", "_stderr,"), math.nan)
-        values[task] = (metrics[name], error if isinstance(error, float) else math.nan)
-    return values
-
-
-def name_of(setup: Setup, row: Row) -> str:
-    """A file name that changes with anything that changes the result."""
+def kept_path(out: Path, setup: Setup, row: Row, seed: int) -> Path:
+    """A file whose name changes with anything that changes the result. The dense model has no seed."""
     settings = {name: value for name, value in dataclasses.asdict(setup).items() if value not in (None, ())}
-    return file_name(row.name, settings, row.config and row.config.to_json())
+    drawn = [] if row.config is None else [seed]
+    return out / "rows" / file_name(row.name, settings, row.config and row.config.to_json(), *drawn)
 
 
-def versus(values: dict[str, Any], base: dict[str, Any]) -> str:
-    """Loss against SpQR's, window by window: mean and standard error in nats."""
-    difference = np.array(values["window_losses"]) - np.array(base["window_losses"])
-    if len(difference) < 2 or values is base:
-        return "–"
-    return f"{difference.mean():+.3f} ± {difference.std(ddof=1) / math.sqrt(len(difference)):.3f}"
+def run_all(bench: Bench, todo: list[Row], seeds: list[int], out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Each row's results, seed by seed; those that are kept are read."""
+    done: dict[str, list[dict[str, Any]]] = {}
+    for index, row in enumerate(todo):
+        done[row.name] = []
+        for seed in seeds[:1] if row.config is None else seeds:
+            path = kept_path(out, bench.setup, row, seed)
+            values = kept_or_made(path, partial(bench.run, row, seed))
+            done[row.name].append(values)
+            figures = "   ".join(f"{label} {text['perplexity']:.2f}" for label, text in values["texts"].items())
+            console.print(
+                f"{index + 1:3d}/{len(todo)}  {row.name:<36} seed {seed}   perplexity {figures}   "
+                f"{values['stored_bits']:6.3f} stored bits   {values['seconds']:5.0f} s",
+                markup=False,
+            )
+    return done
 
 
-COLUMNS = ["question", "what", "perplexity", "loss vs SpQR", "ideal bits", "stored bits", "outliers", "seconds"]
-
-
-def cells(row: Row, values: dict[str, Any], base: dict[str, Any]) -> list[str]:
-    """One line as text."""
-    return [
-        row.question,
-        row.name,
-        number(values["perplexity"]),
-        versus(values, base),
-        number(values["ideal_bits"], 3),
-        number(values["stored_bits"], 3),
-        f"{values['outlier_percent']:.2f}%",
-        number(values["seconds"], 0),
-        *(f"{100 * value:.1f}" for value, _ in values["tasks"].values()),
-    ]
-
-
-def write_tables(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]) -> None:
-    """table.md and table.csv."""
-    base = next(values for row, values in done if row.name == BASE)
-    lines = [cells(row, values, base) for row, values in done]
-    header = [
-        f"{setup.model}; calibrated on {setup.nsamples} x {setup.seqlen} tokens of {setup.calib} (seed {setup.seed}); "
-        f"perplexity on {setup.windows} x {setup.eval_seqlen} tokens of {setup.data}.",
-    ]
-    (out / "table.md").write_text("\n".join([*header, "", markdown_table([*COLUMNS, *setup.tasks], lines, left=2)]))
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = ("perplexity", "stderr", "ideal_bits", "stored_bits", "outlier_percent", "seconds")
-        errors = [f"{task}_stderr" for task in setup.tasks]
-        writer.writerow(["question", "what", *names, *setup.tasks, *errors])
-        for row, values in done:
-            tasks = values["tasks"].values()
-            numbers = [
-                *(values[name] for name in names),
-                *(value for value, _ in tasks),
-                *(error for _, error in tasks),
-            ]
-            writer.writerow([row.question, row.name, *numbers])
-
-
-_SHOWN = 1.4  # times the dense perplexity, up to which a row is in the plot
-_LINE = 9.0  # points from one label to the next
-
-
-def label_lifts(points: list[tuple[float, float, str]], axes: Any) -> list[float]:
-    """How far, in points, each label must be moved up to clear those below it."""
-    axes.figure.canvas.draw()
-    scale = 72 / axes.figure.dpi
-    places = [scale * axes.transData.transform(point[:2]) for point in points]
-    lifts = [0.0] * len(points)
-    placed: list[tuple[float, float, float]] = []  # left, right, height
-    for index in sorted(range(len(points)), key=lambda index: places[index][1]):
-        left, height = places[index]
-        right = left + 4.0 * len(points[index][2]) + 10
-        for other_left, other_right, other in sorted(placed, key=lambda label: label[2]):
-            if left < other_right and other_left < right and abs(height - other) < _LINE:
-                height = other + _LINE
-        lifts[index] = height - places[index][1]
-        placed.append((left, right, height))
-    return lifts
-
-
-def plot(out: Path, setup: Setup, done: list[tuple[Row, dict[str, Any]]]) -> None:
-    """Perplexity against stored bits; rows far above the rest are left to the table."""
-    import matplotlib  # the `plots` extra
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    dense = next(values["perplexity"] for row, values in done if row.config is None)
-    shown = [(row, v) for row, v in done if row.config is not None and v["perplexity"] < _SHOWN * dense]
-    left_out = len(done) - 1 - len(shown)
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    questions = list(dict.fromkeys(row.question for row, _ in shown))
-    for index, question in enumerate(questions):
-        own = [(v["stored_bits"], v["perplexity"], row.name) for row, v in shown if row.question == question]
-        marker = "*" if question == "" else "os^Dvph"[index % 7]
-        bits, perplexities = zip(*[point[:2] for point in own], strict=True)
-        axes.scatter(bits, perplexities, label=question or "SpQR's defaults",
-                     marker=marker, s=220 if question == "" else 45, zorder=3 if question == "" else 2)  # fmt: skip
-    axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label=f"dense float32: {dense:.2f}")
-    axes.set_xlabel("stored bits per weight")
-    axes.set_ylabel(f"perplexity ({setup.data})")
-    axes.set_title(f"{setup.model}: what each part of SpQR is worth")
-    if left_out:
-        axes.text(0.99, 0.01, f"{left_out} above {_SHOWN * dense:.0f} not shown", transform=axes.transAxes,
-                  ha="right", fontsize=8)  # fmt: skip
-    axes.margins(x=0.15)
-    points = [(v["stored_bits"], v["perplexity"], row.name) for row, v in shown]
-    for (x, y, name), lift in zip(points, label_lifts(points, axes), strict=True):
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(8, 3 + lift), fontsize=7,
-                      arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"} if lift else None)  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(out / "perplexity_by_bits.png", dpi=150)
+_DATA_HELP = "evaluation text: SPEC as for spqr perplexity, N windows of SEQLEN tokens; repeatable"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="demo, a GGUF file, a Hugging Face directory or hub id")
     parser.add_argument("--quick", action="store_true", help="fewer rows, less text")
+    parser.add_argument("--paper", action="store_true", help="only the paper's two ablations")
     parser.add_argument("--out", type=Path, default=Path("ablations"), help="where results are kept")
     parser.add_argument("--calib", help="calibration text; as for spqr quantize")
-    parser.add_argument("--data", help="evaluation text; as for spqr perplexity")
+    parser.add_argument("--data", action="append", nargs=4, metavar=("LABEL", "SPEC", "SEQLEN", "N"), help=_DATA_HELP)
     parser.add_argument("--nsamples", type=int, help="calibration windows")
     parser.add_argument("--seqlen", type=int, help="tokens a calibration window")
-    parser.add_argument("--windows", type=int, help="evaluation windows")
-    parser.add_argument("--eval-seqlen", type=int, help="tokens an evaluation window")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", default="", help="regular expression: only rows whose name it matches (and SpQR)")
-    parser.add_argument("--tasks", default="", help="zero-shot tasks of the harness, separated by commas")
+    parser.add_argument("--tasks", default="", help="zero-shot tasks, separated by commas; as for spqr eval")
     parser.add_argument("--limit", type=float, help="questions a task, or below 1 the share of them")
     parser.add_argument("--include-path", help="folder of task files of your own")
     given = parser.parse_args()
     corpus = (given.calib and given.data) or default_corpus()
-    fallback = (4, 512, 8, 512) if given.quick else (16, 1024, 10, 2048)
-    numbers = (given.nsamples, given.seqlen, given.windows, given.eval_seqlen)
-    nsamples, seqlen, windows, eval_seqlen = (a or b for a, b in zip(numbers, fallback, strict=True))
+    nsamples, seqlen, windows, eval_seqlen = (4, 512, 8, 512) if given.quick else (16, 1024, 10, 2048)
+    asked = given.data or [(str(corpus), str(corpus), eval_seqlen, windows)]
     setup = Setup(
-        given.model, given.calib or corpus, nsamples, seqlen, given.seed, given.data or corpus, windows, eval_seqlen
+        given.model,
+        given.calib or str(corpus),
+        given.nsamples or nsamples,
+        given.seqlen or seqlen,
+        tuple(Text(label, spec, int(length), int(count)) for label, spec, length, count in asked),
+        tuple(task.strip() for task in given.tasks.split(",") if task.strip()),
+        int(given.limit) if given.limit is not None and given.limit >= 1 else given.limit,
+        given.include_path,
     )
-    tasks = tuple(task.strip() for task in given.tasks.split(",") if task.strip())
-    limit = int(given.limit) if given.limit is not None and given.limit >= 1 else given.limit
-    setup = dataclasses.replace(setup, tasks=tasks, limit=limit, include_path=given.include_path)
-    if tasks:
-        import_harness()  # says now what is missing
-    opened = open_model(given.model, "float32", say)
-    tokens = read_tokens(setup.calib, "calibration", opened)
-    calibration = calibration_windows(tokens, seqlen, nsamples, given.seed, setup.calib, opened.first_token)
-    evaluation = evaluation_windows(
-        read_tokens(setup.data, "evaluation", opened), eval_seqlen, windows, setup.data, opened.first_token
-    )
-    setup = dataclasses.replace(setup, nsamples=len(calibration), windows=len(evaluation))
-    todo = [row for row in rows() if row.quick or not given.quick]
+    todo = [row for row in rows() if (row.quick or not given.quick) and (row.paper or not given.paper)]
     todo = [row for row in todo if row.name == BASE or row.config is None or re.search(given.rows, row.name)]
-    done = []
-    for index, row in enumerate(todo):
-        path = given.out / "rows" / name_of(setup, row)
-        values = kept_or_made(path, partial(run, row, setup, opened, calibration, evaluation))
-        done.append((row, values))
-        console.print(
-            f"{index + 1:3d}/{len(todo)}  {row.name:<36} perplexity {values['perplexity']:9.2f}   "
-            f"{values['stored_bits']:6.3f} stored bits   {values['seconds']:5.0f} s"
-        )
-    base = next(values for row, values in done if row.name == BASE)
-    columns = [*COLUMNS, *setup.tasks]
-    table(f"Ablations on {setup.model}", columns, [cells(row, values, base) for row, values in done])
-    write_tables(given.out, setup, done)
-    plot(given.out, setup, done)
+    done = run_all(Bench(setup), todo, given.seeds, given.out)
+    seeds = ", ".join(map(str, given.seeds))
+    text = "; ".join(f"{text.windows} x {text.seqlen} tokens of {text.label}" for text in setup.texts)
+    title = f"{setup.model}; calibrated on {setup.nsamples} x {setup.seqlen} tokens of {setup.calib} (seeds {seeds})"
+    table(f"Ablations on {setup.model}", columns(done), lines(done))
+    write_tables(given.out, f"{title}; perplexity on {text}.", done)
+    plot(given.out, setup.model, done)
     console.print(f"{given.out}/table.md, table.csv, perplexity_by_bits.png")
 
 

@@ -103,24 +103,32 @@ def test_paper_tables_ask_what_to_do(tmp_path):
 
 
 @pytest.mark.slow
-def test_ablations_answer_tasks(folder):
+def test_ablations_answer_tasks_with_several_seeds(folder):
     pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed (extra `eval`)")
     (folder / "tasks").mkdir()
     rows = [{"question": "ab " * n, "choices": ["c", " d"], "answer": n % 2} for n in range(1, 7)]
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tasks" / "choices.yaml").write_text(CHOICES.format(folder=folder))
-    text = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32, "--data", "ids.npy", "--windows", 4)
-    asked = ("--tasks", "tiny_choices", "--include-path", "tasks", "--rows", "^RTN 4")
-    result = run_script("ablations.py", folder, "model", *text, "--eval-seqlen", 64, *asked, "--out", "ablated")
+    text = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32, "--data", "a text", "ids.npy", 64, 4)
+    text += ("--data", "another", "ids.npy", 32, 3)
+    asked = ("--tasks", "tiny_choices", "--include-path", "tasks", "--paper", "--rows", "^no outliers", "--seeds", 0, 1)
+    result = run_script("ablations.py", folder, "model", *text, *asked, "--out", "ablated")
     assert result.returncode == 0, result.stderr
     found = [json.loads(path.read_text()) for path in (folder / "ablated" / "rows").iterdir()]
-    assert len(found) == 3
+    kept = {(values["row"], values["seed"]): values for values in found}
+    assert sorted(kept) == [("SpQR", 0), ("SpQR", 1), ("dense", 0), ("no outliers", 0), ("no outliers", 1)]
     for values in found:
         value, _ = values["tasks"]["tiny_choices"]
         assert 0 <= value <= 1
+    assert kept["no outliers", 0]["outlier_percent"] == 0 < kept["SpQR", 0]["outlier_percent"]
     table = (folder / "ablated" / "table.md").read_text()
-    assert "tiny_choices" in table
-    assert len((folder / "ablated" / "table.csv").read_text().splitlines()) == 4
+    assert "| mean of tasks |" in table
+    both = [kept["no outliers", seed]["texts"]["another"]["perplexity"] for seed in (0, 1)]
+    assert both[0] != both[1]  # the seeds draw other windows
+    assert f"| {np.mean(both):.2f} ± {np.std(both, ddof=1):.2f} |" in table
+    with (folder / "ablated" / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 5 * 3  # two texts and a task each
     assert (folder / "ablated" / "perplexity_by_bits.png").is_file()
 
 
