@@ -10,7 +10,8 @@ The documents of a file of records are joined by "\n\n", blank ones left out;
 conversations stand one after another, as the model's chat template renders them.
 """
 
-from spqr_jax.data.corpora import CORPORA, Corpus, Split, join_sentences, join_wikitext, pydoc_text
+from spqr_jax.data.at_hand import pychat_conversations, pydoc_text, pysource_text
+from spqr_jax.data.corpora import CORPORA, Corpus, Split, join_sentences, join_wikitext
 from spqr_jax.data.reading import DATA_HELP, Encode, Render, load_tokens, split_weight
 from spqr_jax.data.windows import calibration_windows, evaluation_windows, mixed_windows, shares
 
@@ -27,7 +28,9 @@ __all__ = [
     "join_wikitext",
     "load_tokens",
     "mixed_windows",
+    "pychat_conversations",
     "pydoc_text",
+    "pysource_text",
     "shares",
     "split_weight",
 ]

@@ -1,9 +1,8 @@
-"""Texts by name: corpora of the Hugging Face hub, and the one that every Python carries."""
+"""Corpora of the Hugging Face hub by name."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -64,31 +63,6 @@ CORPORA = {
 }  # fmt: skip
 
 
-def pydoc_text(split: Split) -> str:
-    """English prose that every Python carries: ``pydoc_data.topics``.
-
-    Topics in alphabetical order, their prose paragraphs once each (grammar, code
-    and tables are left out). The first half of the text is for calibration, the
-    second for evaluation; no paragraph is in both. The text differs a little
-    from one Python version to the next.
-    """
-    from pydoc_data.topics import topics  # about 0.5 MB: read only when asked for
-
-    seen: set[str] = set()
-    paragraphs = []
-    for name in sorted(topics):
-        for paragraph in re.split(r"\n\s*\n", topics[name]):
-            prose = " ".join(paragraph.split())
-            if prose not in seen and len(prose) >= 80 and re.search(r"[a-z]{3}.*[.:]$", prose) and "::=" not in prose:
-                seen.add(prose)
-                paragraphs.append(prose)
-    total, half, cut = sum(map(len, paragraphs)), 0, 0
-    while half < total / 2:
-        half += len(paragraphs[cut])
-        cut += 1
-    return "\n\n".join(paragraphs[:cut] if split == "calibration" else paragraphs[cut:])
-
-
 def read_corpus(name: str, split: Split) -> str:
     """The text of a named corpus, from the hub or the hub's cache.
 
@@ -108,7 +82,7 @@ def read_corpus(name: str, split: Split) -> str:
     except Exception as error:  # the network, the hub and the reader fail in many ways
         raise DataError(
             f"{name} ({corpus.path}) could not be read from the hub: {type(error).__name__}: {error}; "
-            "without a network use 'pydoc' or a file"
+            "without a network use 'pydoc', 'pysource', 'pychat' or a file"
         ) from None
     return corpus.join.join(documents)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax.data.corpora import CORPORA, Split, pydoc_text, read_corpus
+from spqr_jax.data.at_hand import AT_HAND, pychat_conversations, pydoc_text, pysource_text
+from spqr_jax.data.corpora import CORPORA, Split, read_corpus
 from spqr_jax.errors import DataError, SpQRError
 from spqr_jax.files.entries import LARGEST
 from spqr_jax.files.records import TEXT_NAMES, Document, read_documents
@@ -20,7 +21,9 @@ Encode = Callable[[str], np.ndarray]
 Render = Callable[[list[dict[str, Any]]], str]
 
 DATA_HELP = (
-    f"{', '.join(CORPORA)} (from the hub), pydoc (Python's documentation, always available), a text file, a .jsonl, "
+    f"{', '.join(CORPORA)} (from the hub), "
+    + ", ".join(f"{name} ({what})" for name, what in AT_HAND.items())
+    + " (always available), a text file, a .jsonl, "
     ".json, .csv, .tsv or .parquet file with a column text or messages (FILE#COLUMN names another column), an .npy "
     "file of token ids (1-D: a stream; 2-D: windows), or wikitext2:FILE or ptb:FILE (a local copy)"
 )
@@ -44,8 +47,8 @@ def load_tokens(spec: str, split: Split, encode: Encode, render: Render | None =
       SpQRError: of `render`, with the record's place before it.
     """
     name, _, file = spec.partition(":")
-    if spec == "pydoc":
-        return encode(pydoc_text(split))
+    if spec in AT_HAND:
+        return encode(_at_hand(spec, split, render))
     if name in CORPORA:
         text = _read_local(name, file) if file else read_corpus(name, split)
     else:
@@ -59,6 +62,17 @@ def load_tokens(spec: str, split: Split, encode: Encode, render: Render | None =
     if not tokens.size:
         raise DataError(f"{spec} holds no text")
     return tokens
+
+
+def _at_hand(name: str, split: Split, render: Render | None) -> str:
+    """A text that every Python carries."""
+    if name == "pydoc":
+        return pydoc_text(split)
+    if name == "pysource":
+        return pysource_text(split)
+    conversations = pychat_conversations(split)
+    documents = [Document(messages, f"pychat, conversation {i}") for i, messages in enumerate(conversations, 1)]
+    return _join_documents(documents, render)
 
 
 def _split_column(spec: str) -> tuple[Path, str | None]:

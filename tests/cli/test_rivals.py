@@ -68,35 +68,33 @@ def folder(tiny_model, tmp_path):
 
 def test_rivals_are_measured_once_and_compared_at_equal_bits(folder):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `plots`)")
-    options = ("--data", "second", "ids.npy", "32", "2", "--seeds", 0, 1, "--rows", r"^(SpQR (3.4|5)|AWQ 4 bits.* 32)$")
-    result = run_rivals(folder, *options)
+    awq_only = "^AWQ 4 bits.* 32$"
+    result = run_rivals(folder, "--seeds", 0, "--rows", f"^SpQR (3.4|5)$|{awq_only}")
     assert result.returncode == 0, result.stderr
-    with (folder / "rivals" / "rivals.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    kept = {path.name: json.loads(path.read_text()) for path in (folder / "rivals").glob("*.json")}
-    assert len(kept) == 6  # three rows, two seeds
-    assert len(rows) == 12  # on two texts
-    for row in rows:
-        assert float(row["kl_mean"]) > 0
-        assert float(row["cpu_seconds"]) > 0.5
-    awq = [row for row in rows if row["method"] == "AWQ"]
-    assert {row["stored_bits"] for row in awq} == {"4.625"}  # 4, and 16 + 4 for 32 weights
-    assert len({row["kl_mean"] for row in awq if row["text"] == "first"}) == 2  # the seeds draw other windows
+    kept = {path: json.loads(path.read_text()) for path in (folder / "rivals").glob("*.json")}
+    assert sorted(values["name"] for values in kept.values()) == ["AWQ 4 bits, groups of 32", "SpQR 3.4", "SpQR 5"]
+    for values in kept.values():
+        assert values["texts"]["first"]["kl_mean"] > 0
+        assert values["cpu_seconds"] > 0.5
     table = importlib.import_module("rivals_table")
     done = [values | {"seed": 0} for values in kept.values()]
     few, many = table.points(done, "SpQR", "first")
     middle = table.at_equal_bits(done, (few[0] + many[0]) / 2, "first")
     assert middle == pytest.approx(np.sqrt(few[1] * many[1]))
     assert np.isnan(table.at_equal_bits(done, many[0] + 1, "first"))
+    ((bits, theirs, deviation),) = table.points(done, "AWQ", "first")
+    assert bits == 4.625  # 4, and 16 + 4 for 32 weights
+    assert np.isnan(deviation)
     text = (folder / "rivals" / "table.md").read_text()
-    ratio = table.at_equal_bits(done, 4.625, "first") / np.mean(
-        [float(r["kl_mean"]) for r in awq if r["text"] == "first"]
-    )
-    assert f"| {ratio:.2f} |" in text
+    assert f"| {table.at_equal_bits(done, 4.625, 'first') / theirs:.2f} |" in text
     assert (folder / "rivals" / "rivals.png").read_bytes().startswith(b"\x89PNG")
-    times = {path: path.stat().st_mtime_ns for path in (folder / "rivals").glob("*.json")}
-    assert run_rivals(folder, *options).returncode == 0  # what is done is kept
-    assert times == {path: path.stat().st_mtime_ns for path in times}
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    assert run_rivals(folder, "--seeds", 0, 1, "--rows", awq_only).returncode == 0
+    assert times == {path: path.stat().st_mtime_ns for path in times}  # what is done is kept
+    with (folder / "rivals" / "rivals.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["text"], row["stored_bits"]) for row in rows] == [(n, "first", "4.625") for n in "01"]
+    assert rows[0]["kl_mean"] != rows[1]["kl_mean"]  # the seeds draw other windows
 
 
 def test_rows_that_nobody_has_are_refused(folder):
@@ -151,7 +149,7 @@ def test_a_model_off_its_grid_is_the_same_function(tiny_model, files, tmp_path):
     np.testing.assert_allclose(forward(off, tokens), forward(tiny_model, tokens), rtol=1e-4, atol=1e-4)
     for name in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
         assert np.abs(off.layers[0][name] / copy.layers[0][name] - 1).max() > 0.1
-    assert off.config == copy.config == tiny_model.config
+    assert off.config == copy.config == open_model(str(tmp_path / "grid.gguf"), "float32").source.config
 
 
 def test_bits_are_counted_by_the_bytes_in_the_file(tiny_model, files, tmp_path):
@@ -170,7 +168,7 @@ def test_scaling_by_activations_beats_rounding_to_nearest(scaled):
     (both,) = scaled.awq(("down_proj",), [w], h, 4, 32)
     losses = [float(scaled.loss(w - part, h)) for part in (clipped_only, both)]
     assert losses[0] < plain
-    assert losses[1] < 0.5 * plain
+    assert losses[1] < min(losses[0], 0.8 * plain)
     (unclipped,) = scaled.awq(("q_proj",), [w], h, 4, 32)
     assert losses[1] < float(scaled.loss(w - unclipped, h)) < plain
 

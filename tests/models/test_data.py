@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from spqr_jax import DataError
 from spqr_jax.data import (
+    at_hand,
     calibration_windows,
     evaluation_windows,
     join_sentences,
     join_wikitext,
     load_tokens,
     mixed_windows,
+    pychat_conversations,
     pydoc_text,
+    pysource_text,
     shares,
     split_weight,
 )
@@ -27,6 +32,47 @@ def test_pydoc_halves_do_not_touch():
     assert not set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
     assert len(calibration) > 80_000
     assert "::=" not in calibration
+
+
+def test_code_at_hand_is_code_and_its_halves_do_not_touch():
+    calibration, evaluation = pysource_text("calibration"), pysource_text("evaluation")
+    assert 0.8 < len(calibration) / len(evaluation) < 1.25
+    assert len(calibration) > 800_000
+    for text in (calibration, evaluation):
+        assert len(re.findall(r"^(?:class|def) \w+", text, re.MULTILINE)) > 300
+    bodies = re.compile(r"^def \w+\(.*\n(?: .*\n|\n)+", re.MULTILINE)
+    functions = [set(bodies.findall(text)) for text in (calibration, evaluation)]
+    assert len(functions[0] & functions[1]) < 0.02 * len(functions[0])  # small helpers that modules have alike
+
+
+def test_conversations_at_hand_are_questions_and_answers():
+    calibration, evaluation = pychat_conversations("calibration"), pychat_conversations("evaluation")
+    assert min(len(calibration), len(evaluation)) > 150
+    for conversation in calibration:
+        assert [message["role"] for message in conversation] == ["user", "assistant"] * (len(conversation) // 2)
+        assert 2 <= len(conversation) <= 8
+    questions = [{talk[0]["content"] for talk in part} for part in (calibration, evaluation)]
+    assert not questions[0] & questions[1]
+
+
+def test_conversations_at_hand_take_the_chat_template():
+    def render(messages):
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+    read = []
+    load_tokens("pychat", "calibration", lambda text: read.append(text) or encode(text), render)
+    assert read[0].startswith("<user>What does the ")
+    assert read[0].count("<user>") == read[0].count("<assistant>") > 500
+    with pytest.raises(DataError, match="pychat, conversation 1 is a conversation, but the model has no chat template"):
+        load_tokens("pychat", "calibration", encode)
+
+
+def test_a_python_without_sources_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(at_hand.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "big.py").write_text("x = 1\n" * 1000)  # a test
+    with pytest.raises(DataError, match=r"this Python has no source files of its library in .*: give a file of text"):
+        load_tokens("pysource", "calibration", encode)
 
 
 def test_wikitext_is_joined_as_gptq_does():
