@@ -106,7 +106,8 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.model, self.out = given.model, given.out
-        self.calibration = ["--calib", given.calib, "--nsamples", str(given.nsamples), "--seqlen", str(given.seqlen)]
+        self.calibration = [word for spec in given.calib for word in ("--calib", spec)]
+        self.calibration += ["--nsamples", str(given.nsamples), "--seqlen", str(given.seqlen)]
         self._draw = given.calib, given.nsamples, given.seqlen
         self.texts = [Text(label, spec, int(seqlen), int(count)) for label, spec, seqlen, count in given.data]
         self._opened: OpenedModel | None = None
@@ -133,11 +134,11 @@ class Bench:
 
     def importance(self, seed: int) -> Path:
         """Mean squares of what each matrix reads in the dense model, kept in a file; GGUF's names."""
-        text, nsamples, seqlen = self._draw
+        texts, nsamples, seqlen = self._draw
         path = self.out / file_name(f"importance-{seed}", self.model, self._draw).replace(".json", ".npz")
         if path.is_file():
             return path
-        windows, _ = read_calibration([text], self.opened(), seqlen, nsamples, seed)
+        windows, _ = read_calibration(texts, self.opened(), seqlen, nsamples, seed)
         source = self.opened().source
         config, values = source.config, {}
         states = Activations(config, source.outer(), batched(windows))
@@ -184,7 +185,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a GGUF file in float32, which llama.cpp reads too")
-    parser.add_argument("--calib", required=True, help="calibration text; as for spqr quantize")
+    parser.add_argument("--calib", action="append", required=True, help="as for spqr quantize; repeatable: a mixture")
     parser.add_argument("--nsamples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens a calibration window")
     parser.add_argument("--data", action="append", required=True, nargs=4, metavar=("LABEL", "SPEC", "SEQLEN", "N"))
