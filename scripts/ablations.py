@@ -29,9 +29,10 @@ from typing import Any
 
 from ablations_table import BASE, DENSE, columns, lines, plot, write_tables
 from kept_rows import file_name, kept_or_made
+from measured_texts import Text, add_texts, texts_of
 
 from spqr_jax import SpQRConfig, SpQRError
-from spqr_jax.data import calibration_windows, evaluation_windows
+from spqr_jax.data import calibration_windows
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.integrations import import_harness
 from spqr_jax.job.job import Job
@@ -97,16 +98,6 @@ def rows() -> list[Row]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """What perplexity is measured on; `spec` as for `spqr perplexity --data`."""
-
-    label: str
-    spec: str
-    seqlen: int
-    windows: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Setup:
     """What all rows share; it is part of every kept result's name."""
 
@@ -132,16 +123,7 @@ class Bench:
             include = None if setup.include_path is None else Path(setup.include_path)
             self._tasks = harness.loaded_tasks(list(setup.tasks), include, say)
         self._calibration = read_tokens(setup.calib, "calibration", self.opened)
-        self._windows = {
-            text.label: evaluation_windows(
-                read_tokens(text.spec, "evaluation", self.opened),
-                text.seqlen,
-                text.windows,
-                text.label,
-                self.opened.first_token,
-            )
-            for text in setup.texts
-        }
+        self._windows = {text.label: text.windows(self.opened) for text in setup.texts}
 
     def run(self, row: Row, seed: int) -> dict[str, Any]:
         """Quantizes (unless dense) and measures."""
@@ -222,9 +204,6 @@ def run_all(bench: Bench, todo: list[Row], seeds: list[int], out: Path) -> dict[
     return done
 
 
-_DATA_HELP = "evaluation text: SPEC as for spqr perplexity, N windows of SEQLEN tokens; repeatable"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="demo, a GGUF file, a Hugging Face directory or hub id")
@@ -232,7 +211,7 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="only the paper's two ablations")
     parser.add_argument("--out", type=Path, default=Path("ablations"), help="where results are kept")
     parser.add_argument("--calib", help="calibration text; as for spqr quantize")
-    parser.add_argument("--data", action="append", nargs=4, metavar=("LABEL", "SPEC", "SEQLEN", "N"), help=_DATA_HELP)
+    add_texts(parser)
     parser.add_argument("--nsamples", type=int, help="calibration windows")
     parser.add_argument("--seqlen", type=int, help="tokens a calibration window")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -243,13 +222,13 @@ def main() -> None:
     given = parser.parse_args()
     corpus = (given.calib and given.data) or default_corpus()
     nsamples, seqlen, windows, eval_seqlen = (4, 512, 8, 512) if given.quick else (16, 1024, 10, 2048)
-    asked = given.data or [(str(corpus), str(corpus), eval_seqlen, windows)]
+    asked = given.data or [(str(corpus), str(corpus), str(eval_seqlen), str(windows))]
     setup = Setup(
         given.model,
         given.calib or str(corpus),
         given.nsamples or nsamples,
         given.seqlen or seqlen,
-        tuple(Text(label, spec, int(length), int(count)) for label, spec, length, count in asked),
+        texts_of(asked),
         tuple(task.strip() for task in given.tasks.split(",") if task.strip()),
         int(given.limit) if given.limit is not None and given.limit >= 1 else given.limit,
         given.include_path,
@@ -258,7 +237,7 @@ def main() -> None:
     todo = [row for row in todo if row.name == BASE or row.config is None or re.search(given.rows, row.name)]
     done = run_all(Bench(setup), todo, given.seeds, given.out)
     seeds = ", ".join(map(str, given.seeds))
-    text = "; ".join(f"{text.windows} x {text.seqlen} tokens of {text.label}" for text in setup.texts)
+    text = "; ".join(f"{text.count} x {text.seqlen} tokens of {text.label}" for text in setup.texts)
     title = f"{setup.model}; calibrated on {setup.nsamples} x {setup.seqlen} tokens of {setup.calib} (seeds {seeds})"
     table(f"Ablations on {setup.model}", columns(done), lines(done))
     write_tables(given.out, f"{title}; perplexity on {text}.", done)

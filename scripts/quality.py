@@ -29,27 +29,16 @@ from typing import Any
 
 import numpy as np
 from kept_rows import file_name, kept_or_made, markdown_table, measured
+from measured_texts import Text, add_texts, texts_of
 from quality_csv import write_rows
 
 from spqr_jax import SpQRError
-from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.resolve import open_model
 from spqr_jax.stream.blocks import collect
 from spqr_jax.terminal.display import console, number, say, table
-from spqr_jax.texts import read_tokens
 
 DENSE = "dense"
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """What perplexity is measured on; `spec` as for `spqr perplexity --data`."""
-
-    label: str
-    spec: str
-    seqlen: int
-    windows: int
 
 
 def quantize(model: str, options: list[str], out: Path) -> dict[str, Any]:
@@ -67,10 +56,7 @@ def measure(model: str, texts: list[Text]) -> dict[str, Any]:
     params = collect(opened.source)
     results = {}
     for text in texts:
-        windows = evaluation_windows(
-            read_tokens(text.spec, "evaluation", opened), text.seqlen, text.windows, text.label, opened.first_token
-        )
-        result = perplexity(params, windows)
+        result = perplexity(params, text.windows(opened))
         results[text.label] = {
             "perplexity": result.perplexity,
             "stderr": result.stderr,
@@ -145,13 +131,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="demo, a GGUF file, a Hugging Face directory or hub id")
     parser.add_argument("--row", action="append", required=True, help="options of spqr quantize; repeatable")
-    parser.add_argument("--data", action="append", required=True, nargs=4, metavar=("LABEL", "SPEC", "SEQLEN", "N"))
+    add_texts(parser, required=True)
     parser.add_argument("--out", type=Path, default=Path("quality"), help="where results are kept")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows here, too, as CSV")
     for option in ("calib", "nsamples", "seqlen", "seed"):
         parser.add_argument(f"--{option}", help="as for spqr quantize")
     given = parser.parse_args()
-    texts = [Text(label, spec, int(seqlen), int(count)) for label, spec, seqlen, count in given.data]
+    texts = list(texts_of(given.data))
     calibration: list[str] = []
     for option in ("calib", "nsamples", "seqlen", "seed"):
         if (value := getattr(given, option)) is not None:

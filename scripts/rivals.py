@@ -30,13 +30,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from kept_rows import file_name, kept_or_made, measured
+from measured_texts import add_texts, texts_of
 from rivals_gguf import stored_bits, tensor_name
 from rivals_plot import plot
 from rivals_scaled import bits_per_weight
 from rivals_table import write_csv, write_table
 
 from spqr_jax import SpQRError
-from spqr_jax.data import evaluation_windows
 from spqr_jax.evaluate.fidelity import compare
 from spqr_jax.models.decoder import STAGES, Block
 from spqr_jax.resolve import OpenedModel, open_model
@@ -45,7 +45,7 @@ from spqr_jax.stream.activations import Activations
 from spqr_jax.stream.stages import stage_groups
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal.display import console, say
-from spqr_jax.texts import read_calibration, read_tokens
+from spqr_jax.texts import read_calibration
 
 SCRIPTS = Path(__file__).parent
 SPQR_BITS = (2.8, 3.1, 3.4, 3.75, 4.0, 4.3, 4.75, 5.0)
@@ -74,16 +74,6 @@ class Row:
     options: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """What is compared on; `spec` as for `spqr compare --data`."""
-
-    label: str
-    spec: str
-    seqlen: int
-    windows: int
-
-
 def rows() -> Iterator[Row]:
     """All rows, in the table's order."""
     for bits in SPQR_BITS:
@@ -109,7 +99,7 @@ class Bench:
         self.calibration = [word for spec in given.calib for word in ("--calib", spec)]
         self.calibration += ["--nsamples", str(given.nsamples), "--seqlen", str(given.seqlen)]
         self._draw = given.calib, given.nsamples, given.seqlen
-        self.texts = [Text(label, spec, int(seqlen), int(count)) for label, spec, seqlen, count in given.data]
+        self.texts = texts_of(given.data)
         self._opened: OpenedModel | None = None
         self._windows: dict[str, np.ndarray] = {}
 
@@ -124,10 +114,7 @@ class Bench:
         quantized, results = open_model(str(path), "float32", say), {}
         for text in self.texts:
             if text.label not in self._windows:
-                tokens = read_tokens(text.spec, "evaluation", self.opened())
-                self._windows[text.label] = evaluation_windows(
-                    tokens, text.seqlen, text.windows, text.label, self.opened().first_token
-                )
+                self._windows[text.label] = text.windows(self.opened())
             found = compare(self.opened().source, quantized.source, self._windows[text.label])
             results[text.label] = found.to_json()
         return results
@@ -188,7 +175,7 @@ def main() -> None:
     parser.add_argument("--calib", action="append", required=True, help="as for spqr quantize; repeatable: a mixture")
     parser.add_argument("--nsamples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens a calibration window")
-    parser.add_argument("--data", action="append", required=True, nargs=4, metavar=("LABEL", "SPEC", "SEQLEN", "N"))
+    add_texts(parser, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", default="", help="regular expression: only rows whose name it matches")
     parser.add_argument("--out", type=Path, default=Path("rivals"), help="where results are kept")
