@@ -204,6 +204,14 @@ class Notes:
         cls._coordinator().wait_at_barrier(cls._FOLDER + name, round(1000 * seconds))
 
     @classmethod
+    def outlast(cls) -> None:
+        """In the process that keeps the notes: returns once all other processes have left.
+
+        If it goes while another one is about to leave, XLA aborts that one.
+        """
+        cls._coordinator().get_live_nodes(list(range(jax.process_count())))  # waits for those that are still connected
+
+    @classmethod
     def folder(cls, name: str) -> dict[str, bytes]:
         """All texts of a folder, by name."""
         texts = cls._coordinator().key_value_dir_get_bytes(f"{cls._FOLDER}{name}/")

@@ -75,6 +75,32 @@ def story(tmp_path_factory):
     return folder, story
 
 
+SLOW_TO_LEAVE = """
+import sys, time
+import jax
+from spqr_jax.stream.hosts import start_hosts
+
+together = start_hosts(sys.argv[1])
+leave = jax.distributed.shutdown
+if jax.process_index():
+    jax.distributed.shutdown = lambda: (time.sleep(3), leave())
+with together.watched(lambda: False, lambda: None):
+    pass
+"""
+
+
+def test_the_first_process_is_the_last_to_leave():
+    """XLA aborts a process that leaves after the coordinator has gone."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(mesh_runs.TESTS.parent)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SLOW_TO_LEAVE, host], env=environment, **pipes)
+        for host in mesh_runs.hosts(2)
+    ]
+    statuses, written = end(processes)
+    assert statuses == [0, 0], written
+
+
 def test_a_run_that_goes_on_ends_as_a_run_of_one_process(story):
     folder, steps = story
     assert steps["ended"][0] == [0, 0], steps["ended"][1]
