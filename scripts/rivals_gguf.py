@@ -47,10 +47,17 @@ def tensor_name(block: int, name: str) -> str:
 
 
 def write_dense(source: Path, out: Path, seed: int | None) -> None:
-    """Writes a model in float32, its header and tokenizer as they are, `seed` None: its weights, too."""
+    """Writes a model in float32, whole or not at all. Its header and tokenizer stay as they are.
+
+    Args:
+      source: a GGUF file of any type that the `gguf` package dequantizes.
+      out: the file to write.
+      seed: of the factors of `off_grid`; None leaves the weights as they are.
+    """
+    partial = out.with_name(f"{out.name}.partial")
     reader, file = gguf.GGUFReader(source), GGUFFile(source)
     changed = {} if seed is None else off_grid(file, seed)
-    writer = gguf.GGUFWriter(out, str(reader.get_field("general.architecture").contents()))
+    writer = gguf.GGUFWriter(partial, str(reader.get_field("general.architecture").contents()))
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
             continue
@@ -63,6 +70,7 @@ def write_dense(source: Path, out: Path, seed: int | None) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    partial.replace(out)
 
 
 def off_grid(file: GGUFFile, seed: int) -> dict[str, Callable[[], np.ndarray]]:

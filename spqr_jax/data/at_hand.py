@@ -27,7 +27,7 @@ AT_HAND = {
 _SOURCE_CHARACTERS = 1_500_000  # of the code of a split, about
 _ASKED_CHARACTERS = 4_000_000  # of the code that the conversations of a split are about
 _FILE_CHARACTERS = (2_000, 60_000)  # of a source file, at least and at most
-_NOT_PROSE_NOR_CODE = {
+_LEFT_OUT = {  # folders: tests, programs of their own, tables
     "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip",
     "pydoc_data", "encodings", "__pycache__",
 }  # fmt: skip
@@ -96,7 +96,7 @@ def _sources(split: Split, most: int) -> Iterator[tuple[str, str]]:
     modules = {}
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
-        if not _NOT_PROSE_NOR_CODE & {*parts} and not parts[0].startswith(("config-", "_sysconfigdata")):
+        if not _LEFT_OUT & {*parts} and not parts[0].startswith(("config-", "_sysconfigdata")):
             modules[".".join(parts)] = path
     ordered = sorted(modules, key=lambda name: hashlib.sha256(name.encode()).digest())
     characters = 0
