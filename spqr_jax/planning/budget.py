@@ -46,6 +46,7 @@ _MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its 
 _PRICES = np.geomspace(0.01, 2.0, 5)
 _LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `STEEPNESS`
 STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
+_HALVINGS = 30  # of the range of prices, which leave it known to a few parts in a million
 _SHARE_READ = 8  # a plan looks at one token in so many of the calibration text, but no fewer and no more than these:
 _FEWEST_TOKENS, _MOST_TOKENS = 2048, 4096
 _WINDOW = 256  # tokens of a window that a plan looks at, or more if there are few windows
@@ -307,7 +308,7 @@ def make_plan(curves: Sequence[WeightCurve], target_bits: float, config: SpQRCon
 
 def _bisect(falling: Callable[[float], float], target: float, low: float, high: float) -> float:
     """Where a falling function meets a target, on a logarithmic scale; an end if it does not."""
-    for _ in range(50):
+    for _ in range(_HALVINGS):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if falling(middle) > target else (low, middle)
     return high

@@ -8,7 +8,8 @@ independent, rounding W to Ŵ costs
 
     ½ Σ_r mean(g_r²) · mean((δ_r)²) = ¼ Σ_r mean(g_r²) · (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ
 
-nats per token, H = (2/n) X Xᵀ as in `spqr_jax.solver`.
+nats per token, H = (2/n) X Xᵀ as in `spqr_jax.solver`. H has far more entries than there
+are g_r, so it is summed over all windows of the text and g over half of them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class BlockSensitivity:
       block: its dense weights.
       hessians: for each group of weights that read one input, their names and the
         input's Hessian.
-      fisher: for each weight mean(g_r²) over tokens, f32 [out].
+      fisher: for each weight mean(g_r²) over tokens of half of the text, f32 [out].
     """
 
     index: int
@@ -70,7 +71,7 @@ class MeasuringPlace:
       forward: whether it is still on its way forward.
       index: of the block that comes next; the number of blocks, or -1, where none does.
       streams: for each batch [batch, tokens, hidden]: forward, the residual stream before that block; backward, the
-        gradients of the loss behind it.
+        gradients of the loss behind it, of the first half of the sequences.
       before: for each block that was passed and is not yet measured, the activations before it, for each batch. Empty
         where they are not kept: a pass that goes on then makes them again.
     """
@@ -82,7 +83,7 @@ class MeasuringPlace:
 
 
 class _Watching(InputRecorder):
-    """A `linear` that applies the weights, notes their inputs and adds to their outputs."""
+    """A `linear` that applies the weights, notes their inputs and adds to their outputs, unless `added` is empty."""
 
     def __init__(self, added: dict[str, jax.Array], linear: Linear) -> None:
         super().__init__()
@@ -91,12 +92,16 @@ class _Watching(InputRecorder):
     def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
         super().__call__(name, w, x)
         y = self._linear(name, w, x)
-        return y + self._added[name].astype(y.dtype)
+        return y + self._added[name].astype(y.dtype) if self._added else y
 
     def experts(self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles) -> list[jax.Array]:
         super().experts(block, names, x, tiles)
         results = multiply_tiles(self._linear, block, names, x, tiles)
-        return [y + self._added[name] for name, y in zip(names[0], results, strict=True)]
+        return [y + self._added[name] if self._added else y for name, y in zip(names[0], results, strict=True)]
+
+    def all_inputs(self) -> list[jax.Array]:
+        """What weights were given, then what experts were."""
+        return [*self.inputs, *(given.rows for given in self.pairs)]
 
 
 _Sums = tuple[dict[str, jax.Array], list[Hessian]]
@@ -134,33 +139,54 @@ def _backward(
     sums: _Sums,
     linear: Linear = plain_linear,
 ) -> tuple[jax.Array, _Sums]:
-    """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`."""
-    residual = residual.astype(gradient.dtype)
+    """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`.
+
+    `gradient` is of the first sequences of `residual`. Weights read all of them.
+    """
+    residual, followed = residual.astype(gradient.dtype), len(gradient)
+    head, rest = [(residual[part], _windows(where, part)) for part in (slice(followed), slice(followed, None))]
     # Adding a zero to each output and asking for its gradient gives g.
-    tokens = residual.shape[:-1]
+    tokens = gradient.shape[:-1]
     pairs = (tokens[0] * tokens[1] * config.experts_per_token,)
     zeros = {
         name: jnp.zeros((*(pairs if name.startswith("experts.") else tokens), block[name].shape[0]), residual.dtype)
         for name in sums[0]
     }
+    linear = rounded_throughout if linear is rounded_linear else linear
 
     def run(residual: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        watching = _Watching(added, rounded_throughout if linear is rounded_linear else linear)
-        after = run_block(config, block, State(residual), where, watching).residual
-        return after, [*watching.inputs, *(given.rows for given in watching.pairs)]
+        watching = _Watching(added, linear)
+        after = run_block(config, block, State(residual), head[1], watching).residual
+        return after, watching.all_inputs()
 
-    _, back, inputs = jax.vjp(run, residual, zeros, has_aux=True)
+    _, back, inputs = jax.vjp(run, head[0], zeros, has_aux=True)
     before, by_output = back(gradient)
     squares = {
         name: sums[0][name] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(g.ndim - 1)))
         for name, g in by_output.items()
     }
-    inputs = [x.astype(jnp.bfloat16) if linear is rounded_linear else x for x in inputs]
+    if len(rest[0]):
+        watching = _Watching({}, linear)
+        run_block(config, block, State(rest[0]), rest[1], watching)
+        inputs = [jnp.concatenate(parts) for parts in zip(inputs, watching.all_inputs(), strict=True)]
+    inputs = [x.astype(jnp.bfloat16) if linear is rounded_throughout else x for x in inputs]
     return before, (squares, [accumulate_hessian(h, x) for h, x in zip(sums[1], inputs, strict=True)])
 
 
+def _windows(where: Positions, part: slice) -> Positions:
+    """Where the tokens of some sequences of a batch stand."""
+    of_sequences = (where.index, where.padding, where.rotary, where.local_rotary)
+    index, padding, rotary, local_rotary = jax.tree.map(lambda values: values[part], of_sequences)
+    return dataclasses.replace(where, index=index, padding=padding, rotary=rotary, local_rotary=local_rotary)
+
+
+def _followed(batch: Any) -> Any:
+    """The sequences of a batch whose gradients are followed: the first half."""
+    return batch[: -(-len(batch) // 2)]
+
+
 def _sensitivity(config: DecoderConfig, index: int, block: Block, sums: _Sums, tokens: int) -> BlockSensitivity:
-    """A block's sums over so many tokens, for each of its weights. Experts get their mean Fisher information."""
+    """A block's sums, for each of its weights; squares are over `tokens`. Experts get their mean Fisher information."""
     squares, hessians = sums
     fisher = {}
     for name in matrix_names(config, block.kind):
@@ -242,20 +268,20 @@ def block_sensitivities(
     sweep.forward(source, pass_forward, first=first, end=left)
     if begin is None or begin.forward:
         gradients = [
-            loss_gradient(config, outer, x, jnp.asarray(tokens), linear)
+            loss_gradient(config, outer, _followed(x), jnp.asarray(_followed(tokens)), linear)
             for x, tokens in zip(residuals, batches, strict=True)
         ]
         refuse_infinite(gradients, "gradients of the loss after the last block")
     else:
         gradients = [jax.device_put(gradient) for gradient in begin.streams]
     residuals.clear()
-    tokens_seen = sum(tokens.size for tokens in batches)
+    followed_tokens = sum(_followed(tokens).size for tokens in batches)
 
     def pass_backward(index: int, block: Block) -> None:
         sums = _empty_sums(config, block)
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
             gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums, linear)
-        visit(_sensitivity(config, index, block, sums, tokens_seen))
+        visit(_sensitivity(config, index, block, sums, followed_tokens))
         tell(False, index - 1, gradients)
         steps.advance(note=f"backward through block {index}", detail=index)
 

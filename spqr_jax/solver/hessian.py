@@ -23,6 +23,7 @@ from spqr_jax.solver.blocked_factor import PANEL, fits_plainly, inverse_of_chole
 _DAMPING_STEPS = 8  # times that a failed factorization raises the damping tenfold
 _LEAST_DAMPING = 1e-6  # where raising starts if none was asked for
 _GRAM_PANEL = 256  # about how many columns of a Gram matrix are summed together
+_INVERTED_AT_ONCE = 256  # columns of a triangular matrix
 _FORM_PANEL = 1024  # the same for a quadratic form, whose product is small beside its compilation
 _LARGE_PANEL = 2048  # the same for both on an accelerator: it compiles for each panel
 
@@ -218,9 +219,23 @@ def _damped_factor(
     reverse = jnp.arange(h.shape[0])[::-1] if perm is None else perm[::-1]
     rows = jnp.take(damped, reverse, axis=0, mode="clip")
     lower = jnp.linalg.cholesky(jnp.take(rows, reverse, axis=1, mode="clip"))
-    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
+    inverse = _inverse_of_lower(lower)
     finite = (jnp.all(jnp.isfinite(h)), jnp.all(jnp.isfinite(inverse)))
     return perm, inverse[::-1, ::-1], shift, finite
+
+
+def _inverse_of_lower(lower: jax.Array) -> jax.Array:
+    """L⁻¹ of a lower triangular L by halves: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹ C A⁻¹, B⁻¹]].
+
+    Most of the work is products, and they skip most of the zeros: half the time of solving L X = I at once.
+    """
+    width = len(lower)
+    if width <= _INVERTED_AT_ONCE:
+        return jax.scipy.linalg.solve_triangular(lower, jnp.eye(width, dtype=lower.dtype), lower=True)
+    half, product = width // 2, partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    first, last = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    below = -product(last, product(lower[half:, :half], first))
+    return jnp.block([[first, jnp.zeros((half, width - half), lower.dtype)], [below, last]])
 
 
 def _damped_factor_by_blocks(
