@@ -17,7 +17,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from spqr_jax.rules import LayerRule
 from spqr_jax.solver.hessian import Hessian
 from spqr_jax.solver.solve import weight_layout
 from spqr_jax.solver.trial import try_choices
+from spqr_jax.stream.activations import KEPT_BYTES
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.spill import Spill
 from spqr_jax.stream.stages import rounded_linear
@@ -66,20 +67,25 @@ class Candidate:
     loss: np.ndarray
     outliers: np.ndarray
 
+    @cached_property
+    def _usable(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logarithms of prices and outlier shares, and losses, where there are not too many outliers."""
+        usable = (self.outliers <= _MOST_OUTLIERS) & np.isfinite(self.loss)
+        return np.log(_PRICES[usable]), np.log(np.maximum(self.outliers[usable], 1e-9)), self.loss[usable]
+
     def at(self, price: float) -> tuple[float, float, float]:
         """Loss, outlier share and the price they belong to, between the prices tried.
 
         Below them the share goes on growing, up to `_MOST_OUTLIERS`, and the loss is
         that at the lowest price tried, which is no less than it will be.
         """
-        usable = (self.outliers <= _MOST_OUTLIERS) & np.isfinite(self.loss)
-        if not usable.any():
+        known, shares, losses = self._usable
+        if not len(known):
             return math.inf, 1.0, price
-        known, shares = np.log(_PRICES[usable]), np.log(np.maximum(self.outliers[usable], 1e-9))
         # As low as the price may go until there are too many outliers.
         x = max(math.log(price), known[0] - (math.log(_MOST_OUTLIERS) - shares[0]) / STEEPNESS)
         more = STEEPNESS * max(known[0] - x, 0.0)
-        loss = float(np.interp(x, known, self.loss[usable]))
+        loss = float(np.interp(x, known, losses))
         return loss, math.exp(np.interp(x, known, shares) + more), math.exp(x)
 
 
@@ -354,5 +360,5 @@ def plan_budget(
     read, length = text_of_plan(windows, sum(batch.size for batch in checked) // windows)
     text = beginnings(checked, read * length, length)
     curves = measure_curves(source, text, config, events, begin=begin, keep=keep, spill=spill)
-    give_back_memory()
+    give_back_memory(KEPT_BYTES)
     return make_plan(curves, config.target_bits, config)

@@ -34,7 +34,7 @@ from spqr_jax.stream.sums import KeepSums, PartSums, SumsPlace
 from spqr_jax.stream.windows import checked_batch
 
 _CHUNKS_TO_TRIM = 16  # after so many, what they freed is given back
-KEPT_BYTES = 2**28  # of freed memory that a run keeps: to ask for new pages each time takes a tenth of its CPU seconds
+KEPT_BYTES = 3 * 2**27  # of freed memory that a run keeps: new pages each time would take a tenth of its CPU seconds
 _INNER_STAGES = (0, 2)  # which leave the residual stream as it is
 _MLP = 2  # the stage whose results, what `down_proj` reads, are larger than the residual stream
 HELD_BYTES, HELD_SHARE = 2**28, 0.5
