@@ -31,6 +31,7 @@ _PLAN_PROGRAMS = 0.4e9  # those of the measuring pass, and freed memory of it th
 _TUNING_PROGRAMS = 0.6e9  # those of a training step
 COLUMN_BYTES = 36  # a weight in the column loop: weight, error, visited, value, residual, flag, code, and their copies
 ROUND_BYTES = 24  # a weight that is rounded to nearest: 22 for Gemma 3 270M's head of 168 M weights, with 8 bits
+_ROUND_IN_PARTS_BYTES = 15  # the same for a head on a CPU, some rows at a time: 14.8 for that head
 OUTER_COPIES = 2.6  # of the embedding and head while they are read or written; Gemma 3 270M
 _FACTOR_COPIES = 5  # matrix, damped, reversed, factor, inverse
 _BLOCKED_COPIES = 2  # of a Hessian that is factored through host memory: matrix and inverse factor
@@ -222,7 +223,8 @@ def one_device_phases(
     }
     if (head := config.for_head(model.head_path)) is not None:
         head_input = {name: size for name, size in flow.items() if name == "activations" and head.needs_calibration}
-        in_loop = float(ROUND_BYTES * model.vocab_size * model.hidden_size)
+        a_weight = _ROUND_IN_PARTS_BYTES if layout.on_host and not head.needs_calibration else ROUND_BYTES
+        in_loop = float(a_weight * model.vocab_size * model.hidden_size)
         phases["output head"] = {**outer, **head_input, "output head": in_loop}
     if config.target_bits is not None:
         phases["planning"] = {**outer, **blocks, **planning_parts(model, config, text, itemsize, thrift)}

@@ -22,7 +22,7 @@ from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import ArrayLayout, array_layout, check_input_shards
-from spqr_jax.solver import mesh_columns, mesh_pieces
+from spqr_jax.solver import mesh_columns, mesh_pieces, row_parts
 from spqr_jax.solver.columns import ColumnSpec, RowChoices
 from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
@@ -169,23 +169,29 @@ def _solve_stack(
         spec = mesh_columns.spec_for(spec)
     padded = spec.padded(layouts[0].padded_in, sum(layout.padded_out for layout in layouts))
     u = None if factor is None else factor.u
+    by_rows = mesh is None and u is None and not spec.grid.at_once and padded[1] > row_parts.ROWS
+    if by_rows:
+        padded = (padded[0], row_parts.padded_rows(padded[1]))
     perm = None if factor is None else factor.perm
     place = None if perm is None else np.argsort(perm)
     taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
-    stacked = _stack if mesh is None else mesh_pieces.stacked_by(_stack)
+    stacked = mesh_pieces.stacked_by(_stack) if by_rows or mesh is not None else _stack
     w_stack, choices, finite = stacked(tuple(weights), perm, u, taus, 2**bits - 1, layouts, padded)
     valid = np.arange(padded[0]) < weights[0].shape[1]
     if u is not None and u.shape[0] < padded[0]:
         u = pad_factor(u, padded[0])
-    options = (config.outliers, config.stats_bits, config.stats_group_size)
-    if mesh is None:
-        solved = solve_columns(w_stack, u, valid, choices, spec)
-        pieces, figures = cut(solved, place, layouts, *options)
-        del solved
-    else:
-        cutting, rows = mesh_pieces.Cutting(layouts[0], *options, place), sum(layout.padded_out for layout in layouts)
+    cutting = mesh_pieces.Cutting(layouts[0], config.outliers, config.stats_bits, config.stats_group_size, place)
+    if mesh is not None:
+        rows = sum(layout.padded_out for layout in layouts)
         whole, figures = mesh_columns.solve_columns(mesh, w_stack, u, valid, choices, spec, cutting, rows)
         pieces = cutting.split(whole, layouts)
+    elif by_rows:
+        whole, figures = row_parts.round_columns(w_stack, valid, choices, spec, cutting)
+        pieces = cutting.split(whole, layouts)
+    else:
+        solved = solve_columns(w_stack, u, valid, choices, spec)
+        pieces, figures = cut(solved, place, layouts, config.outliers, config.stats_bits, config.stats_group_size)
+        del solved
     codes = [pack(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
     shift = None if factor is None else factor.shift
     errors = [relative_error(w, piece.dense, h, piece.loss, shift) for w, piece in zip(weights, pieces, strict=True)]
@@ -203,6 +209,8 @@ def _solve_stack(
     lists = list(map(listed, pieces, counts, layouts))
     finish = partial(_result, perm=perm, damping=damping)
     results = list(map(finish, pieces, codes, errors, lists, layouts, configs))
+    if by_rows:
+        return [result._replace(array=jax.device_put(result.array)) for result in results]
     return results if mesh is None else [result._replace(array=jax.device_get(result.array)) for result in results]
 
 
