@@ -13,6 +13,7 @@ import jax
 from spqr_jax.cli.help import CALIBRATION, COMPUTATION, OUTPUT, TEXT, argument, flag, option
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, SpQRConfig
 from spqr_jax.data import DATA_HELP
+from spqr_jax.data.mixture import MIXED
 from spqr_jax.errors import SpQRError
 from spqr_jax.output import check_file
 from spqr_jax.resolve import DTYPES, MODEL_HELP
@@ -31,6 +32,7 @@ def _checked_file(path: Path | None) -> Path | None:
 
 
 _DEFAULT_TEXT = "wikitext2, or pydoc without a network"
+_DEFAULT_CALIBRATION = "mixed: prose, code, conversations, and with a network other languages"
 
 Out = Annotated[Path, option(OUTPUT, "DIR", "Directory to write.")]
 Overwrite = Annotated[bool, flag(OUTPUT, "--overwrite", "Replace the output if it exists.")]
@@ -75,9 +77,9 @@ Calibration = Annotated[
     option(
         CALIBRATION,
         "TEXT",
-        f"The calibration text: {DATA_HELP}. Repeat the option to mix texts. TEXT=WEIGHT sets a text's weight: "
+        f"The calibration text: {MIXED}, {DATA_HELP}. Repeat the option to mix texts. TEXT=WEIGHT sets a weight: "
         "'--calib wikitext2 --calib code.jsonl=2' takes two windows of code.jsonl for each window of wikitext2.",
-        show_default=_DEFAULT_TEXT,
+        show_default=_DEFAULT_CALIBRATION,
     ),
 ]
 Windows = Annotated[int, option(CALIBRATION, "N", "Number of windows of calibration text.", "--nsamples", min=1)]

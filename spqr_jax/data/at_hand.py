@@ -24,8 +24,8 @@ AT_HAND = {
 }
 """Names of the texts, and what they are."""
 
-_SOURCE_CHARACTERS = 1_500_000  # of the code of a split, about
-_ASKED_CHARACTERS = 4_000_000  # of the code that the conversations of a split are about
+_SOURCE_CHARACTERS = 800_000  # of the code of a split, about
+_ASKED_CHARACTERS = 2_000_000  # of the code that the conversations of a split are about
 _FILE_CHARACTERS = (2_000, 60_000)  # of a source file, at least and at most
 _LEFT_OUT = {  # folders: tests, programs of their own, tables
     "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from spqr_jax.errors import DataError
+from spqr_jax.files.records import Document
 
 Split = Literal["calibration", "evaluation"]
 
@@ -18,7 +19,7 @@ class Corpus:
     Attributes:
       path, name: arguments of ``datasets.load_dataset``.
       splits: dataset split for calibration and for evaluation.
-      column: field that holds the text.
+      column: field that holds the text, or the messages of a conversation.
       join: what stands between documents.
       limit: documents read (corpora too large to read whole are streamed).
       files: data file for calibration and evaluation, where the protocol names one.
@@ -60,11 +61,16 @@ CORPORA = {
     "redpajama": Corpus("togethercomputer/RedPajama-Data-1T-Sample", None, ("train", "train"), "text", "\n\n", 2000),
     "refinedweb": Corpus("tiiuae/falcon-refinedweb", None, ("train", "train"), "content", "\n\n", 2000),
     "pile": Corpus("monology/pile-uncopyrighted", None, ("train", "train"), "text", "\n\n", 2000),
+    # What the default mixture takes of the hub: Python files, conversations, encyclopedias in other languages.
+    "codeparrot": Corpus("codeparrot/codeparrot-clean-valid", None, ("train", "train"), "content", "\n\n", 500),
+    "ultrachat": Corpus("HuggingFaceH4/ultrachat_200k", None, ("train_sft", "test_sft"), "messages", "", 500),
+    **{f"wikipedia-{code}": Corpus("wikimedia/wikipedia", f"20231101.{code}", ("train", "train"), "text", "\n\n", 200)
+       for code in ("de", "es", "fr", "zh")},
 }  # fmt: skip
 
 
-def read_corpus(name: str, split: Split) -> str:
-    """The text of a named corpus, from the hub or the hub's cache.
+def read_corpus(name: str, split: Split) -> str | list[Document]:
+    """The text of a named corpus, or its conversations, from the hub or the hub's cache.
 
     Raises:
       DataError: it cannot be read.
@@ -84,6 +90,8 @@ def read_corpus(name: str, split: Split) -> str:
             f"{name} ({corpus.path}) could not be read from the hub: {type(error).__name__}: {error}; "
             "without a network use 'pydoc', 'pysource', 'pychat' or a file"
         ) from None
+    if corpus.column == "messages":
+        return [Document(messages, f"{name}, conversation {i}") for i, messages in enumerate(documents, 1)]
     return corpus.join.join(documents)
 
 

@@ -50,7 +50,7 @@ def load_tokens(spec: str, split: Split, encode: Encode, render: Render | None =
     if spec in AT_HAND:
         return encode(_at_hand(spec, split, render))
     if name in CORPORA:
-        text = _read_local(name, file) if file else read_corpus(name, split)
+        text = _read_local(name, file) if file else _join_documents(read_corpus(name, split), render)
     else:
         path, column = _split_column(spec)
         if column is None and (path.suffix.lower() == ".npy" or _holds_ids(path)):

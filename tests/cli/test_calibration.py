@@ -9,7 +9,7 @@ import pytest
 from support.command import QUICK, spqr
 from support.model_files import byte_tokenizer, write_model_and_ids
 
-from spqr_jax import DataError
+from spqr_jax import DataError, texts
 from spqr_jax.checkpoint import CheckpointSource
 from spqr_jax.data import calibration_windows
 from spqr_jax.formats.card import model_card
@@ -74,6 +74,54 @@ def test_several_texts_are_mixed_and_described(opened):
             {"name": "chat.jsonl", "weight": 2.0, "windows": 5},
         ],
     }
+
+
+@pytest.fixture
+def short_texts(monkeypatch):
+    """Names of texts in place of texts; `codeparrot` and `wikipedia-zh` cannot be had."""
+
+    def read(name, split, model):
+        if name in ("codeparrot", "wikipedia-zh"):
+            raise DataError(f"{name} could not be read from the hub")
+        return np.full(200, len(name), np.int32)
+
+    monkeypatch.setattr(texts, "read_tokens", read)
+
+
+def names_and_windows(kept):
+    return {text["name"]: text["windows"] for text in kept["texts"]}
+
+
+def test_without_a_network_the_default_is_what_python_brings(opened, short_texts, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, kept = read_calibration(None, opened, 32, 20, 0)
+    assert kept["data"] == "2 × pydoc + 2 × pysource + pychat"
+    assert names_and_windows(kept) == {"pydoc": 8, "pysource": 8, "pychat": 4}
+    assert "the Hugging Face hub cannot be reached" in "".join(capsys.readouterr())
+    _, with_own = read_calibration(["mixed", "prose.txt=3"], opened, 32, 20, 0)
+    assert names_and_windows(with_own) == {"pydoc": 2, "pysource": 2, "pychat": 1, "prose.txt": 15}
+
+
+def test_the_default_leaves_out_what_a_model_cannot_read(opened, short_texts, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, kept = read_calibration(None, opened, 32, 2, 0)
+    assert names_and_windows(kept) == {"pydoc": 1, "pysource": 1}  # not more texts than windows
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    object.__setattr__(opened, "tokenizer", lambda: tokenizer)
+    _, kept = read_calibration(["mixed"], opened, 32, 20, 0)
+    assert names_and_windows(kept) == {"pydoc": 10, "pysource": 10}
+
+
+def test_what_the_hub_does_not_give_is_replaced_and_said(opened, short_texts, monkeypatch, capsys):
+    monkeypatch.setattr(texts, "_reaches_hub", lambda otherwise: True)
+    _, kept = read_calibration(None, opened, 32, 23, 0)
+    assert names_and_windows(kept) == {
+        "wikitext2": 8, "pysource": 8, "ultrachat": 4, "wikipedia-de": 1, "wikipedia-es": 1, "wikipedia-fr": 1,
+    }  # fmt: skip
+    said = "".join(capsys.readouterr())
+    assert "codeparrot could not be read from the hub; using pysource" in " ".join(said.split())
+    assert "using the other texts in its place" in " ".join(said.split())
 
 
 def test_ids_of_another_model_are_refused(opened):

@@ -289,11 +289,18 @@ def test_corpora_are_read_by_their_protocol(monkeypatch):
 
     def fake(path, name, **options):
         calls.append((path, name, options))
-        return [{"text": "a", "sentence": "s"}, {"text": "b", "sentence": "t"}]
+        messages = [{"role": "user", "content": "hi"}]
+        return [
+            {"text": "a", "sentence": "s", "messages": messages},
+            {"text": "b", "sentence": "t", "messages": messages},
+        ]
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     np.testing.assert_array_equal(load_tokens("wikitext2", "evaluation", encode), encode("a\n\nb"))
     np.testing.assert_array_equal(load_tokens("c4", "evaluation", encode), encode("a b"))
+    conversations = load_tokens("ultrachat", "evaluation", encode, lambda messages: f"<{messages[0]['content']}>")
+    np.testing.assert_array_equal(conversations, encode("<hi><hi>"))
+    assert calls[2][2]["split"] == "test_sft"
     assert calls[0][2]["split"] == "test"
     assert calls[1][2]["streaming"] is True
     assert "validation" in str(calls[1][2]["data_files"])
