@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from timings import QuantizeRow, add_csv_options, check_csv, save
 
-import spqr_jax.planning.budget
+import spqr_jax.planning.curves
 import spqr_jax.planning.sensitivity
 import spqr_jax.solver.solve
 import spqr_jax.stream.activations
@@ -52,7 +52,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "stacking, packing, statistics": [(spqr_jax.solver.solve, name) for name in ("_stack", "cut", "_result")],
     "plan: forward": [(spqr_jax.planning.sensitivity, "run_stage")],
     "plan: gradients": [(spqr_jax.planning.sensitivity, name) for name in ("loss_gradient", "_backward")],
-    "plan: trials": [(spqr_jax.planning.budget, "try_choices")],
+    "plan: trials": [(spqr_jax.planning.curves, "try_choices")],
 }
 
 

@@ -21,7 +21,8 @@ from spqr_jax.job.state import JobState
 from spqr_jax.methods.report import LayerReport, Reporter
 from spqr_jax.models.decoder import Block, plain_linear
 from spqr_jax.output import readable_size
-from spqr_jax.planning.budget import Measured, Plan, plan_budget
+from spqr_jax.planning.budget import Plan, plan_budget
+from spqr_jax.planning.curves import Measured
 from spqr_jax.planning.ledger import Ledger
 from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import KEPT_BYTES

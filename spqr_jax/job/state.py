@@ -14,7 +14,8 @@ import numpy as np
 from spqr_jax.array import SpQRArray
 from spqr_jax.job.block_solver import BlockPlace
 from spqr_jax.methods.report import LayerReport
-from spqr_jax.planning.budget import Measured, Plan
+from spqr_jax.planning.budget import Plan
+from spqr_jax.planning.curves import Measured
 from spqr_jax.planning.record import curve_from_json, curve_to_json, plan_from_json, plan_to_json
 from spqr_jax.planning.sensitivity import MeasuringPlace
 from spqr_jax.stream.sums import SumsPlace

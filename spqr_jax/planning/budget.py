@@ -16,8 +16,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,87 +28,19 @@ from spqr_jax.errors import SpQRError
 from spqr_jax.events import Events, ignore
 from spqr_jax.layout import bytes_of_outlier, predicted_bytes
 from spqr_jax.methods.choose import check_shards
-from spqr_jax.models.decoder import plain_linear
-from spqr_jax.models.weights import abstract_block, matrix_names
-from spqr_jax.planning.sensitivity import BlockSensitivity, MeasuringPlace, block_sensitivities
+from spqr_jax.planning.curves import PRICES, Measured, WeightCurve, measure_curves
+from spqr_jax.planning.unseen import for_unseen_text
 from spqr_jax.rules import LayerRule
-from spqr_jax.solver.hessian import Hessian
-from spqr_jax.solver.solve import weight_layout
-from spqr_jax.solver.trial import try_choices
 from spqr_jax.stream.activations import KEPT_BYTES
 from spqr_jax.stream.blocks import BlockSource
 from spqr_jax.stream.spill import Spill
-from spqr_jax.stream.stages import rounded_linear
 from spqr_jax.stream.windows import beginnings, checked_batch
 
-_OUTLIER_BITS = 32
-_MOST_OUTLIERS = 0.2  # share beyond which a width is not worth having, and its loss is not trusted
-# Prices tried, in nats per token for one bit more on every weight of the model.
-_PRICES = np.geomspace(0.01, 2.0, 5)
-_LOWEST_PRICE = _PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `STEEPNESS`
-STEEPNESS = 1.2  # outlier counts fall about as this power of the threshold
+_LOWEST_PRICE = PRICES[0] / 1000  # that a plan may come to; below those tried, counts follow from `STEEPNESS`
 _HALVINGS = 30  # of the range of prices, which leave it known to a few parts in a million
 _SHARE_READ = 8  # a plan looks at one token in so many of the calibration text, but no fewer and no more than these:
 _FEWEST_TOKENS, _MOST_TOKENS = 2048, 4096
 _WINDOW = 256  # tokens of a window that a plan looks at, or more if there are few windows
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One width of one weight, at each of `_PRICES`: what it costs and what it takes.
-
-    Attributes:
-      bits: code bits.
-      loss: f64 [prices], predicted loss in nats per token.
-      outliers: f64 [prices], share kept apart.
-    """
-
-    bits: int
-    loss: np.ndarray
-    outliers: np.ndarray
-
-    @cached_property
-    def _usable(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logarithms of prices and outlier shares, and losses, where there are not too many outliers."""
-        usable = (self.outliers <= _MOST_OUTLIERS) & np.isfinite(self.loss)
-        return np.log(_PRICES[usable]), np.log(np.maximum(self.outliers[usable], 1e-9)), self.loss[usable]
-
-    def at(self, price: float) -> tuple[float, float, float]:
-        """Loss, outlier share and the price they belong to, between the prices tried.
-
-        Below them the share goes on growing, up to `_MOST_OUTLIERS`, and the loss is
-        that at the lowest price tried, which is no less than it will be.
-        """
-        known, shares, losses = self._usable
-        if not len(known):
-            return math.inf, 1.0, price
-        # As low as the price may go until there are too many outliers.
-        x = max(math.log(price), known[0] - (math.log(_MOST_OUTLIERS) - shares[0]) / STEEPNESS)
-        more = STEEPNESS * max(known[0] - x, 0.0)
-        loss = float(np.interp(x, known, losses))
-        return loss, math.exp(np.interp(x, known, shares) + more), math.exp(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightCurve:
-    """What is known of one weight.
-
-    Attributes:
-      path: of the weight.
-      shape: (out, in).
-      tau_per_price: outlier threshold τ at a price of 1.
-      candidates: one for each width it may have.
-    """
-
-    path: str
-    shape: tuple[int, int]
-    tau_per_price: float
-    candidates: tuple[Candidate, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,92 +101,6 @@ class Plan:
         return dataclasses.replace(config, target_bits=None, rules=skips + rules)
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What an unfinished measuring pass has come to: curves of the blocks that it has seen, and where it goes on."""
-
-    curves: tuple[WeightCurve, ...]
-    place: MeasuringPlace
-
-
-def measure_curves(
-    source: BlockSource,
-    batches: Iterable[Any],
-    config: SpQRConfig,
-    events: Events = ignore,
-    *,
-    begin: Measured | None = None,
-    keep: Callable[[Measured], None] | None = None,
-    spill: Spill | None = None,
-) -> list[WeightCurve]:
-    """Tries every width and price on every weight of a dense model, from its last block to its first."""
-    total = 0
-    for kind in source.config.kinds:
-        shapes = abstract_block(source.config, kind)
-        total += sum(math.prod(shapes[name].shape) for name in matrix_names(source.config, kind))
-    curves: list[WeightCurve] = [] if begin is None else list(begin.curves)
-
-    def measure(block: BlockSensitivity) -> None:
-        alike = list(_solved_together(block, config))
-        rows = [sum(weight_layout(block.block[name], config).padded_out for name in names) for names, _ in alike]
-        for names, hessian in alike:
-            same = [count for count, (_, other) in zip(rows, alike, strict=True) if other.width == hessian.width]
-            curves.extend(_block_curves(block, names, hessian, config, total, same))
-
-    linear = rounded_linear if config.calibration_dtype == "bfloat16" else plain_linear
-    block_sensitivities(
-        source, batches, measure, events, linear=linear,
-        begin=None if begin is None else begin.place,
-        keep=None if keep is None else lambda place: keep(Measured(tuple(curves), place)),
-        spill=spill,
-    )  # fmt: skip
-    return curves
-
-
-def _solved_together(block: BlockSensitivity, config: SpQRConfig) -> Iterator[tuple[list[str], Hessian]]:
-    """Names of weights that are to be quantized and read one input, and its Hessian."""
-    for names, hessian in block.hessians:
-        wanted = [name for name in names if config.for_path(f"layers.{block.index}.{name}") is not None]
-        if wanted:
-            yield wanted, hessian
-
-
-def _block_curves(
-    block: BlockSensitivity,
-    names: Sequence[str],
-    hessian: Hessian,
-    config: SpQRConfig,
-    total: int,
-    solved_rows: Sequence[int],
-) -> list[WeightCurve]:
-    weights = [getattr(block.block, name) for name in names]
-    fisher = [np.asarray(block.fisher[name], np.float64) / 4 for name in names]
-    # An outlier is worth 32 bits at price λ: λ·32/total nats; T counts (w-ŵ)H(w-ŵ)ᵀ of a mean row.
-    per_price = [_OUTLIER_BITS / total / max(own.mean(), 1e-300) for own in fisher]
-    widths = {name: _widths(config, f"layers.{block.index}.{name}") for name in names}
-    most = max(len(own) for own in widths.values())
-    choices = []
-    for name, unit in zip(names, per_price, strict=True):
-        padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
-        choices.append([(bits, unit * price) for bits in padded for price in _PRICES])
-    trials = try_choices(weights, hessian, fisher, choices, config.for_inputs(names[0]), solved_rows)
-    curves = []
-    for name, w, unit, trial in zip(names, weights, per_price, trials, strict=True):
-        loss, outliers = (part.reshape(-1, len(_PRICES)) for part in (trial.loss, trial.outliers))
-        own = tuple(Candidate(bits, loss[i], outliers[i]) for i, bits in enumerate(widths[name]))
-        path = f"layers.{block.index}.{name}"
-        curves.append(WeightCurve(path, tuple(w.shape), unit / max(trial.threshold_scale, 1e-300), own))
-    return curves
-
-
-def _widths(config: SpQRConfig, path: str) -> tuple[int, ...]:
-    """What a rule asks for, else all that the plan may choose from."""
-    for rule in config.rules:
-        if rule.bits is not None and re.search(rule.pattern, path):
-            return (rule.bits,)
-    return config.bit_choices
-
-
 def _bytes(curve: WeightCurve, bits: int, share: float, config: SpQRConfig) -> float:
     return _bytes_without_outliers(curve.shape, bits, config) + share * curve.size * bytes_of_outlier(curve.shape[1])
 
@@ -285,7 +131,9 @@ def make_plan(curves: Sequence[WeightCurve], target_bits: float, config: SpQRCon
         for candidate in curve.candidates:
             if bits is not None and candidate.bits != bits:
                 continue
-            loss, share, own_price = candidate.at(price)
+            # A threshold at which one more outlier pays off on unseen text is a lower one on the trial's own text.
+            loss, share, own_price = candidate.at(price / curve.factor)
+            loss *= curve.factor
             nbytes = _bytes(curve, candidate.bits, share, config)
             cost = loss + price * 8 * nbytes / total
             fixed = _bytes(curve, candidate.bits, 0.0, config)
@@ -298,7 +146,8 @@ def make_plan(curves: Sequence[WeightCurve], target_bits: float, config: SpQRCon
     def at(price: float, widths: dict[str, int] | None = None) -> Plan:
         return Plan({c.path: choose(c, price, widths[c.path] if widths else None) for c in curves}, target_bits, price)
 
-    low, high = float(_LOWEST_PRICE), float(_PRICES[-1])  # the higher the price, the fewer bits
+    # The higher the price, the fewer bits.
+    low, high = float(_LOWEST_PRICE), float(PRICES[-1]) * max(curve.factor for curve in curves)
     most, least = at(low).stored_bits, at(high).stored_bits
     if not least <= target_bits <= most:
         raise SpQRError(
@@ -360,5 +209,7 @@ def plan_budget(
     read, length = text_of_plan(windows, sum(batch.size for batch in checked) // windows)
     text = beginnings(checked, read * length, length)
     curves = measure_curves(source, text, config, events, begin=begin, keep=keep, spill=spill)
+    planned, calibrated = (sum(batch.size for batch in batches) for batches in (text, checked))
+    curves = for_unseen_text(curves, source.config, planned, calibrated)
     give_back_memory(KEPT_BYTES)
     return make_plan(curves, config.target_bits, config)

@@ -10,7 +10,8 @@ import numpy as np
 
 from spqr_jax.array import SpQRArray
 from spqr_jax.layout import bytes_of_outlier
-from spqr_jax.planning.budget import STEEPNESS, Plan
+from spqr_jax.planning.budget import Plan
+from spqr_jax.planning.curves import STEEPNESS
 
 _TOLERANCE = 0.005  # bits per weight by which a finished model may miss its target
 _GIVE = 0.1  # share by which the outliers of later weights may be changed to make up for a miss

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from spqr_jax.planning.budget import Candidate, Choice, Plan, WeightCurve
+from spqr_jax.planning.budget import Choice, Plan
+from spqr_jax.planning.curves import Candidate, WeightCurve
 
 
 def curve_to_json(curve: WeightCurve) -> dict[str, Any]:
@@ -20,6 +21,8 @@ def curve_to_json(curve: WeightCurve) -> dict[str, Any]:
         "shape": list(curve.shape),
         "tau_per_price": float(curve.tau_per_price),
         "candidates": candidates,
+        "gap": curve.gap,
+        "factor": float(curve.factor),
     }
 
 
@@ -29,7 +32,9 @@ def curve_from_json(values: Mapping[str, Any]) -> WeightCurve:
         for entry in values["candidates"]
     )
     out, inner = values["shape"]
-    return WeightCurve(values["path"], (out, inner), values["tau_per_price"], candidates)
+    return WeightCurve(
+        values["path"], (out, inner), values["tau_per_price"], candidates, values["gap"], values["factor"]
+    )
 
 
 _PREDICTED = ("outlier_threshold", "nbytes", "outlier_bytes", "loss")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,9 @@ from spqr_jax.stream.stages import (
     stage_groups,
 )
 
+Halves = tuple[Hessian, Hessian]
+"""Hessians of one input over two halves of a text."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSensitivity:
@@ -55,12 +58,15 @@ class BlockSensitivity:
       block: its dense weights.
       hessians: for each group of weights that read one input, their names and the
         input's Hessian.
+      halves: for each of these groups the Hessians of every second batch and of the others, where they were asked for;
+        else None.
       fisher: for each weight mean(g_r²) over tokens of a quarter of the text, f32 [out].
     """
 
     index: int
     block: Block
     hessians: list[tuple[tuple[str, ...], Hessian]]
+    halves: list[Halves | None]
     fisher: dict[str, jax.Array]
 
 
@@ -186,18 +192,29 @@ def _followed(batch: Any) -> Any:
     return batch[: -(-len(batch) // 4)]
 
 
-def _sensitivity(config: DecoderConfig, index: int, block: Block, sums: _Sums, tokens: int) -> BlockSensitivity:
-    """A block's sums, for each of its weights; squares are over `tokens`. Experts get their mean Fisher information."""
-    squares, hessians = sums
+def _sensitivity(
+    config: DecoderConfig, index: int, block: Block, sums: Sequence[_Sums], tokens: int
+) -> BlockSensitivity:
+    """A block's sums over parts of the text, for each weight; squares are over `tokens`. Experts get their mean."""
+    squares = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(part[0] for part in sums))
     fisher = {}
     for name in matrix_names(config, block.kind):
         of_outputs = squares[_first_alike(name)] / tokens
         alike = name.startswith("experts.")
         fisher[name] = jnp.full_like(of_outputs, jnp.mean(of_outputs) / config.num_experts) if alike else of_outputs
-    groups = _groups(config, block.kind)
-    of_input = dict(zip(dict.fromkeys(_first_alike(names[0]) for names, _ in groups), hessians, strict=True))
-    named = [(names, of_input[_first_alike(names[0])]) for names, _ in groups]
-    return BlockSensitivity(index, block, named, fisher)
+    groups = [names for names, _ in _groups(config, block.kind)]
+    place = {first: i for i, first in enumerate(dict.fromkeys(_first_alike(names[0]) for names in groups))}
+    of_inputs = [[part[1][place[_first_alike(names[0])]] for part in sums] for names in groups]
+    whole = [_added(parts) for parts in of_inputs]
+    reading = {id(parts[0]): hessian for parts, hessian in zip(of_inputs, whole, strict=True)}  # experts' only once
+    hessians = [(names, reading[id(parts[0])]) for names, parts in zip(groups, of_inputs, strict=True)]
+    halves = [(parts[0], parts[1]) if len(parts) == 2 else None for parts in of_inputs]
+    return BlockSensitivity(index, block, hessians, halves, fisher)
+
+
+def _added(parts: Sequence[Hessian]) -> Hessian:
+    """The Hessian of all parts of a text."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda a, b: a + b, *parts)
 
 
 def block_sensitivities(
@@ -207,6 +224,7 @@ def block_sensitivities(
     events: Events = ignore,
     *,
     linear: Linear = plain_linear,
+    in_halves: Container[int] = (),
     begin: MeasuringPlace | None = None,
     keep: Callable[[MeasuringPlace], None] | None = None,
     spill: Spill | None = None,
@@ -222,6 +240,7 @@ def block_sensitivities(
       visit: is given a :class:`BlockSensitivity` for each block, the last block first.
       events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
       linear: what multiplies with the weights, as in calibration.
+      in_halves: indices of the blocks whose Hessians are wanted for two halves of the text, too, if it has two batches.
       begin: where an earlier pass came to; None to begin with the first block.
       keep: is given the place after each block, on the way back once `visit` has seen the block.
       spill: where the activations before every block are kept on disk; None to keep them in memory.
@@ -279,9 +298,11 @@ def block_sensitivities(
     followed_tokens = sum(_followed(tokens).size for tokens in batches)
 
     def pass_backward(index: int, block: Block) -> None:
-        sums = _empty_sums(config, block)
+        parts = 2 if index in in_halves and len(places) > 1 else 1
+        sums = [_empty_sums(config, block) for _ in range(parts)]
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
-            gradients[chunk], sums = _backward(config, block, x, where, gradients[chunk], sums, linear)
+            part = chunk % parts
+            gradients[chunk], sums[part] = _backward(config, block, x, where, gradients[chunk], sums[part], linear)
         visit(_sensitivity(config, index, block, sums, followed_tokens))
         tell(False, index - 1, gradients)
         steps.advance(note=f"backward through block {index}", detail=index)

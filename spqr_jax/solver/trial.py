@@ -29,11 +29,13 @@ class Trial(NamedTuple):
       loss: f64 [choices], Σ_r weight_r (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ, scaled up to all rows.
       outliers: f64 [choices], share of weights kept apart.
       threshold_scale: T / τ of this matrix.
+      held_out: f64 [choices], the loss with another H that nothing was made for; None without one.
     """
 
     loss: np.ndarray
     outliers: np.ndarray
     threshold_scale: float
+    held_out: np.ndarray | None = None
 
 
 def try_choices(
@@ -43,6 +45,7 @@ def try_choices(
     choices: Sequence[Sequence[tuple[int, float]]],
     config: SpQRConfig,
     solved_rows: Sequence[int] = (),
+    held_out: Hessian | None = None,
 ) -> list[Trial]:
     """Tries choices on matrices that read one input.
 
@@ -54,6 +57,7 @@ def try_choices(
       config: everything else; it must compensate errors.
       solved_rows: numbers of rows that matrices of this width are solved in, padded. The trials are padded to the
         smallest that is enough, because a program for it will be there.
+      held_out: of the same input on other text, to see the loss there.
     """
     factor = factor_hessian(hessian.matrix(), config)
     layouts = [weight_layout(w, config) for w in weights]
@@ -72,15 +76,22 @@ def try_choices(
     rows_of = RowChoices(*(jax.device_put(a.astype(np.float32)) for a in (thresholds, maxq)))
     solved = solve_columns(stacked, pad_factor(factor.u, padded[0]), valid, rows_of, spec)
     loss, outliers = (np.asarray(a, np.float64) for a in _by_row(solved, stacked, factor.shift, factor.perm, valid))
+    unseen = None
+    if held_out is not None:
+        unseen = np.asarray(_loss_with(solved, stacked, held_out.matrix(), factor.perm), np.float64)
     trials, first = [], 0
     for w, chosen, row_weight, scale in zip(weights, rows, row_weights, scales, strict=True):
         part = slice(first, first + times * len(chosen))
         first = part.stop
         # As a share of the chosen rows' weight: rows differ in weight more than in loss.
         row_weight = np.asarray(row_weight, np.float64)
-        own = loss[part].reshape(times, -1) @ row_weight[chosen] * row_weight.sum() / row_weight[chosen].sum()
+        share_of_row = row_weight[chosen] * (row_weight.sum() / row_weight[chosen].sum())
+        of_matrix, elsewhere = (
+            None if of_rows is None else of_rows[part].reshape(times, -1) @ share_of_row for of_rows in (loss, unseen)
+        )
         share = outliers[part].reshape(times, -1).mean(axis=1) / w.shape[1]
-        trials.append(Trial(own, share, float(scale)))
+        assert of_matrix is not None
+        trials.append(Trial(of_matrix, share, float(scale), elsewhere))
     return trials
 
 
@@ -126,3 +137,14 @@ def _by_row(
     shift = jnp.pad(shift, (0, w.shape[0] - shift.shape[0]))
     loss = solved.loss - jnp.sum(jnp.square(w - solved.dequantized()) * shift[:, None], axis=0)
     return jnp.maximum(loss, 0.0), jnp.sum(solved.outliers & valid[:, None], axis=0)
+
+
+@jax.jit
+def _loss_with(solved: SolvedColumns, w: jax.Array, h: jax.Array, perm: np.ndarray | None) -> jax.Array:
+    """(w-ŵ) H (w-ŵ)ᵀ of each row, f32 [rows], for an H [in, in] in the inputs' own order."""
+    miss = w - solved.dequantized()
+    if perm is not None:
+        h = h[perm][:, perm]
+    inner = h.shape[0]
+    product = jnp.matmul(h, miss[:inner], precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(jnp.sum(product * miss[:inner], axis=0), 0.0)

@@ -17,7 +17,8 @@ from spqr_jax.models import decoder, experts
 from spqr_jax.models.attention import positions
 from spqr_jax.models.decoder import random_decoder
 from spqr_jax.models.products import plain_linear
-from spqr_jax.planning.budget import Candidate, WeightCurve, make_plan, plan_budget
+from spqr_jax.planning.budget import make_plan, plan_budget
+from spqr_jax.planning.curves import Candidate, WeightCurve
 from spqr_jax.planning.ledger import Ledger
 from spqr_jax.planning.sensitivity import block_sensitivities
 from spqr_jax.solver.trial import try_choices
