@@ -45,10 +45,19 @@ def for_unseen_text(
         tokens = float(calibrated)
         if name.startswith("experts."):  # a plan has one Hessian for all of them, calibration one for each
             tokens *= config.experts_per_token / config.num_experts
-        powers = [(planned / 2 / max(n, 1.0)) ** _FALL for n in (planned, tokens)]
-        share = _OF_SEEN * powers[0] + (1 - _OF_SEEN) * min(powers[1], 1.0)
-        factors[name] = math.exp(share * sum(measured) / len(measured))
+        factors[name] = factor_for(sum(measured) / len(measured), planned, tokens)
     return [dataclasses.replace(curve, factor=factors.get(_role(curve), 1.0)) for curve in curves]
+
+
+def factor_for(gap: float, planned: int, calibrated: float) -> float:
+    """What a loss on unseen text is of that on a plan's own.
+
+    Args:
+      gap: between two halves of the plan's text.
+      planned, calibrated: tokens of the plan's text, and of the text that the weight is then calibrated on.
+    """
+    seen, unseen = ((planned / 2 / max(tokens, 1.0)) ** _FALL for tokens in (planned, calibrated))
+    return math.exp(gap * (_OF_SEEN * seen + (1 - _OF_SEEN) * min(unseen, 1.0)))
 
 
 def _role(curve: WeightCurve) -> str:

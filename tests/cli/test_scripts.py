@@ -154,3 +154,19 @@ def test_kinds_of_text_are_told_apart(folder):
     mixed = errors["mixture, 8 windows of each", "damping 0.01"]
     assert mixed[0] < high[0]
     assert mixed[1] < low[1]
+
+
+def test_what_a_plan_promises_is_measured(folder):
+    np.save(folder / "many.npy", np.random.default_rng(0).integers(0, 256, (48, 64)))
+    options = ("--blocks", 1, "--text", "many.npy", "--seqlen", 64)
+    result = run_script("plan_promise.py", folder, "model", *options, "--nsamples", 48, "--out", "promise")
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("| ").split(" | ") for line in (folder / "promise" / "table.md").read_text().splitlines()[2:]]
+    assert len(rows) == 7
+    for _, _, *figures in rows:
+        half, factor, real = map(float, figures)
+        assert half > factor > 1  # the plan's tokens are twice a half's, and most of a gap counts
+        assert 0.8 < real < half  # a file has one side, so nothing is unseen here
+    short = run_script("plan_promise.py", folder, "model", *options, "--nsamples", 4)
+    assert short.returncode == 1
+    assert "which has no halves" in short.stderr
