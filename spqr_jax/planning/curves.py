@@ -162,9 +162,9 @@ def _block_curves(
     weights = [getattr(block.block, name) for name in names]
     fisher = [np.asarray(block.fisher[name], np.float64) / 4 for name in names]
     # An outlier is worth 32 bits at price λ: λ·32/total nats; T counts (w-ŵ)H(w-ŵ)ᵀ of a mean row.
-    per_price = [_OUTLIER_BITS / total / max(own.mean(), 1e-300) for own in fisher]
+    per_price = [_OUTLIER_BITS / total / max(of_rows.mean(), 1e-300) for of_rows in fisher]
     widths = {name: _widths(config, f"layers.{block.index}.{name}") for name in names}
-    most = max(len(own) for own in widths.values())
+    most = max(map(len, widths.values()))
     choices = []
     for name, unit in zip(names, per_price, strict=True):
         padded = (*widths[name], *(widths[name][-1:] * (most - len(widths[name]))))  # equally many for all
@@ -177,9 +177,10 @@ def _block_curves(
     curves = []
     for name, w, unit, trial, gap in zip(names, weights, per_price, trials, gaps, strict=True):
         loss, outliers = (part.reshape(-1, len(PRICES)) for part in (trial.loss, trial.outliers))
-        own = tuple(Candidate(bits, loss[i], outliers[i]) for i, bits in enumerate(widths[name]))
+        candidates = tuple(Candidate(bits, loss[i], outliers[i]) for i, bits in enumerate(widths[name]))
         path = f"layers.{block.index}.{name}"
-        curves.append(WeightCurve(path, tuple(w.shape), unit / max(trial.threshold_scale, 1e-300), own, gap))
+        tau_per_price = unit / max(trial.threshold_scale, 1e-300)
+        curves.append(WeightCurve(path, tuple(w.shape), tau_per_price, candidates, gap))
     return curves
 
 

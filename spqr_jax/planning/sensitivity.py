@@ -150,8 +150,8 @@ def _backward(
 
     `gradient` is of the first sequences of `residual`. Weights read all of them.
     """
-    residual, followed = residual.astype(gradient.dtype), len(gradient)
-    head, rest = [(residual[part], _windows(where, part)) for part in (slice(followed), slice(followed, None))]
+    residual, count = residual.astype(gradient.dtype), len(gradient)
+    followed, rest = [(residual[part], _windows(where, part)) for part in (slice(count), slice(count, None))]
     # Adding a zero to each output and asking for its gradient gives g.
     tokens = gradient.shape[:-1]
     pairs = (tokens[0] * tokens[1] * config.experts_per_token,)
@@ -163,10 +163,10 @@ def _backward(
 
     def run(residual: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         watching = _Watching(added, linear)
-        after = run_block(config, block, State(residual), head[1], watching).residual
+        after = run_block(config, block, State(residual), followed[1], watching).residual
         return after, watching.all_inputs()
 
-    _, back, inputs = jax.vjp(run, head[0], zeros, has_aux=True)
+    _, back, inputs = jax.vjp(run, followed[0], zeros, has_aux=True)
     before, by_output = back(gradient)
     squares = {
         name: sums[0][name] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(g.ndim - 1)))
