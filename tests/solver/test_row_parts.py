@@ -13,7 +13,7 @@ from spqr_jax import SpQRConfig, SpQRError
 from spqr_jax.solver import quantize_weights, row_parts
 
 
-@pytest.mark.parametrize("rows", [96, 101])  # whole parts, and a last one that is padded
+@pytest.mark.parametrize("rows", [288, 301])  # whole parts, and a last one that is padded
 @pytest.mark.parametrize(
     "config", [SpQRConfig.rtn(3, 16), SpQRConfig(target_bits=4.3, head_bits=8).for_head("lm_head")]
 )
@@ -22,12 +22,12 @@ def test_parts_of_rows_give_the_bytes_of_the_whole(rows, config, monkeypatch):
     (whole,) = quantize_weights([w], None, [config])
     shapes = []
     solve_columns = row_parts.columns.solve_columns
-    monkeypatch.setattr(row_parts, "ROWS", 48)
+    monkeypatch.setattr(row_parts, "ROWS", 144)
     monkeypatch.setattr(
         row_parts.columns, "solve_columns", lambda w, *rest: shapes.append(w.shape) or solve_columns(w, *rest)
     )
     (parts,) = quantize_weights([w], None, [config])
-    assert len(shapes) == -(-rows // 48)
+    assert len(shapes) == -(-rows // 144)
     assert len(set(shapes)) == 1  # one program
     for mine, theirs in zip(jax.tree.leaves(parts.array), jax.tree.leaves(whole.array), strict=True):
         assert isinstance(mine, jax.Array)
