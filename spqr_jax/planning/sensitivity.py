@@ -9,7 +9,7 @@ independent, rounding W to Ŵ costs
     ½ Σ_r mean(g_r²) · mean((δ_r)²) = ¼ Σ_r mean(g_r²) · (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ
 
 nats per token, H = (2/n) X Xᵀ as in `spqr_jax.solver`. H has far more entries than there
-are g_r, so it is summed over all windows of the text and g over a quarter of them
+are g_r, so it is summed over all windows of the text and g over half of them
 (docs/explanation/quality.md).
 """
 
@@ -60,7 +60,7 @@ class BlockSensitivity:
         input's Hessian.
       halves: for each of these groups the Hessians of every second batch and of the others, where they were asked for;
         else None.
-      fisher: for each weight mean(g_r²) over tokens of a quarter of the text, f32 [out].
+      fisher: for each weight mean(g_r²) over tokens of half of the text, f32 [out].
     """
 
     index: int
@@ -78,7 +78,7 @@ class MeasuringPlace:
       forward: whether it is still on its way forward.
       index: of the block that comes next; the number of blocks, or -1, where none does.
       streams: for each batch [batch, tokens, hidden]: forward, the residual stream before that block; backward, the
-        gradients of the loss behind it, of the first quarter of the sequences.
+        gradients of the loss behind it, of the first half of the sequences.
       before: for each block that was passed and is not yet measured, the activations before it, for each batch. Empty
         where they are not kept: a pass that goes on then makes them again.
     """
@@ -188,8 +188,8 @@ def _windows(where: Positions, part: slice) -> Positions:
 
 
 def _followed(batch: Any) -> Any:
-    """The sequences of a batch whose gradients are followed: the first quarter."""
-    return batch[: -(-len(batch) // 4)]
+    """The sequences of a batch whose gradients are followed: the first half."""
+    return batch[: -(-len(batch) // 2)]
 
 
 def _sensitivity(
