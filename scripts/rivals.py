@@ -37,7 +37,7 @@ from rivals_scaled import bits_per_weight
 from rivals_table import write_csv, write_table
 
 from spqr_jax import SpQRError
-from spqr_jax.evaluate.fidelity import compare
+from spqr_jax.evaluate.fidelity import DenseStreams, compare
 from spqr_jax.models.decoder import STAGES, Block
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream import sweep
@@ -102,6 +102,7 @@ class Bench:
         self.texts = texts_of(given.data)
         self._opened: OpenedModel | None = None
         self._windows: dict[str, np.ndarray] = {}
+        self._streams = DenseStreams()
 
     def opened(self) -> OpenedModel:
         """The dense model, opened when it is first needed."""
@@ -115,8 +116,8 @@ class Bench:
         for text in self.texts:
             if text.label not in self._windows:
                 self._windows[text.label] = text.windows(self.opened())
-            found = compare(self.opened().source, quantized.source, self._windows[text.label])
-            results[text.label] = found.to_json()
+            dense, windows = self.opened().source, self._windows[text.label]
+            results[text.label] = compare(dense, quantized.source, windows, streams=self._streams).to_json()
         return results
 
     def importance(self, seed: int) -> Path:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from spqr_jax import DataError, ModelError, SpQRConfig, forward, perplexity, quantize
-from spqr_jax.evaluate.fidelity import TokenStatistics, compare, summarize
+from spqr_jax.evaluate import fidelity
+from spqr_jax.evaluate.fidelity import DenseStreams, TokenStatistics, compare, summarize
 from spqr_jax.models.decoder import random_decoder
 
 
@@ -105,6 +106,21 @@ def test_more_positions_than_the_head_takes_at_once(tiny_config, windows):
     text = np.random.default_rng(0).integers(0, 256, (2, 300)).astype(np.int32)
     kl = by_hand(a, b, text)[0]
     assert compare(a, b, text).kl_mean == pytest.approx(kl.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("most", [0, 2**20])
+def test_kept_streams_change_no_figure(confident_model, small, windows, most, monkeypatch):
+    passes = []
+    original = fidelity.final_residuals
+    monkeypatch.setattr(fidelity, "final_residuals", lambda *given: passes.append(given[0]) or original(*given))
+    expected = dataclasses.replace(compare(confident_model, small, windows), seconds=0.0).to_json()
+    streams, shorter = DenseStreams(most), windows.reshape(10, 20)
+    compare(confident_model, small, shorter, streams=streams)  # the same tokens, but other windows
+    passes.clear()
+    for _ in range(2):
+        found = compare(confident_model, small, windows, streams=streams)
+        assert dataclasses.replace(found, seconds=0.0).to_json() == expected
+    assert len(passes) == (3 if most else 4)
 
 
 def test_it_can_be_written_as_json(confident_model, small, windows):
