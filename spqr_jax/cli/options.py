@@ -24,7 +24,7 @@ from spqr_jax.tune.config import Tune, TuneConfig
 Model = Annotated[str, argument("MODEL", f"The model: {MODEL_HELP}.")]
 
 
-def _checked_file(path: Path | None) -> Path | None:
+def checked_file(path: Path | None) -> Path | None:
     """Says before the work that a result could not be written."""
     if path is not None:
         check_file(path)
@@ -59,7 +59,7 @@ Hosts = Annotated[
     ),
 ]
 Json = Annotated[
-    Path | None, option(OUTPUT, "FILE", "Also write the result to this JSON file.", "--json", callback=_checked_file)
+    Path | None, option(OUTPUT, "FILE", "Also write the result to this JSON file.", "--json", callback=checked_file)
 ]
 Dtype = Annotated[
     str | None,

@@ -33,6 +33,7 @@ from spqr_jax.cli.options import (
     parse_rule,
 )
 from spqr_jax.cli.outlook import before_quantize
+from spqr_jax.cli.plans import given_plan, saving_plan
 from spqr_jax.cli.quantize_options import (
     Bits,
     CalibrationDtype,
@@ -51,6 +52,7 @@ from spqr_jax.cli.quantize_options import (
     PlanOnly,
     Preset,
     Rule,
+    SavePlan,
     Sequential,
     StatsBits,
     StatsGroupSize,
@@ -59,6 +61,7 @@ from spqr_jax.cli.quantize_options import (
     TuneEpochs,
     TuneLearningRate,
     TuneObjective,
+    UsePlan,
 )
 from spqr_jax.cli.scale import MemoryWatch, dry_run, needed_out
 from spqr_jax.config import SpQRConfig
@@ -110,6 +113,8 @@ def quantize(
     drift_correction: DriftCorrection = None,
     sequential: Sequential = None,
     calibration_dtype: CalibrationDtype = None,
+    save_plan: SavePlan = None,
+    use_plan: UsePlan = None,
     dtype: Dtype = None,
     max_memory: MaxMemory = None,
     plan_only: PlanOnly = False,
@@ -138,6 +143,7 @@ def quantize(
         config, out = together.from_first(config.resolved), needed_out(out, machine)
         claim = _claim(context, together, out, overwrite, resume, restart)
         opened = _open_dense(model, dtype, claim, config)
+        plan = together.from_first(lambda: given_plan(use_plan, opened.source.config, config))
         if calib and not needs_text:
             say(f"--method {method} uses no calibration text: --calib is ignored")
         windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed) if needs_text else (None, None)
@@ -148,17 +154,18 @@ def quantize(
         batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
         spill, at_once = context.with_resource(watch.spill(out)), watch.thrift.hessian_bytes
         with EventView() as view, interrupt.at_safe_points():
-            events = together.stopping(view, interrupt.received)
+            told = saving_plan(view, save_plan, config) if together.is_first else view
+            events = together.stopping(told, interrupt.received)
             if claim is None:
                 take_part(
-                    opened.source, batches, config, tuning=tuning, events=events, mesh=devices, together=together,
-                    spill=spill, hessian_bytes=at_once,
+                    opened.source, batches, config, tuning=tuning, plan=plan, events=events, mesh=devices,
+                    together=together, spill=spill, hessian_bytes=at_once,
                 )  # fmt: skip
                 return
             place, report = quantize_to(
-                claim, opened.source, batches, config, tuning=tuning, events=events, files=_files_to_keep(opened),
-                provenance=_provenance(opened, method, calibration), mesh=devices, together=together, spill=spill,
-                hessian_bytes=at_once,
+                claim, opened.source, batches, config, tuning=tuning, plan=plan, events=events,
+                files=_files_to_keep(opened), provenance=_provenance(opened, method, calibration), mesh=devices,
+                together=together, spill=spill, hessian_bytes=at_once,
             )  # fmt: skip
         summary = _show_result(place, report, watch)
         write_json(json, {"seconds": report.seconds, **outlook.to_json(), **watch.to_json(), **summary})

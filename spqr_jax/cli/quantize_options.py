@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from spqr_jax.cli.help import COMPUTATION, NOTHING, OUTPUT, flag, option
+from spqr_jax.cli.options import checked_file
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, DEFAULT_STEPS, PRESETS
 
 SIZE, TUNING = "Size and quality", "Tuning afterwards"
@@ -209,6 +210,27 @@ PlanOnly = Annotated[
         OUTPUT,
         "--plan",
         "Show sizes, memory and time of this run, and do nothing else. MODEL may be a config.json: no weights needed.",
+    ),
+]
+SavePlan = Annotated[
+    Path | None,
+    option(
+        MORE_CALIBRATION,
+        "FILE",
+        "Write what the plan for a target has measured of each weight to this JSON file.",
+        "--save-plan",
+        callback=checked_file,
+        show_default=False,
+    ),
+]
+UsePlan = Annotated[
+    Path | None,
+    option(
+        MORE_CALIBRATION,
+        "FILE",
+        "Plan from such a file, for the same or another target, and measure nothing anew.",
+        "--use-plan",
+        show_default=False,
     ),
 ]
 MachineName = Annotated[

@@ -20,6 +20,7 @@ from spqr_jax.journal import Journal, differences, identity_of
 from spqr_jax.output import Claim
 from spqr_jax.output.run_folder import has_state
 from spqr_jax.planning.budget import Plan
+from spqr_jax.planning.record import plan_to_json
 from spqr_jax.stream.blocks import ModelSource
 from spqr_jax.stream.hosts import ALONE, Together
 from spqr_jax.stream.spill import Spill
@@ -74,7 +75,7 @@ def quantize_to(
     with CheckpointSink(claim, source.config, config, tokenizer=tokenizer, provenance=kept, files=files) as sink:
         state = None
         if claim.run is not None:
-            identity = _identity(source, batches, config, tuning)
+            identity = _identity(source, batches, config, tuning, plan)
             _refuse_unlike(together, identity)
             state = _kept(claim.run, sink, source, identity, config, tuning, together)
         report = Job(
@@ -102,7 +103,7 @@ def take_part(
     It writes nothing. What an earlier run has finished comes from the first process.
     """
     batches = None if batches is None else list(batches)
-    _refuse_unlike(together, _identity(source, batches, config, tuning))
+    _refuse_unlike(together, _identity(source, batches, config, tuning, plan))
     together.from_first(lambda: None)  # the first one opens the journal
     store = SharedStore(together, None)
     kept = Kept(SharedState(together, None), store, store, Path(), together)
@@ -113,10 +114,15 @@ def take_part(
 
 
 def _identity(
-    source: ModelSource, batches: Sequence[Any] | None, config: SpQRConfig, tuning: TuneConfig | None
+    source: ModelSource,
+    batches: Sequence[Any] | None,
+    config: SpQRConfig,
+    tuning: TuneConfig | None,
+    plan: Plan | None,
 ) -> dict[str, str]:
     settings = None if tuning is None else dataclasses.asdict(tuning)
-    return identity_of(source.identity(), batches, config.to_json(), settings)
+    given = None if plan is None else plan_to_json(plan)
+    return identity_of(source.identity(), batches, config.to_json(), settings, given)
 
 
 def _refuse_unlike(together: Together, identity: dict[str, str]) -> None:

@@ -169,9 +169,9 @@ class Job:
 
     def _planned(self, events: Events) -> Plan | None:
         """The plan for a target, made now unless it was given or an earlier run has made it."""
-        if self._plan is not None or self._config.target_bits is None:
+        if self._config.target_bits is None:
             return self._plan
-        plan, count = self._state.plan(), 2 * self._source.config.num_layers
+        plan, count = self._plan or self._state.plan(), 2 * self._source.config.num_layers
         if plan is None:
             plan = self._together.from_first(lambda: self._made_plan(events))
             self._state.save(phase="blocks", plan=self._state.put_plan(plan), measured=None)

@@ -19,12 +19,17 @@ _MEANING = {
     "text": "the calibration text",
     "configuration": "the configuration",
     "tuning": "the tuning",
+    "plan": "the plan it was given",
     "format": "the version of spqr-jax's format",
 }
 
 
 def identity_of(
-    model: str, batches: Iterable[Any] | None, configuration: Mapping[str, Any], tuning: Mapping[str, Any] | None
+    model: str,
+    batches: Iterable[Any] | None,
+    configuration: Mapping[str, Any],
+    tuning: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """What two runs must have in common for the second to go on with the first.
 
@@ -33,14 +38,18 @@ def identity_of(
       batches: calibration text, arrays of token ids; None for none.
       configuration: of the quantization, in JSON.
       tuning: settings of the tuning, in JSON; None for no tuning.
+      plan: that the run was given, in JSON; None for a plan of its own, or none.
     """
-    return {
+    identity = {
         "model": model,
         "text": "none" if batches is None else _digest_of_tokens(batches),
         "configuration": _canonical(configuration),
         "tuning": "none" if tuning is None else _canonical(tuning),
         "format": f"journal {JOURNAL_VERSION}, numerics {NUMERICS_VERSION}",
     }
+    if plan is not None:
+        identity["plan"] = hashlib.sha256(_canonical(plan).encode()).hexdigest()
+    return identity
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

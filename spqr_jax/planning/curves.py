@@ -163,7 +163,7 @@ def _block_curves(
     fisher = [np.asarray(block.fisher[name], np.float64) / 4 for name in names]
     # An outlier is worth 32 bits at price λ: λ·32/total nats; T counts (w-ŵ)H(w-ŵ)ᵀ of a mean row.
     per_price = [_OUTLIER_BITS / total / max(of_rows.mean(), 1e-300) for of_rows in fisher]
-    widths = {name: _widths(config, f"layers.{block.index}.{name}") for name in names}
+    widths = {name: widths_for(config, f"layers.{block.index}.{name}") for name in names}
     most = max(map(len, widths.values()))
     choices = []
     for name, unit in zip(names, per_price, strict=True):
@@ -184,8 +184,8 @@ def _block_curves(
     return curves
 
 
-def _widths(config: SpQRConfig, path: str) -> tuple[int, ...]:
-    """What a rule asks for, else all that the plan may choose from."""
+def widths_for(config: SpQRConfig, path: str) -> tuple[int, ...]:
+    """Bits that a weight may have: what a rule asks for, else all that the plan may choose from."""
     for rule in config.rules:
         if rule.bits is not None and re.search(rule.pattern, path):
             return (rule.bits,)
