@@ -18,14 +18,13 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
     """Reads and verifies every weight of a checkpoint, one block at a time.
 
     Returns:
-      JSON-serializable: `ideal_bits`, `stored_bits`, `outlier_percent` (over the
-      blocks' quantized weights; nan if there are none), `head_bits` (stored bits a
-      weight of the output head; None if it is dense), `bytes` (all leaves),
-      `quantized_bytes`, `dense_bytes` (what all weights would take dense, in the
-      type of the norms), `digest` (see `content_digest`), `quantization`, `provenance`, and `layers`: for each
-      quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
-      `outlier_percent`, `output_error` (nan if it was not recorded), `tokens` and
-      `damping` of its calibration (None if they were not recorded).
+      JSON-serializable: `ideal_bits`, `stored_bits`, `outlier_percent` (over the blocks' quantized weights; nan if
+      there are none), `head_bits` (stored bits a weight of the output head; None if it is dense), `bytes` (all leaves,
+      as they are in memory), `disk_bytes` (all files, whose arrays are compressed), `quantized_bytes`, `dense_bytes`
+      (what all weights would take dense, in the type of the norms), `digest` (see `content_digest`), `quantization`,
+      `provenance`, and `layers`: for each quantized weight `shape`, `bits`, `ideal_bits`, `stored_bits`,
+      `outlier_percent`, `output_error` (nan if it was not recorded), `tokens` and `damping` of its calibration (None
+      if they were not recorded).
     """
     outer = source.outer()
     itemsize = np.dtype(outer.final_norm.dtype).itemsize
@@ -73,6 +72,7 @@ def summarize(source: CheckpointSource) -> dict[str, Any]:
         "outlier_percent": 100 * outliers / weights if weights else math.nan,
         "head_bits": head_bits,
         "bytes": total,
+        "disk_bytes": sum(file.stat().st_size for file in source.path.rglob("*") if file.is_file()),
         "quantized_bytes": quantized,
         "dense_bytes": dense_total,
         "digest": content_digest(source.path, verify=False),

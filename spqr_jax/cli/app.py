@@ -77,9 +77,9 @@ def inspect(
     tell(
         f"Quantized weights: {summary['stored_bits']:.3f} stored bits per weight (ideal: {summary['ideal_bits']:.3f}), "
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}.\n"
-        f"Size: {size(summary['bytes'])} in total: {size(summary['quantized_bytes'])} quantized, "
+        f"Size in memory: {size(summary['bytes'])}: {size(summary['quantized_bytes'])} quantized, "
         f"{size(summary['bytes'] - summary['quantized_bytes'])} dense. "
-        f"The dense model: {size(summary['dense_bytes'])}.\n"
+        f"The dense model: {size(summary['dense_bytes'])}. On disk, compressed: {size(summary['disk_bytes'])}.\n"
         f"SHA-256 of the content: {summary['digest']}"
     )
     tell(describe_products())

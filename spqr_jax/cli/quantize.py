@@ -12,6 +12,7 @@ import typer
 
 from spqr_jax._compat import keep_freed_memory
 from spqr_jax.checkpoint import CheckpointSource
+from spqr_jax.cli.amount import AUTO, Amount
 from spqr_jax.cli.display import EventView, console, describe_head, errors, say, size, tell, write_json
 from spqr_jax.cli.next_step import after_writing
 from spqr_jax.cli.options import (
@@ -26,7 +27,6 @@ from spqr_jax.cli.options import (
     Overwrite,
     Restart,
     Resume,
-    Windows,
     build_config,
     build_tuning,
     parse_mesh,
@@ -34,6 +34,9 @@ from spqr_jax.cli.options import (
 )
 from spqr_jax.cli.outlook import before_quantize
 from spqr_jax.cli.plans import given_plan, saving_plan
+from spqr_jax.cli.quantize_options import (
+    Amount as Windows,
+)
 from spqr_jax.cli.quantize_options import (
     Bits,
     CalibrationDtype,
@@ -45,6 +48,7 @@ from spqr_jax.cli.quantize_options import (
     InputShards,
     MachineName,
     MaxMemory,
+    MaxMinutes,
     Method,
     Order,
     OutlierThreshold,
@@ -67,7 +71,6 @@ from spqr_jax.cli.scale import MemoryWatch, dry_run, needed_out
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.estimate import quantized_bytes
-from spqr_jax.forecast import Text
 from spqr_jax.inspection import summarize
 from spqr_jax.job.directory import quantize_to, take_part
 from spqr_jax.job.job import JobReport
@@ -95,7 +98,8 @@ def quantize(
     head_bits: HeadBits = None,
     rule: Rule = None,
     calib: Calibration = None,
-    nsamples: Windows = 128,
+    nsamples: Windows = AUTO,
+    max_minutes: MaxMinutes = None,
     seqlen: CalibrationSeqLen = 2048,
     seed: CalibrationSeed = 0,
     tune: TuneObjective = "none",
@@ -136,9 +140,9 @@ def quantize(
             rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
         )  # fmt: skip
         needs_text = config.needs_calibration or tuning is not None
+        amount = Amount.parse(nsamples, seqlen, max_minutes)
         if plan_only:
-            text = Text(nsamples, seqlen) if needs_text else Text(0, 2)
-            dry_run(model, method, config, text, tuning, dtype, machine, mesh, max_memory, json)
+            dry_run(model, method, config, amount, tuning, dtype, machine, mesh, max_memory, json)
             return
         config, out = together.from_first(config.resolved), needed_out(out, machine)
         claim = _claim(context, together, out, overwrite, resume, restart)
@@ -146,7 +150,10 @@ def quantize(
         plan = together.from_first(lambda: given_plan(use_plan, opened.source.config, config))
         if calib and not needs_text:
             say(f"--method {method} uses no calibration text: --calib is ignored")
-        windows, calibration = read_calibration(calib, opened, seqlen, nsamples, seed) if needs_text else (None, None)
+        windows = calibration = None
+        if needs_text:
+            text = together.from_first(lambda: amount.text(opened.source.config, config, tuning, dtype))
+            windows, calibration = read_calibration(calib, opened, text.seqlen, text.windows, seed)
         outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
         devices = None if mesh is None else parse_mesh(mesh)
         watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, devices)

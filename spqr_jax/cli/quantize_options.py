@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from spqr_jax.cli.help import COMPUTATION, NOTHING, OUTPUT, flag, option
+from spqr_jax.cli.amount import AUTO
+from spqr_jax.cli.help import CALIBRATION, COMPUTATION, NOTHING, OUTPUT, flag, option
 from spqr_jax.cli.options import checked_file
 from spqr_jax.config import BASELINES, DEFAULT_PRESET, DEFAULT_STEPS, PRESETS
+from spqr_jax.forecast.amount import TOKENS_AN_INPUT
 
 SIZE, TUNING = "Size and quality", "Tuning afterwards"
 SOLVER, MORE_CALIBRATION = "Solver (for experts)", "Calibration (for experts)"
@@ -64,6 +66,30 @@ Rule = Annotated[
         "RULE",
         "PATTERN=skip leaves weights dense, PATTERN=BITS sets their bits. PATTERN is a regular expression for a "
         "weight's path, such as 'down_proj'. Repeatable; the first match decides.",
+    ),
+]
+
+# ---- calibration text -----------------------------------------------------------------------------
+
+Amount = Annotated[
+    str,
+    option(
+        CALIBRATION,
+        "N",
+        f"Number of windows of calibration text. {AUTO}: {TOKENS_AN_INPUT} tokens for each input of the widest matrix.",
+        "--nsamples",
+        show_default=AUTO,
+    ),
+]
+MaxMinutes = Annotated[
+    float | None,
+    option(
+        CALIBRATION,
+        "MINUTES",
+        f"With --nsamples {AUTO}: less text, so that the run takes about so many minutes at most.",
+        "--max-minutes",
+        min=0.0,
+        show_default="no limit",
     ),
 ]
 

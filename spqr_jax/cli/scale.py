@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from spqr_jax.cli.amount import Amount
 from spqr_jax.cli.display import say, table, tell, write_json
 from spqr_jax.cli.outlook import describe_method, itemsize
 from spqr_jax.config import SpQRConfig
@@ -210,7 +211,7 @@ def dry_run(
     spec: str,
     method: str,
     config: SpQRConfig,
-    text: Text,
+    amount: Amount,
     tuning: TuneConfig | None,
     dtype: str | None,
     machine: str | None,
@@ -222,7 +223,7 @@ def dry_run(
 
     Args:
       spec: see `read_config`.
-      method, config, text, tuning, dtype: of the run.
+      method, config, amount, tuning, dtype: of the run.
       machine: name of another machine; None for this one.
       mesh: of ``--mesh``, such as data=8; None for one device, or for all of a named machine.
       max_memory: of ``--max-memory``, such as 4GiB.
@@ -233,7 +234,11 @@ def dry_run(
     elif config.calibration_dtype == "auto":
         config = dataclasses.replace(config, calibration_dtype="bfloat16")
     devices = None if mesh is None else mesh_devices(mesh)
+    if machine is not None and amount.max_minutes is not None:
+        raise SpQRError("--max-minutes is forecast for this machine: leave out --machine, or --max-minutes")
     model = read_config(spec, say)
+    needs_text = config.needs_calibration or tuning is not None
+    text = amount.text(model, config, tuning, dtype) if needs_text else Text(0, 2)
     cluster = None if machine is None else _with_devices(named_cluster(machine), devices)
     layout = this_layout(devices)
     if cluster is not None:
