@@ -17,16 +17,19 @@ from spqr_jax.cli.help import COMPUTATION, OUTPUT, flag, option
 from spqr_jax.cli.next_step import after_eval
 from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.cli.outlook import before_eval, say_next
-from spqr_jax.errors import ModelError
+from spqr_jax.errors import ModelError, SpQRError
 from spqr_jax.evaluate.paired import Paired, paired
 from spqr_jax.integrations import import_harness
 from spqr_jax.integrations.answers import Answers
 from spqr_jax.journal.identity import NUMERICS_VERSION
 from spqr_jax.models.packaged import is_fetched
+from spqr_jax.models.products import plain_linear
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream.blocks import collect
+from spqr_jax.stream.stages import rounded_linear
 
 TASKS = "Tasks"
+PRODUCTS = {"float32": plain_linear, "bfloat16": rounded_linear}
 
 
 def _checked_seed(seed: int) -> int:
@@ -87,6 +90,15 @@ def evaluate(
         ),
     ] = None,
     dtype: Dtype = None,
+    products: Annotated[
+        str,
+        option(
+            COMPUTATION,
+            "TYPE",
+            "Type that the blocks' matrix products round their factors to. bfloat16 is faster on CPUs that have "
+            "instructions for it; sums stay float32.",
+        ),
+    ] = "float32",
     resume: Annotated[
         bool, flag(OUTPUT, "--resume", "Use the answers that a run of the same command left, finished or stopped.")
     ] = False,
@@ -98,6 +110,8 @@ def evaluate(
     harness = import_harness()
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     loaded = harness.loaded_tasks(names, include_path, say, offline=offline)
+    if products not in PRODUCTS:
+        raise SpQRError(f"--products: expected {' or '.join(PRODUCTS)}, got {products!r}")
     settings = {
         "num_fewshot": num_fewshot,
         "limit": int(limit) if limit is not None and limit >= 1 else limit,
@@ -109,13 +123,21 @@ def evaluate(
     for spec in [model, *([] if compare is None else [compare])]:
         opened = _opened(spec, dtype, offline)
         before_eval(opened, tasks, limit, dtype)
-        runs[spec] = _run(harness, opened, loaded, names, settings, batch_tokens, resume, dtype)
+        runs[spec] = _run(harness, opened, loaded, names, settings, batch_tokens, resume, dtype, products)
         show(spec, runs[spec])
         if runs[spec].partial:
             break
     run = runs[model]
     tell((f"lm-eval {run.values['harness']}; ± is the standard error that the harness reports", "dim"))
-    values = {"model": model, "tasks": names, "num_fewshot": num_fewshot, "limit": limit, "seed": seed, **run.values}
+    values: dict[str, Any] = {
+        "model": model,
+        "tasks": names,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "seed": seed,
+        "products": products,
+    }
+    values |= run.values
     if compare is not None and compare in runs:
         pairs = compared(runs[compare], run)
         show_compared(compare, model, pairs)
@@ -143,6 +165,7 @@ def _run(
     batch_tokens: int | None,
     resume: bool,
     dtype: str | None,
+    products: str,
 ) -> Any:
     """One model's scores. Its answers are kept in a file whose name depends on all that they depend on."""
     identity = {
@@ -152,12 +175,19 @@ def _run(
         "numerics": NUMERICS_VERSION,
         **settings,
     }
+    if products != "float32":
+        identity["products"] = products
     answers = Answers(_answers_file(identity), resume=resume)
     if resume:
         say(f"{len(answers)} answers of {opened.label} are known from an earlier run")
     with EventView() as view:
         adapter = harness.HarnessModel(
-            collect(opened.source), opened.tokenizer(), batch_tokens=batch_tokens, events=view, answers=answers
+            collect(opened.source),
+            opened.tokenizer(),
+            batch_tokens=batch_tokens,
+            events=view,
+            answers=answers,
+            linear=PRODUCTS[products],
         )
         return harness.evaluate_tasks(adapter, tasks, **settings)
 

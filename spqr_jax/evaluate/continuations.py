@@ -23,6 +23,7 @@ from spqr_jax.events import Event, Events, ignore
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import Block, Decoder, Outer
+from spqr_jax.models.products import Linear, plain_linear
 from spqr_jax.stream.blocks import BlockSource, as_source
 from spqr_jax.stream.finite import not_finite
 from spqr_jax.stream.head import see
@@ -58,6 +59,7 @@ def continuation_scores(
     events: Events = ignore,
     scored: Scored = lambda scores: None,
     seed: int = 0,
+    linear: Linear = plain_linear,
 ) -> list[ContinuationScore]:
     """Scores continuations.
 
@@ -70,6 +72,7 @@ def continuation_scores(
       scored: given each group's scores as soon as they are known. Groups are drawn at random, so that those which are
         known are a fair sample of all.
       seed: of this draw.
+      linear: what multiplies by the blocks' matrices, such as `rounded_linear`; the output head stays as it is.
 
     Returns:
       A score for each request, in their order.
@@ -88,7 +91,7 @@ def continuation_scores(
     scores: dict[int, ContinuationScore] = {}
     most = max(stream_numbers(config), _FEWEST_NUMBERS)
     for group in groups(batches, lambda batch: batch.tokens.size * config.hidden_size, most):
-        new = _score(source, outer, group, progress)
+        new = _score(source, outer, group, progress, linear)
         for index, score in new.items():
             if not np.isfinite(score.log_probability):
                 text = np.array([texts[index].read], np.int32)
@@ -160,7 +163,9 @@ class _Stream:
     nodes: int = dataclasses.field(metadata={"static": True})
 
 
-def _score(source: BlockSource, outer: Outer, group: list[Forest], progress: _Progress) -> dict[int, ContinuationScore]:
+def _score(
+    source: BlockSource, outer: Outer, group: list[Forest], progress: _Progress, linear: Linear
+) -> dict[int, ContinuationScore]:
     config = source.config
     places = [positions_in_trees(config, forest) for forest in group]
     residuals = embed_group(config, outer, [forest.tokens[None] for forest in group], places)
@@ -171,7 +176,7 @@ def _score(source: BlockSource, outer: Outer, group: list[Forest], progress: _Pr
     del residuals
 
     def step(block: Block, before: _Stream) -> _Stream:
-        after = pass_trees(config, block, before.residual, before.where, before.slots)
+        after = pass_trees(config, block, before.residual, before.where, before.slots, linear)
         return dataclasses.replace(before, residual=after)
 
     pass_blocks(source, streams, step, streams[0].residual.dtype, lambda passed: progress.pass_part(passed.nodes))

@@ -18,7 +18,7 @@ from spqr_jax.evaluate.trees import Forest
 from spqr_jax.models.attention import AttentionRules, Positions, positions, rotate
 from spqr_jax.models.config import DecoderConfig
 from spqr_jax.models.decoder import STAGES, Block, State, norm
-from spqr_jax.models.products import plain_linear, products
+from spqr_jax.models.products import Linear, plain_linear, products
 from spqr_jax.models.prompt_attention import MASKED, capped
 
 _QUERIES = 64  # of a tree, that are multiplied at once: no key behind them is
@@ -51,8 +51,15 @@ def positions_in_trees(config: DecoderConfig, forest: Forest) -> Positions:
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1) if leaf.ndim > 1 else leaf, column)
 
 
-@partial(jax.jit, static_argnums=0)
-def pass_trees(config: DecoderConfig, block: Block, residual: jax.Array, where: Positions, slots: Slots) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 5))
+def pass_trees(
+    config: DecoderConfig,
+    block: Block,
+    residual: jax.Array,
+    where: Positions,
+    slots: Slots,
+    linear: Linear = plain_linear,
+) -> jax.Array:
     """The residual stream [1, tokens, hidden] after a block, compiled once for all blocks of a kind.
 
     Args:
@@ -60,17 +67,20 @@ def pass_trees(config: DecoderConfig, block: Block, residual: jax.Array, where: 
       residual: of a forest's tokens.
       where: from `positions_in_trees`.
       slots: the forest's.
+      linear: what multiplies by the block's matrices.
     """
-    state = _attention(config, block, residual, where, slots)
+    state = _attention(config, block, residual, where, slots, linear)
     for stage in STAGES[1:]:
-        state = stage(config, block, state, where, plain_linear)
+        state = stage(config, block, state, where, linear)
     return state.residual
 
 
-def _attention(config: DecoderConfig, block: Block, residual: jax.Array, where: Positions, slots: Slots) -> State:
+def _attention(
+    config: DecoderConfig, block: Block, residual: jax.Array, where: Positions, slots: Slots, linear: Linear
+) -> State:
     """As the decoder's own first stage, over trees."""
     x = norm(config, block, "attention_norm", residual)
-    q, k, v = products(plain_linear, block, ("q_proj", "k_proj", "v_proj"), x)
+    q, k, v = products(linear, block, ("q_proj", "k_proj", "v_proj"), x)
     q = q.reshape(*x.shape[:2], config.num_heads, config.head_dim)
     k, v = (part.reshape(*x.shape[:2], config.num_kv_heads, config.head_dim) for part in (k, v))
     if config.qk_norm:

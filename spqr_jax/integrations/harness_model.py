@@ -20,6 +20,7 @@ from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.generate import Generator
 from spqr_jax.integrations.answers import Answers, key_of
 from spqr_jax.models.decoder import Decoder
+from spqr_jax.models.products import Linear, plain_linear
 from spqr_jax.models.tokenizer import render_chat, token_ids
 from spqr_jax.sampling import Sampling
 
@@ -36,6 +37,7 @@ class HarnessModel(TemplateLM):
       batch_tokens: about how many tokens to read at a time; None for `BATCH_TOKENS`.
       events: told of phases "scoring" and "generating".
       answers: scores that are known, and where new ones are kept.
+      linear: what multiplies by the blocks' matrices where continuations are scored; generating is not affected.
     """
 
     backend = "causal"
@@ -48,11 +50,12 @@ class HarnessModel(TemplateLM):
         batch_tokens: int | None = None,
         events: Events = ignore,
         answers: Answers | None = None,
+        linear: Linear = plain_linear,
     ) -> None:
         super().__init__()
         self.tokenizer, self.answers = tokenizer, Answers() if answers is None else answers
         self._batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 4096)
-        self._params, self._events = params, events
+        self._params, self._events, self._linear = params, events, linear
         self._generator: Generator | None = None
         self._keys: dict[tuple[str, str], str] = {}  # of texts that were tokenized
 
@@ -179,7 +182,8 @@ class HarnessModel(TemplateLM):
     # ---- how ----------------------------------------------------------------------------
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]], **options: Any) -> list[ContinuationScore]:
-        return continuation_scores(self._params, pairs, batch_tokens=self._batch_tokens, events=self._events, **options)
+        options |= {"batch_tokens": self._batch_tokens, "events": self._events, "linear": self._linear}
+        return continuation_scores(self._params, pairs, **options)
 
     def _generate(self, members: list[int], encoded: list[list[int]], settings: dict[str, Any]) -> Any:
         """(index, text) of requests that share their settings, the longest first."""

@@ -14,7 +14,9 @@ from spqr_jax import DataError, SpQRConfig, forward, quantize
 from spqr_jax.evaluate import continuations
 from spqr_jax.evaluate.continuations import continuation_scores
 from spqr_jax.models.families import family_of_hf
+from spqr_jax.models.products import plain_linear
 from spqr_jax.models.weights import random_decoder
+from spqr_jax.stream.stages import rounded_linear
 
 whole_text = jax.jit(forward)
 
@@ -53,6 +55,15 @@ def test_scores_are_those_of_the_whole_text(tiny_model, batch_tokens):
     requests = some_requests(np.random.default_rng(0))
     np.random.default_rng(1).shuffle(order := list(range(len(requests))))
     check(tiny_model, [requests[index] for index in order], batch_tokens=batch_tokens)
+
+
+def test_rounded_products_move_scores_a_little(tiny_model):
+    requests = some_requests(np.random.default_rng(0))
+    exact, rounded = (
+        np.array([s.log_probability for s in continuation_scores(tiny_model, requests, linear=linear)])
+        for linear in (plain_linear, rounded_linear)
+    )
+    assert 0 < np.abs(rounded - exact).max() < 0.01 * np.abs(exact).max()
 
 
 def test_greedy_continuations_are_known(tiny_model):
