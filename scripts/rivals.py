@@ -23,7 +23,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,11 @@ class Row:
     options: str
 
 
-def rows() -> Iterator[Row]:
+def rows(spqr_bits: Sequence[float] = SPQR_BITS) -> Iterator[Row]:
     """All rows, in the table's order."""
-    for bits in SPQR_BITS:
+    for bits in spqr_bits:
         yield Row("SpQR", f"SpQR {bits:g}", "spqr", f"--target-bits {bits:g}")
-    for bits in SPQR_BITS:
+    for bits in spqr_bits:
         yield Row("SpQR, tuned", f"SpQR {bits:g}, tuned", "spqr", f"--target-bits {bits:g} --tune logits")
     for kind in LLAMA_TYPES:
         yield Row("llama.cpp", kind, "llama.cpp", kind)
@@ -178,12 +178,16 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens a calibration window")
     add_texts(parser, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--spqr-bits", type=float, nargs="+", default=SPQR_BITS, help="stored bits of SpQR, such as a rival's"
+    )
     parser.add_argument("--rows", default="", help="regular expression: only rows whose name it matches")
     parser.add_argument("--out", type=Path, default=Path("rivals"), help="where results are kept")
     given = parser.parse_args()
-    chosen = [row for row in rows() if re.search(given.rows, row.name)]
+    every = list(rows(given.spqr_bits))
+    chosen = [row for row in every if re.search(given.rows, row.name)]
     if not chosen:
-        raise SpQRError(f"no row matches {given.rows!r}; rows are: {', '.join(row.name for row in rows())}")
+        raise SpQRError(f"no row matches {given.rows!r}; rows are: {', '.join(row.name for row in every)}")
     given.out.mkdir(parents=True, exist_ok=True)
     bench, done = Bench(given), []
     for seed in given.seeds:  # a whole curve from the first seed on
