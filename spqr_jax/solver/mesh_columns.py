@@ -22,8 +22,8 @@ import spqr_jax.devices as devices
 from spqr_jax.layout import round_up
 from spqr_jax.solver import columns, panels, pieces
 from spqr_jax.solver.columns import ColumnSpec, RowChoices, SolvedColumns
-from spqr_jax.solver.mesh_pieces import Cutting, joined
 from spqr_jax.solver.pieces import Figures, Piece
+from spqr_jax.solver.row_pieces import Cutting, joined
 
 _UNIT = 64  # a CPU device's rows come in multiples; those of 32 are enough for equal results
 ROWS_AT_ONCE = 512

@@ -8,8 +8,8 @@ import numpy as np
 from spqr_jax.layout import round_up
 from spqr_jax.solver import columns
 from spqr_jax.solver.columns import ColumnSpec, RowChoices
-from spqr_jax.solver.mesh_pieces import Cutting, joined
 from spqr_jax.solver.pieces import Figures, Piece
+from spqr_jax.solver.row_pieces import Cutting, joined
 
 ROWS = 4096  # that are rounded together, whole tiles
 

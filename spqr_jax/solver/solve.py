@@ -22,14 +22,14 @@ from spqr_jax.array import SpQRArray, pack_array
 from spqr_jax.config import SpQRConfig
 from spqr_jax.errors import SpQRError
 from spqr_jax.layout import ArrayLayout, array_layout, check_input_shards
-from spqr_jax.solver import mesh_columns, mesh_pieces, row_parts
+from spqr_jax.solver import mesh_columns, row_parts, row_pieces
 from spqr_jax.solver.columns import ColumnSpec, RowChoices
 from spqr_jax.solver.grid import GridSpec
 from spqr_jax.solver.hessian import Factor, Hessian, factorize, quadratic_form
 from spqr_jax.solver.outliers import outlier_threshold
 from spqr_jax.solver.panel_hessian import PanelHessian
 from spqr_jax.solver.panels import by_panels, solve_columns
-from spqr_jax.solver.pieces import Piece, cut, listed, pack, relative_error
+from spqr_jax.solver.pieces import Figures, Piece, cut, listed, pack, relative_error
 from spqr_jax.solver.sparse import OutlierList
 
 
@@ -175,23 +175,45 @@ def _solve_stack(
     perm = None if factor is None else factor.perm
     place = None if perm is None else np.argsort(perm)
     taus, bits = (np.array([getattr(c, n) for c in configs], np.float32) for n in ("outlier_threshold", "bits"))
-    stacked = mesh_pieces.stacked_by(_stack) if by_rows or mesh is not None else _stack
+    stacked = row_pieces.stacked_by(_stack) if by_rows or mesh is not None else _stack
     w_stack, choices, finite = stacked(tuple(weights), perm, u, taus, 2**bits - 1, layouts, padded)
-    valid = np.arange(padded[0]) < weights[0].shape[1]
     if u is not None and u.shape[0] < padded[0]:
         u = pad_factor(u, padded[0])
-    cutting = mesh_pieces.Cutting(layouts[0], config.outliers, config.stats_bits, config.stats_group_size, place)
-    if mesh is not None:
-        rows = sum(layout.padded_out for layout in layouts)
-        whole, figures = mesh_columns.solve_columns(mesh, w_stack, u, valid, choices, spec, cutting, rows)
-        pieces = cutting.split(whole, layouts)
-    elif by_rows:
-        whole, figures = row_parts.round_columns(w_stack, valid, choices, spec, cutting)
-        pieces = cutting.split(whole, layouts)
-    else:
+    valid = np.arange(padded[0]) < weights[0].shape[1]
+    cutting = row_pieces.Cutting(layouts[0], config.outliers, config.stats_bits, config.stats_group_size, place)
+    if mesh is None and not by_rows:
         solved = solve_columns(w_stack, u, valid, choices, spec)
         pieces, figures = cut(solved, place, layouts, config.outliers, config.stats_bits, config.stats_group_size)
         del solved
+    else:
+        if mesh is None:
+            whole, figures = row_parts.round_columns(w_stack, valid, choices, spec, cutting)
+        else:
+            rows = sum(layout.padded_out for layout in layouts)
+            whole, figures = mesh_columns.solve_columns(mesh, w_stack, u, valid, choices, spec, cutting, rows)
+        pieces = cutting.split(whole, layouts)
+    results = _results(weights, h, factor, configs, w_stack, finite, layouts, pieces, figures)
+    if by_rows:
+        return [result._replace(array=jax.device_put(result.array)) for result in results]
+    return results if mesh is None else [result._replace(array=jax.device_get(result.array)) for result in results]
+
+
+def _results(
+    weights: Sequence[jax.Array],
+    h: jax.Array | None,
+    factor: Factor | None,
+    configs: Sequence[SpQRConfig],
+    w_stack: jax.Array,
+    finite: jax.Array,
+    layouts: Sequence[ArrayLayout],
+    pieces: Sequence[Piece],
+    figures: Figures,
+) -> list[Solved]:
+    """Packs solved matrices, and lists their outliers.
+
+    Raises:
+      SpQRError: a weight or a group's statistics are not finite.
+    """
     codes = [pack(piece.codes, config.bits) for piece, config in zip(pieces, configs, strict=True)]
     shift = None if factor is None else factor.shift
     errors = [relative_error(w, piece.dense, h, piece.loss, shift) for w, piece in zip(weights, pieces, strict=True)]
@@ -204,14 +226,11 @@ def _solve_stack(
             "a group's scale or zero point does not fit float16: the weights are too large "
             f"(largest {float(abs(w_stack).max()):g}) or too far from zero; rescale the layer or leave it dense"
         )
-    damping = 0.0 if factor is None else factor.damping
     counts = np.split(figures.outliers, np.cumsum([layout.padded_out for layout in layouts]))[: len(layouts)]
     lists = list(map(listed, pieces, counts, layouts))
+    perm, damping = (None, 0.0) if factor is None else (factor.perm, factor.damping)
     finish = partial(_result, perm=perm, damping=damping)
-    results = list(map(finish, pieces, codes, errors, lists, layouts, configs))
-    if by_rows:
-        return [result._replace(array=jax.device_put(result.array)) for result in results]
-    return results if mesh is None else [result._replace(array=jax.device_get(result.array)) for result in results]
+    return list(map(finish, pieces, codes, errors, lists, layouts, configs))
 
 
 def checked_hessian(

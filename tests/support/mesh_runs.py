@@ -220,7 +220,7 @@ def panels(count: int) -> tuple[float, bool]:
     from spqr_jax.solver import mesh_columns, pieces
     from spqr_jax.solver import panels as local
     from spqr_jax.solver.columns import RowChoices
-    from spqr_jax.solver.mesh_pieces import Cutting
+    from spqr_jax.solver.row_pieces import Cutting
     from spqr_jax.solver.solve import column_spec
     from spqr_jax.stream.mesh import parse_mesh
 

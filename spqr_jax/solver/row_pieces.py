@@ -1,4 +1,5 @@
-"""What a mesh is given to solve, and what it has solved: matrices that are never whole on a device."""
+"""Matrices that are solved some rows at a time, by a mesh or one part after another: cut up, and put together in host
+memory."""
 
 from __future__ import annotations
 
