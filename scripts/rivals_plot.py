@@ -12,8 +12,8 @@ from rivals_table import BASE, points
 _MARKERS = {BASE: "o", "SpQR, tuned": "D", "llama.cpp": "s", "GPTQ": "^", "AWQ": "v", "HQQ": "P", "RTN": "X"}
 
 
-def plot(path: Path, done: Sequence[dict[str, Any]]) -> None:
-    """Writes a PNG file; bars are the deviation over seeds."""
+def plot(path: Path, done: Sequence[dict[str, Any]], description: str | None = None) -> None:
+    """Writes a PNG file; bars are the deviation over seeds. `description` is kept in it."""
     import matplotlib  # the `plots` extra
 
     matplotlib.use("Agg")
@@ -21,7 +21,7 @@ def plot(path: Path, done: Sequence[dict[str, Any]]) -> None:
 
     labels, methods = list(done[0]["texts"]), list(dict.fromkeys(row["method"] for row in done))
     figure, panels = pyplot.subplots(
-        1, len(labels), figsize=(5.2 * len(labels), 4.6), sharey=True, squeeze=False, layout="constrained"
+        1, len(labels), figsize=(3.9 * len(labels), 4.4), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, label in zip(panels[0], labels, strict=True):
         for method in methods:
@@ -36,4 +36,4 @@ def plot(path: Path, done: Sequence[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3, which="both")
     panels[0][0].set_ylabel("KL divergence from the dense model, nats")
     panels[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110, metadata=None if description is None else {"Description": description})

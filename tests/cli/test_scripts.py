@@ -132,7 +132,7 @@ def test_ablations_answer_tasks_with_several_seeds(folder):
     assert (folder / "ablated" / "perplexity_by_bits.png").is_file()
 
 
-@pytest.mark.parametrize("script", ["quality_tables.py", "plot_quality.py"])
+@pytest.mark.parametrize("script", ["quality_tables.py", "plot_quality.py", "rivals_results.py"])
 def test_tables_and_picture_of_the_quality_page_are_made_from_the_results(script):
     result = run_script(script, ROOT, "--check")
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""The rivals' figures that docs/explanation/quality.md shows: kept in benchmarks/results/rivals.csv.
+
+    scripts/rivals_results.py --add rivals --model "SmolLM2, off the grid" --calibration "prose, 16 x 1024"
+    scripts/rivals_results.py            write the tables into the page, and draw docs/images/rivals.png
+    scripts/rivals_results.py --check    exit with 1 if the page or the picture was made from other figures
+
+`--add` takes over the rivals.csv in a folder that scripts/rivals.py wrote to. A row of the same model, calibration,
+name, seed and text is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from kept_rows import markdown_table
+from plot_quality import text_chunk
+from quality_csv import RESULTS, read_rows
+from rivals_plot import plot
+from rivals_table import COLUMNS as MEASURED
+from rivals_table import by_name
+
+from spqr_jax import SpQRError
+
+FILE, PAGE = RESULTS / "rivals.csv", Path(__file__).parent.parent / "docs" / "explanation" / "quality.md"
+PICTURE = PAGE.parent.parent / "images" / "rivals.png"
+COLUMNS = ("model", "calibration", *MEASURED)
+KEY = ("model", "calibration", "name", "seed", "text")
+SMOLLM2, QWEN = "SmolLM2-135M, off the grid", "Qwen2.5-0.5B, off the grid"
+MIXTURE, PROSE = "WikiText-2, code, conversations (2 : 2 : 1), 16 x 1024", "WikiText-2, 16 x 1024"
+
+
+class Table(NamedTuple):
+    """A table of the page, between `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+    Attributes:
+      model, calibration: whose rows.
+      figure: the CSV's column that is shown for each text.
+      digits: of it.
+    """
+
+    model: str
+    calibration: str
+    figure: str = "kl_mean"
+    digits: int = 3
+
+
+TABLES = {
+    "rivals": Table(SMOLLM2, MIXTURE),
+    "rivals-worst": Table(SMOLLM2, MIXTURE, "kl_99.9", 2),
+    "rivals-prose": Table(SMOLLM2, PROSE),
+    "rivals-qwen": Table(QWEN, MIXTURE),
+}
+
+
+def of_setting(rows: Iterable[dict[str, str]], model: str, calibration: str) -> list[dict[str, Any]]:
+    """The rows of one model and calibration as scripts/rivals.py has them: seed by seed, with a dictionary of texts."""
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if (row["model"], row["calibration"]) != (model, calibration):
+            continue
+        numbers = {name: float(row[name]) for name in ("stored_bits", "cpu_seconds")}
+        begin = {"method": row["method"], "name": row["name"], "texts": {}, **numbers}
+        run = runs.setdefault((row["name"], row["seed"]), begin)
+        run["texts"][row["text"]] = {name: float(row[name]) for name in ("kl_mean", "kl_99.9", "same_top")}
+    return list(runs.values())
+
+
+def markdown(done: list[dict[str, Any]], figure: str, digits: int) -> str:
+    """A line for each method and size, fewest bits first; ± is the standard deviation over seeds."""
+    labels = list(done[0]["texts"])
+
+    def spread(seeds: list[dict[str, Any]], label: str) -> str:
+        values = np.array([run["texts"][label][figure] for run in seeds])
+        deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}f}{deviation}"
+
+    def bits(seeds: list[dict[str, Any]]) -> float:
+        return float(np.mean([run["stored_bits"] for run in seeds]))
+
+    lines = [
+        [name, f"{bits(seeds):.2f}", *(spread(seeds, label) for label in labels), str(len(seeds)),
+         f"{np.mean([run['cpu_seconds'] for run in seeds]):.0f}"]
+        for name, seeds in sorted(by_name(done).items(), key=lambda item: bits(item[1]))
+    ]  # fmt: skip
+    return markdown_table(["", "stored bits", *labels, "seeds", "CPU seconds"], lines)
+
+
+def filled(page: str, rows: list[dict[str, str]]) -> str:
+    """The page with its tables made anew."""
+    for name, table in TABLES.items():
+        done = of_setting(rows, table.model, table.calibration)
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin in page:
+            before, rest = page.split(begin)
+            page = before + begin + markdown(done, table.figure, table.digits) + end + rest.split(end)[1]
+    return page
+
+
+def drawn_from(rows: list[dict[str, str]]) -> str:
+    """The numbers of the picture as text, for its description."""
+    done = of_setting(rows, SMOLLM2, MIXTURE)
+    numbers = [
+        [run["name"], run["stored_bits"], {label: text["kl_mean"] for label, text in run["texts"].items()}]
+        for run in done
+    ]
+    return json.dumps(numbers)
+
+
+def add(folder: Path, model: str, calibration: str) -> None:
+    """Takes over what was measured."""
+    kept = {tuple(row[name] for name in KEY): row for row in (read_rows(FILE) if FILE.exists() else [])}
+    for row in read_rows(folder / "rivals.csv"):
+        entry = {**row, "model": model, "calibration": calibration}
+        for name in MEASURED:
+            if is_number(entry[name]) and "." in entry[name]:
+                entry[name] = f"{float(entry[name]):.6g}"
+        kept[tuple(entry[name] for name in KEY)] = entry
+    with FILE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept.values())
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", type=Path, help="folder of scripts/rivals.py")
+    parser.add_argument("--model", help="with --add: its name")
+    parser.add_argument("--calibration", help="with --add: the text")
+    parser.add_argument("--check", action="store_true", help="only compare the page and the picture with the CSV")
+    given = parser.parse_args()
+    if given.add is not None:
+        if not (given.model and given.calibration):
+            raise SpQRError("--add needs --model and --calibration")
+        add(given.add, given.model, given.calibration)
+        return 0
+    rows, page = read_rows(FILE), PAGE.read_text(encoding="utf-8")
+    new, numbers = filled(page, rows), drawn_from(rows)
+    if not given.check:
+        PAGE.write_text(new, encoding="utf-8")
+        plot(PICTURE, of_setting(rows, SMOLLM2, MIXTURE), description=numbers)
+        return 0
+    same = {PAGE.name: new == page, PICTURE.name: text_chunk(PICTURE.read_bytes(), "Description") == numbers}
+    for name in (name for name, is_same in same.items() if not is_same):
+        print(f"{name} was made from other figures: run scripts/rivals_results.py", file=sys.stderr)
+    return 0 if all(same.values()) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SpQRError as error:
+        sys.exit(f"rivals_results: {error}")
