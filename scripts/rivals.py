@@ -48,7 +48,7 @@ from spqr_jax.terminal.display import console, say
 from spqr_jax.texts import read_calibration
 
 SCRIPTS = Path(__file__).parent
-SPQR_BITS = (2.8, 3.1, 3.4, 3.75, 4.0, 4.3, 4.75, 5.0)
+SPQR_BITS = (2.9, 3.1, 3.4, 3.75, 4.0, 4.3, 4.75, 5.0)
 LLAMA_TYPES = (
     "IQ2_M", "Q2_K", "IQ3_XXS", "Q3_K_S", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M",
 )  # fmt: skip
@@ -80,6 +80,7 @@ def rows(spqr_bits: Sequence[float] = SPQR_BITS) -> Iterator[Row]:
         yield Row("SpQR", f"SpQR {bits:g}", "spqr", f"--target-bits {bits:g}")
     for bits in spqr_bits:
         yield Row("SpQR, tuned", f"SpQR {bits:g}, tuned", "spqr", f"--target-bits {bits:g} --tune logits")
+    yield Row("SpQR, one width", "SpQR, 3 bits, threshold 0.2", "spqr", "--bits 3 --outlier-threshold 0.2")
     for kind in LLAMA_TYPES:
         yield Row("llama.cpp", kind, "llama.cpp", kind)
     for method, name in (("GPTQ", "gptq"), ("RTN", "rtn")):
@@ -189,14 +190,19 @@ def main() -> None:
     if not chosen:
         raise SpQRError(f"no row matches {given.rows!r}; rows are: {', '.join(row.name for row in every)}")
     given.out.mkdir(parents=True, exist_ok=True)
-    bench, done = Bench(given), []
+    bench, done, failed = Bench(given), [], []
     for seed in given.seeds:  # a whole curve from the first seed on
         for row in chosen:
             if row.method in SEEDLESS and seed != given.seeds[0]:
                 continue
             setting = [given.model, bench.calibration, [dataclasses.asdict(text) for text in bench.texts]]
             path = given.out / file_name(f"{row.name}-{seed}", *setting, dataclasses.asdict(row), seed)
-            values = kept_or_made(path, lambda row=row, seed=seed: dataclasses.asdict(row) | bench.run(row, seed))
+            try:
+                values = kept_or_made(path, lambda row=row, seed=seed: dataclasses.asdict(row) | bench.run(row, seed))
+            except SpQRError as error:  # the other rows are worth having
+                failed.append(f"{row.name}, seed {seed}")
+                console.print(f"{failed[-1]}: {error}", markup=False)
+                continue
             done.append(values | {"seed": seed})
             figures = "   ".join(f"{label} {text['kl_mean']:.4f}" for label, text in values["texts"].items())
             console.print(
@@ -204,7 +210,10 @@ def main() -> None:
             )
             write_csv(given.out / "rivals.csv", done)
             write_table(given.out / "table.md", done)
-    plot(given.out / "rivals.png", done)
+    if done:
+        plot(given.out / "rivals.png", done)
+    if failed:
+        raise SpQRError(f"these rows failed, see above: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The rivals' figures that docs/explanation/quality.md shows: kept in benchmarks/results/rivals.csv.
+"""The rivals' figures that quality.md and README.md show: kept in benchmarks/results/rivals.csv.
 
     scripts/rivals_results.py --add rivals --model "SmolLM2, off the grid" --calibration "prose, 16 x 1024"
-    scripts/rivals_results.py            write the tables into the page, and draw docs/images/rivals.png
-    scripts/rivals_results.py --check    exit with 1 if the page or the picture was made from other figures
+    scripts/rivals_results.py            write the tables into the pages, and draw docs/images/rivals.png
+    scripts/rivals_results.py --check    exit with 1 if a page or the picture was made from other figures
 
 `--add` takes over the rivals.csv in a folder that scripts/rivals.py wrote to. A row of the same model, calibration,
 name, seed and text is replaced.
@@ -30,27 +30,35 @@ from rivals_table import by_name
 
 from spqr_jax import SpQRError
 
-FILE, PAGE = RESULTS / "rivals.csv", Path(__file__).parent.parent / "docs" / "explanation" / "quality.md"
-PICTURE = PAGE.parent.parent / "images" / "rivals.png"
+ROOT = Path(__file__).parent.parent
+FILE, PICTURE = RESULTS / "rivals.csv", ROOT / "docs" / "images" / "rivals.png"
+QUALITY, README = ROOT / "docs" / "explanation" / "quality.md", ROOT / "README.md"
 COLUMNS = ("model", "calibration", *MEASURED)
 KEY = ("model", "calibration", "name", "seed", "text")
 SMOLLM2, QWEN = "SmolLM2-135M, off the grid", "Qwen2.5-0.5B, off the grid"
 MIXTURE, PROSE = "WikiText-2, code, conversations (2 : 2 : 1), 16 x 1024", "WikiText-2, 16 x 1024"
 
 
+SHORT = ("SpQR 3.75", "SpQR 4.3", "IQ4_XS", "GPTQ 4 bits, groups of 64", "AWQ 4 bits, groups of 64", "Q4_K_M")
+
+
 class Table(NamedTuple):
-    """A table of the page, between `<!-- NAME -->` and `<!-- end of NAME -->`.
+    """A table of a page, between `<!-- NAME -->` and `<!-- end of NAME -->`.
 
     Attributes:
       model, calibration: whose rows.
       figure: the CSV's column that is shown for each text.
       digits: of it.
+      page: file that has the table.
+      names: of the rows; () for all, fewest bits first.
     """
 
     model: str
     calibration: str
     figure: str = "kl_mean"
     digits: int = 3
+    page: Path = QUALITY
+    names: tuple[str, ...] = ()
 
 
 TABLES = {
@@ -58,6 +66,7 @@ TABLES = {
     "rivals-worst": Table(SMOLLM2, MIXTURE, "kl_99.9", 2),
     "rivals-prose": Table(SMOLLM2, PROSE),
     "rivals-qwen": Table(QWEN, MIXTURE),
+    "rivals-short": Table(SMOLLM2, MIXTURE, page=README, names=SHORT),
 }
 
 
@@ -74,9 +83,11 @@ def of_setting(rows: Iterable[dict[str, str]], model: str, calibration: str) -> 
     return list(runs.values())
 
 
-def markdown(done: list[dict[str, Any]], figure: str, digits: int) -> str:
+def markdown(done: list[dict[str, Any]], table: Table) -> str:
     """A line for each method and size, fewest bits first; ± is the standard deviation over seeds."""
-    labels = list(done[0]["texts"])
+    if table.names:
+        done = [run for run in done if run["name"] in table.names]
+    labels, figure, digits = list(done[0]["texts"]), table.figure, table.digits
 
     def spread(seeds: list[dict[str, Any]], label: str) -> str:
         values = np.array([run["texts"][label][figure] for run in seeds])
@@ -94,15 +105,16 @@ def markdown(done: list[dict[str, Any]], figure: str, digits: int) -> str:
     return markdown_table(["", "stored bits", *labels, "seeds", "CPU seconds"], lines)
 
 
-def filled(page: str, rows: list[dict[str, str]]) -> str:
-    """The page with its tables made anew."""
+def filled(page: Path, rows: list[dict[str, str]]) -> str:
+    """A page's text with its tables made anew."""
+    text = page.read_text(encoding="utf-8")
     for name, table in TABLES.items():
-        done = of_setting(rows, table.model, table.calibration)
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        if begin in page:
-            before, rest = page.split(begin)
-            page = before + begin + markdown(done, table.figure, table.digits) + end + rest.split(end)[1]
-    return page
+        if table.page == page:
+            begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+            before, rest = text.split(begin)
+            done = of_setting(rows, table.model, table.calibration)
+            text = before + begin + markdown(done, table) + end + rest.split(end)[1]
+    return text
 
 
 def drawn_from(rows: list[dict[str, str]]) -> str:
@@ -149,15 +161,17 @@ def main() -> int:
             raise SpQRError("--add needs --model and --calibration")
         add(given.add, given.model, given.calibration)
         return 0
-    rows, page = read_rows(FILE), PAGE.read_text(encoding="utf-8")
-    new, numbers = filled(page, rows), drawn_from(rows)
+    rows = read_rows(FILE)
+    pages, numbers = {page: filled(page, rows) for page in (QUALITY, README)}, drawn_from(rows)
     if not given.check:
-        PAGE.write_text(new, encoding="utf-8")
+        for page, text in pages.items():
+            page.write_text(text, encoding="utf-8")
         plot(PICTURE, of_setting(rows, SMOLLM2, MIXTURE), description=numbers)
         return 0
-    same = {PAGE.name: new == page, PICTURE.name: text_chunk(PICTURE.read_bytes(), "Description") == numbers}
-    for name in (name for name, is_same in same.items() if not is_same):
-        print(f"{name} was made from other figures: run scripts/rivals_results.py", file=sys.stderr)
+    same = {page: page.read_text(encoding="utf-8") == text for page, text in pages.items()}
+    same[PICTURE] = text_chunk(PICTURE.read_bytes(), "Description") == numbers
+    for place in (place for place, is_same in same.items() if not is_same):
+        print(f"{place} was made from other figures: run scripts/rivals_results.py", file=sys.stderr)
     return 0 if all(same.values()) else 1
 
 

@@ -150,9 +150,10 @@ def make_plan(curves: Sequence[WeightCurve], target_bits: float, config: SpQRCon
     low, high = float(_LOWEST_PRICE), float(PRICES[-1]) * max(curve.factor for curve in curves)
     most, least = at(low).stored_bits, at(high).stored_bits
     if not least <= target_bits <= most:
+        reached = f"{math.ceil(100 * least) / 100:.2f} to {math.floor(100 * most) / 100:.2f}"
         raise SpQRError(
             f"a target of {target_bits:g} stored bits per weight is out of reach: with these settings this model takes "
-            f"{least:.2f} to {most:.2f}. Change --bits, --group-size or the target"
+            f"{reached}. Change --bits, --group-size or the target"
         )
     price = _bisect(lambda price: at(price).stored_bits, target_bits, low, high)
     # Widths come in whole matrices; what they leave of the budget goes to outliers.
