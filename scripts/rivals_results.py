@@ -39,6 +39,7 @@ SMOLLM2, QWEN = "SmolLM2-135M, off the grid", "Qwen2.5-0.5B, off the grid"
 MIXTURE, PROSE = "WikiText-2, code, conversations (2 : 2 : 1), 16 x 1024", "WikiText-2, 16 x 1024"
 
 
+SHOWN = ("prose", "code", "German")
 SHORT = ("SpQR 3.75", "SpQR 4.3", "IQ4_XS", "GPTQ 4 bits, groups of 64", "AWQ 4 bits, groups of 64", "Q4_K_M")
 
 
@@ -51,6 +52,7 @@ class Table(NamedTuple):
       digits: of it.
       page: file that has the table.
       names: of the rows; () for all, fewest bits first.
+      texts: that have a column; () for all, with columns for seeds and CPU seconds.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Table(NamedTuple):
     digits: int = 3
     page: Path = QUALITY
     names: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 TABLES = {
@@ -66,7 +69,7 @@ TABLES = {
     "rivals-worst": Table(SMOLLM2, MIXTURE, "kl_99.9", 2),
     "rivals-prose": Table(SMOLLM2, PROSE),
     "rivals-qwen": Table(QWEN, MIXTURE),
-    "rivals-short": Table(SMOLLM2, MIXTURE, page=README, names=SHORT),
+    "rivals-short": Table(SMOLLM2, MIXTURE, page=README, names=SHORT, texts=SHOWN),
 }
 
 
@@ -87,7 +90,7 @@ def markdown(done: list[dict[str, Any]], table: Table) -> str:
     """A line for each method and size, fewest bits first; ± is the standard deviation over seeds."""
     if table.names:
         done = [run for run in done if run["name"] in table.names]
-    labels, figure, digits = list(done[0]["texts"]), table.figure, table.digits
+    labels, figure, digits = table.texts or tuple(done[0]["texts"]), table.figure, table.digits
 
     def spread(seeds: list[dict[str, Any]], label: str) -> str:
         values = np.array([run["texts"][label][figure] for run in seeds])
@@ -97,12 +100,13 @@ def markdown(done: list[dict[str, Any]], table: Table) -> str:
     def bits(seeds: list[dict[str, Any]]) -> float:
         return float(np.mean([run["stored_bits"] for run in seeds]))
 
-    lines = [
-        [name, f"{bits(seeds):.2f}", *(spread(seeds, label) for label in labels), str(len(seeds)),
-         f"{np.mean([run['cpu_seconds'] for run in seeds]):.0f}"]
-        for name, seeds in sorted(by_name(done).items(), key=lambda item: bits(item[1]))
-    ]  # fmt: skip
-    return markdown_table(["", "stored bits", *labels, "seeds", "CPU seconds"], lines)
+    lines = []
+    for name, seeds in sorted(by_name(done).items(), key=lambda item: bits(item[1])):
+        line = [name, f"{bits(seeds):.2f}", *(spread(seeds, label) for label in labels)]
+        cost = [str(len(seeds)), f"{np.mean([run['cpu_seconds'] for run in seeds]):.0f}"]
+        lines.append(line if table.texts else [*line, *cost])
+    headings = ["", "stored bits", *labels]
+    return markdown_table(headings if table.texts else [*headings, "seeds", "CPU seconds"], lines)
 
 
 def filled(page: Path, rows: list[dict[str, str]]) -> str:
@@ -166,7 +170,7 @@ def main() -> int:
     if not given.check:
         for page, text in pages.items():
             page.write_text(text, encoding="utf-8")
-        plot(PICTURE, of_setting(rows, SMOLLM2, MIXTURE), description=numbers)
+        plot(PICTURE, of_setting(rows, SMOLLM2, MIXTURE), labels=SHOWN, description=numbers)
         return 0
     same = {page: page.read_text(encoding="utf-8") == text for page, text in pages.items()}
     same[PICTURE] = text_chunk(PICTURE.read_bytes(), "Description") == numbers
