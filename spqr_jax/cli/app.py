@@ -79,7 +79,8 @@ def inspect(
         f"{summary['outlier_percent']:.2f}% outliers; {describe_head(summary)}.\n"
         f"Size in memory: {size(summary['bytes'])}: {size(summary['quantized_bytes'])} quantized, "
         f"{size(summary['bytes'] - summary['quantized_bytes'])} dense. "
-        f"The dense model: {size(summary['dense_bytes'])}. On disk, arrays compressed, with all files: {size(summary['disk_bytes'])}.\n"
+        f"The dense model: {size(summary['dense_bytes'])}. "
+        f"On disk, arrays compressed, with all files: {size(summary['disk_bytes'])}.\n"
         f"SHA-256 of the content: {summary['digest']}"
     )
     tell(describe_products())

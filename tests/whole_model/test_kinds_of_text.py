@@ -38,7 +38,8 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     text = ["--nsamples", 16, "--seqlen", 1024]
     run = spqr("quantize", "demo", "--out", "small", "--head-bits", "none", *text, cwd=folder)
-    promise = float(re.search(r"expected increase of the loss: ([0-9.]+)", " ".join((run.stdout + run.stderr).split()))[1])
+    said = " ".join((run.stdout + run.stderr).split())
+    promise = float(re.search(r"expected increase of the loss: ([0-9.]+)", said)[1])
     divergences = {}
     for kind in KINDS:
         windows = ["--seqlen", 1024, "--windows", 4, "--json", f"{kind}.json"]
