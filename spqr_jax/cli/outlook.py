@@ -54,9 +54,11 @@ class Outlook:
     bytes: float
     key: str
 
-    def end(self, next_command: str) -> None:
-        """The command has done its work: says what to try next."""
+    def end(self, next_command: str, note: str | None = None) -> None:
+        """The command has done its work: says what there is to know, if anything, and what to try next."""
         kept_programs.note_kept(self.key)
+        if note is not None:
+            say(note)
         say_next(next_command)
 
     def to_json(self) -> dict[str, float]:

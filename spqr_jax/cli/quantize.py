@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import typer
 
 from spqr_jax._compat import keep_freed_memory
@@ -81,6 +83,7 @@ from spqr_jax.stream.hosts import ALONE, Together, start_hosts
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal import interrupt
 from spqr_jax.texts import read_calibration
+from spqr_jax.tune.config import TuneConfig
 
 
 def quantize(
@@ -139,7 +142,6 @@ def quantize(
             input_shards=input_shards, sequential=sequential, steps=steps,
             rules=tuple(parse_rule(text) for text in rule or ()), head_bits=head_bits,
         )  # fmt: skip
-        needs_text = config.needs_calibration or tuning is not None
         amount = Amount.parse(nsamples, seqlen, max_minutes)
         if plan_only:
             dry_run(model, method, config, amount, tuning, dtype, machine, mesh, max_memory, json)
@@ -148,37 +150,24 @@ def quantize(
         claim = _claim(context, together, out, overwrite, resume, restart)
         opened = _open_dense(model, dtype, claim, config)
         plan = together.from_first(lambda: given_plan(use_plan, opened.source.config, config))
-        if calib and not needs_text:
-            say(f"--method {method} uses no calibration text: --calib is ignored")
-        windows = calibration = None
-        if needs_text:
-            text = together.from_first(lambda: amount.text(opened.source.config, config, tuning, dtype))
-            windows, calibration = read_calibration(calib, opened, text.seqlen, text.windows, seed)
+        windows, calibration = _read_text(together, amount, calib, opened, config, tuning, dtype, method, seed)
         outlook = before_quantize(opened, method, config, calibration, tuning, dtype)
         devices = None if mesh is None else parse_mesh(mesh)
         watch = MemoryWatch(opened.source.config, config, windows, tuning, dtype, max_memory, devices)
         watch.thrift = together.from_first(lambda: watch.thrift)  # the same chunks in all processes
         batches = None if windows is None else batched(windows, watch.thrift.chunk_tokens)
         spill, at_once = context.with_resource(watch.spill(out)), watch.thrift.hessian_bytes
-        with EventView() as view, interrupt.at_safe_points():
-            told = saving_plan(view, save_plan, config) if together.is_first else view
-            events = together.stopping(told, interrupt.received)
-            if claim is None:
-                take_part(
-                    opened.source, batches, config, tuning=tuning, plan=plan, events=events, mesh=devices,
-                    together=together, spill=spill, hessian_bytes=at_once,
-                )  # fmt: skip
-                return
-            place, report = quantize_to(
-                claim, opened.source, batches, config, tuning=tuning, plan=plan, events=events,
-                files=_files_to_keep(opened), provenance=_provenance(opened, method, calibration), mesh=devices,
-                together=together, spill=spill, hessian_bytes=at_once,
-            )  # fmt: skip
+        job: dict[str, Any] = {
+            "tuning": tuning, "plan": plan, "mesh": devices, "together": together, "spill": spill,
+            "hessian_bytes": at_once,
+        }  # fmt: skip
+        done = _run(claim, opened, batches, config, _provenance(opened, method, calibration), save_plan, job)
+        if done is None:
+            return
+        place, report = done
         summary = _show_result(place, report, watch)
         write_json(json, {"seconds": report.seconds, **outlook.to_json(), **watch.to_json(), **summary})
-        if opened.note is not None:
-            say(opened.note)
-        outlook.end(after_writing(out))
+        outlook.end(after_writing(out), opened.note)
 
 
 def _join_hosts(hosts: str | None) -> Together:
@@ -217,6 +206,49 @@ def _open_dense(model: str, dtype: str | None, claim: Claim | None, config: SpQR
     if claim is not None:
         claim.need(quantized_bytes(opened.source.config, config, jnp.dtype(dtype or default_dtype()).itemsize))
     return opened
+
+
+def _read_text(
+    together: Together,
+    amount: Amount,
+    calib: list[str] | None,
+    opened: OpenedModel,
+    config: SpQRConfig,
+    tuning: TuneConfig | None,
+    dtype: str | None,
+    method: str,
+    seed: int,
+) -> tuple[np.ndarray | None, dict[str, Any] | None]:
+    """Windows of calibration text and what is kept about them; None where none is needed."""
+    if not config.needs_calibration and tuning is None:
+        if calib:
+            say(f"--method {method} uses no calibration text: --calib is ignored")
+        return None, None
+    text = together.from_first(lambda: amount.text(opened.source.config, config, tuning, dtype))
+    return read_calibration(calib, opened, text.seqlen, text.windows, seed)
+
+
+def _run(
+    claim: Claim | None,
+    opened: OpenedModel,
+    batches: Sequence[Any] | None,
+    config: SpQRConfig,
+    provenance: dict[str, Any],
+    save_plan: Path | None,
+    job: dict[str, Any],
+) -> tuple[Path, JobReport] | None:
+    """Does the work and shows it; None in a process that writes no result. `job` is for `quantize_to`."""
+    together = job["together"]
+    with EventView() as view, interrupt.at_safe_points():
+        told = saving_plan(view, save_plan, config) if together.is_first else view
+        events = together.stopping(told, interrupt.received)
+        if claim is None:
+            take_part(opened.source, batches, config, events=events, **job)
+            return None
+        files = _files_to_keep(opened)
+        return quantize_to(
+            claim, opened.source, batches, config, events=events, files=files, provenance=provenance, **job
+        )
 
 
 def _provenance(opened: OpenedModel, method: str, calibration: dict[str, Any] | None) -> dict[str, Any]:
