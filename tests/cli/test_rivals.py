@@ -100,7 +100,7 @@ def test_rivals_are_measured_once_and_compared_at_equal_bits(folder):
 def test_rows_that_nobody_has_are_refused(folder):
     result = run_rivals(folder, "--rows", "EXL2")
     assert result.returncode == 1
-    assert "no row matches 'EXL2'; rows are: SpQR 2.8" in result.stderr
+    assert "no row matches 'EXL2'; rows are: SpQR 2.9" in result.stderr
 
 
 def test_llama_cpp_quantizes_with_an_importance_matrix(folder, files, tmp_path):
