@@ -34,7 +34,8 @@ nitpick_ignore_regex = [
 nitpick_ignore = [
     ("py:class", "pallas_kernels.spqr_matmul.pieces.Piece"),  # inside of a prepared matrix
     ("py:class", "spqr_jax.stream.blocks.BlockSource"),  # what `spqr_jax.resolve.open_model` gives
-    ("py:class", "spqr_jax.planning.budget.Plan"),  # what an event's detail gives
+    ("py:class", "spqr_jax.planning.curves.Measured"),  # of a measuring pass that was stopped
+    ("py:class", "spqr_jax.stream.spill.Spill"),  # what `--max-memory` keeps activations in
 ]
 
 myst_heading_anchors = 3  # the anchors that GitHub gives to headings
