@@ -32,6 +32,7 @@ from kept_rows import file_name, kept_or_made
 from measured_texts import Text, add_texts, texts_of
 
 from spqr_jax import SpQRConfig, SpQRError
+from spqr_jax.cli.zero_shot import PRODUCTS
 from spqr_jax.data import calibration_windows
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.integrations import import_harness
@@ -109,6 +110,7 @@ class Setup:
     tasks: tuple[str, ...] = ()
     limit: float | None = None
     include_path: str | None = None
+    products: str | None = None
 
 
 class Bench:
@@ -161,7 +163,9 @@ class Bench:
         if self._tasks is None:
             return {}
         harness = import_harness()
-        adapter = harness.HarnessModel(params, self.opened.tokenizer())
+        adapter = harness.HarnessModel(
+            params, self.opened.tokenizer(), linear=PRODUCTS[self.setup.products or "float32"]
+        )
         results = harness.evaluate_tasks(adapter, self._tasks, num_fewshot=0, limit=self.setup.limit).values["results"]
         values = {}
         for task, metrics in results.items():
@@ -219,6 +223,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="", help="zero-shot tasks, separated by commas; as for spqr eval")
     parser.add_argument("--limit", type=float, help="questions a task, or below 1 the share of them")
     parser.add_argument("--include-path", help="folder of task files of your own")
+    parser.add_argument("--products", choices=PRODUCTS, help="of the tasks, as for spqr eval; float32 if not given")
     given = parser.parse_args()
     corpus = (given.calib and given.data) or default_corpus()
     nsamples, seqlen, windows, eval_seqlen = (4, 512, 8, 512) if given.quick else (16, 1024, 10, 2048)
@@ -232,6 +237,7 @@ def main() -> None:
         tuple(task.strip() for task in given.tasks.split(",") if task.strip()),
         int(given.limit) if given.limit is not None and given.limit >= 1 else given.limit,
         given.include_path,
+        given.products,
     )
     todo = [row for row in rows() if (row.quick or not given.quick) and (row.paper or not given.paper)]
     todo = [row for row in todo if row.name == BASE or row.config is None or re.search(given.rows, row.name)]

@@ -8,9 +8,10 @@ independent, rounding W to Ŵ costs
 
     ½ Σ_r mean(g_r²) · mean((δ_r)²) = ¼ Σ_r mean(g_r²) · (w_r-ŵ_r) H (w_r-ŵ_r)ᵀ
 
-nats per token, H = (2/n) X Xᵀ as in `spqr_jax.solver`. H has far more entries than there
-are g_r, so it is summed over all windows of the text and g over half of them
-(docs/explanation/quality.md).
+nats per token, H = (2/n) X Xᵀ as in `spqr_jax.solver`.
+
+A plan reads short windows, and the first tokens of a window lose more than later ones do: they have little to look back
+at. So L counts the predictions of the second half of each window only (docs/explanation/quality.md).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class BlockSensitivity:
         input's Hessian.
       halves: for each of these groups the Hessians of every second batch and of the others, where they were asked for;
         else None.
-      fisher: for each weight mean(g_r²) over tokens of half of the text, f32 [out].
+      fisher: for each weight Σ g_r² over the text, divided by the number of predictions that count, f32 [out].
     """
 
     index: int
@@ -78,7 +79,7 @@ class MeasuringPlace:
       forward: whether it is still on its way forward.
       index: of the block that comes next; the number of blocks, or -1, where none does.
       streams: for each batch [batch, tokens, hidden]: forward, the residual stream before that block; backward, the
-        gradients of the loss behind it, of the first half of the sequences.
+        gradients of the loss behind it.
       before: for each block that was passed and is not yet measured, the activations before it, for each batch. Empty
         where they are not kept: a pass that goes on then makes them again.
     """
@@ -90,7 +91,7 @@ class MeasuringPlace:
 
 
 class _Watching(InputRecorder):
-    """A `linear` that applies the weights, notes their inputs and adds to their outputs, unless `added` is empty."""
+    """A `linear` that applies the weights, notes their inputs and adds to their outputs."""
 
     def __init__(self, added: dict[str, jax.Array], linear: Linear) -> None:
         super().__init__()
@@ -99,12 +100,12 @@ class _Watching(InputRecorder):
     def __call__(self, name: str, w: Any, x: jax.Array) -> jax.Array:
         super().__call__(name, w, x)
         y = self._linear(name, w, x)
-        return y + self._added[name].astype(y.dtype) if self._added else y
+        return y + self._added[name].astype(y.dtype)
 
     def experts(self, block: Block, names: tuple[tuple[str, ...], ...], x: jax.Array, tiles: Tiles) -> list[jax.Array]:
         super().experts(block, names, x, tiles)
         results = multiply_tiles(self._linear, block, names, x, tiles)
-        return [y + self._added[name] if self._added else y for name, y in zip(names[0], results, strict=True)]
+        return [y + self._added[name] for name, y in zip(names[0], results, strict=True)]
 
     def all_inputs(self) -> list[jax.Array]:
         """What weights were given, then what experts were."""
@@ -146,12 +147,8 @@ def _backward(
     sums: _Sums,
     linear: Linear = plain_linear,
 ) -> tuple[jax.Array, _Sums]:
-    """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`.
-
-    `gradient` is of the first sequences of `residual`. Weights read all of them.
-    """
-    residual, count = residual.astype(gradient.dtype), len(gradient)
-    followed, rest = [(residual[part], _windows(where, part)) for part in (slice(count), slice(count, None))]
+    """The gradient before a block, and what its weights read and their outputs' gradients added to `sums`."""
+    residual = residual.astype(gradient.dtype)
     # Adding a zero to each output and asking for its gradient gives g.
     tokens = gradient.shape[:-1]
     pairs = (tokens[0] * tokens[1] * config.experts_per_token,)
@@ -163,43 +160,32 @@ def _backward(
 
     def run(residual: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         watching = _Watching(added, linear)
-        after = run_block(config, block, State(residual), followed[1], watching).residual
+        after = run_block(config, block, State(residual), where, watching).residual
         return after, watching.all_inputs()
 
-    _, back, inputs = jax.vjp(run, followed[0], zeros, has_aux=True)
+    _, back, inputs = jax.vjp(run, residual, zeros, has_aux=True)
     before, by_output = back(gradient)
     squares = {
         name: sums[0][name] + jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(g.ndim - 1)))
         for name, g in by_output.items()
     }
-    if len(rest[0]):
-        watching = _Watching({}, linear)
-        run_block(config, block, State(rest[0]), rest[1], watching)
-        inputs = [jnp.concatenate(parts) for parts in zip(inputs, watching.all_inputs(), strict=True)]
     inputs = [x.astype(jnp.bfloat16) if linear is rounded_throughout else x for x in inputs]
     return before, (squares, [accumulate_hessian(h, x) for h, x in zip(sums[1], inputs, strict=True)])
 
 
-def _windows(where: Positions, part: slice) -> Positions:
-    """Where the tokens of some sequences of a batch stand."""
-    of_sequences = (where.index, where.padding, where.rotary, where.local_rotary)
-    index, padding, rotary, local_rotary = jax.tree.map(lambda values: values[part], of_sequences)
-    return dataclasses.replace(where, index=index, padding=padding, rotary=rotary, local_rotary=local_rotary)
-
-
-def _followed(batch: Any) -> Any:
-    """The sequences of a batch whose gradients are followed: the first half."""
-    return batch[: -(-len(batch) // 2)]
+def _first_counted(length: int) -> int:
+    """Of the positions of a sequence that predict a token, all but the last: where their second half begins."""
+    return (length - 1) // 2
 
 
 def _sensitivity(
-    config: DecoderConfig, index: int, block: Block, sums: Sequence[_Sums], tokens: int
+    config: DecoderConfig, index: int, block: Block, sums: Sequence[_Sums], counted: int
 ) -> BlockSensitivity:
-    """A block's sums over parts of the text, for each weight; squares are over `tokens`. Experts get their mean."""
+    """A block's sums over parts of the text, for each weight; `counted` predictions count. Experts get their mean."""
     squares = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(part[0] for part in sums))
     fisher = {}
     for name in matrix_names(config, block.kind):
-        of_outputs = squares[_first_alike(name)] / tokens
+        of_outputs = squares[_first_alike(name)] / counted
         alike = name.startswith("experts.")
         fisher[name] = jnp.full_like(of_outputs, jnp.mean(of_outputs) / config.num_experts) if alike else of_outputs
     groups = [names for names, _ in _groups(config, block.kind)]
@@ -288,14 +274,14 @@ def block_sensitivities(
     sweep.forward(source, pass_forward, first=first, end=left)
     if begin is None or begin.forward:
         gradients = [
-            loss_gradient(config, outer, _followed(x), jnp.asarray(_followed(tokens)), linear)
+            loss_gradient(config, outer, x, jnp.asarray(tokens), linear, _first_counted(x.shape[1]))
             for x, tokens in zip(residuals, batches, strict=True)
         ]
         refuse_infinite(gradients, "gradients of the loss after the last block")
     else:
         gradients = [jax.device_put(gradient) for gradient in begin.streams]
     residuals.clear()
-    followed_tokens = sum(_followed(tokens).size for tokens in batches)
+    counted = sum(len(batch) * (batch.shape[1] - 1 - _first_counted(batch.shape[1])) for batch in batches)
 
     def pass_backward(index: int, block: Block) -> None:
         parts = 2 if index in in_halves and len(places) > 1 else 1
@@ -303,7 +289,7 @@ def block_sensitivities(
         for chunk, (x, where) in enumerate(zip(before.pop(), places, strict=True)):
             part = chunk % parts
             gradients[chunk], sums[part] = _backward(config, block, x, where, gradients[chunk], sums[part], linear)
-        visit(_sensitivity(config, index, block, sums, followed_tokens))
+        visit(_sensitivity(config, index, block, sums, counted))
         tell(False, index - 1, gradients)
         steps.advance(note=f"backward through block {index}", detail=index)
 

@@ -136,9 +136,14 @@ def see(
     return seen
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnums=(0, 4, 5))
 def loss_gradient(
-    config: DecoderConfig, outer: Outer, residual: jax.Array, tokens: jax.Array, linear: Linear = plain_linear
+    config: DecoderConfig,
+    outer: Outer,
+    residual: jax.Array,
+    tokens: jax.Array,
+    linear: Linear = plain_linear,
+    first: int = 0,
 ) -> jax.Array:
     """Gradient of the summed next-token loss by the residual stream behind the last block.
 
@@ -147,9 +152,10 @@ def loss_gradient(
       residual: [batch, tokens, hidden].
       tokens: int32 [batch, tokens], the text; each position predicts the next one.
       linear: what multiplies by the head.
+      first: position of a sequence from which on predictions count.
 
     Returns:
-      Like `residual`; 0 at the last token of each sequence.
+      Like `residual`; 0 at the tokens before `first` and at the last token of each sequence.
     """
 
     def gradient(x: jax.Array, target: jax.Array) -> jax.Array:
@@ -160,8 +166,8 @@ def loss_gradient(
 
         return jax.grad(loss)(x)
 
-    pieces = over_positions(gradient, _POSITIONS_OF_TWO, residual[:, :-1], tokens[:, 1:])
-    return jnp.pad(pieces, ((0, 0), (0, 1), (0, 0)))
+    pieces = over_positions(gradient, _POSITIONS_OF_TWO, residual[:, first:-1], tokens[:, first + 1 :])
+    return jnp.pad(pieces, ((0, 0), (first, 1), (0, 0)))
 
 
 # ---- two models -------------------------------------------------------------------------
