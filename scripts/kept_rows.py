@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +61,17 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]], left:
     ruler = "|" + "---|" * left + "---:|" * (len(columns) - left)
     head, *body = ("| " + " | ".join(line) + " |" for line in [columns, *lines])
     return "\n".join([head, ruler, *body]) + "\n"
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """A page's text with another table between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    return before + begin + table + end + rest.split(end)[1]
+
+
+def report_outdated(is_same: Mapping[Path, bool], script: str) -> int:
+    """Says which pages and pictures were made from other figures; 1 if there are some, an exit status."""
+    for place in (place for place, same in is_same.items() if not same):
+        print(f"{place} was made from other figures: run {script}", file=sys.stderr)
+    return 0 if all(is_same.values()) else 1

@@ -8,7 +8,8 @@ Values are text, so that a page shows exactly the digits that were recorded. An 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -62,3 +63,32 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def merge_rows(
+    path: Path, columns: Sequence[str], key: Sequence[str], rows: Iterable[Mapping[str, str]], rounded: Sequence[str]
+) -> None:
+    """Adds rows to a CSV file, which need not exist; a row with the same values of `key` is replaced.
+
+    Args:
+      path: the file.
+      columns: of the file; what else the rows have is left out.
+      key: columns that tell rows apart.
+      rows: what is added, as text.
+      rounded: columns whose values, where they have a decimal point, are kept with six digits.
+    """
+    kept = {tuple(row[name] for name in key): row for row in (read_rows(path) if path.exists() else [])}
+    for row in rows:
+        numbers = {name: f"{float(row[name]):.6g}" for name in rounded if _is_fraction(row[name])}
+        kept[tuple(row[name] for name in key)] = {**row, **numbers}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept.values())
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return "." in text and math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from kept_rows import markdown_table
+from kept_rows import markdown_table, with_table
 from quality_csv import RESULTS, read_rows
 
 PAGES = Path(__file__).parent.parent / "docs" / "explanation"
@@ -142,10 +142,8 @@ def filled(page: str, text: str, rows: dict[str, list[dict[str, str]]]) -> str:
     """The page's text with its tables made anew."""
     for name, table in TABLES.items():
         if table.page == page:
-            begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-            before, after_begin = text.split(begin)
             shown = [row for row in rows[table.rows or name] if not table.names or row["name"] in table.names]
-            text = before + begin + markdown(table.columns, shown) + end + after_begin.split(end)[1]
+            text = with_table(text, name, markdown(table.columns, shown))
     return text
 
 

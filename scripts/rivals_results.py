@@ -12,18 +12,16 @@ name, seed and text is replaced.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from kept_rows import markdown_table
+from kept_rows import markdown_table, report_outdated, with_table
 from plot_quality import text_chunk
-from quality_csv import RESULTS, read_rows
+from quality_csv import RESULTS, merge_rows, read_rows
 from rivals_plot import plot
 from rivals_table import COLUMNS as MEASURED
 from rivals_table import by_name
@@ -114,10 +112,7 @@ def filled(page: Path, rows: list[dict[str, str]]) -> str:
     text = page.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         if table.page == page:
-            begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-            before, rest = text.split(begin)
-            done = of_setting(rows, table.model, table.calibration)
-            text = before + begin + markdown(done, table) + end + rest.split(end)[1]
+            text = with_table(text, name, markdown(of_setting(rows, table.model, table.calibration), table))
     return text
 
 
@@ -133,24 +128,8 @@ def drawn_from(rows: list[dict[str, str]]) -> str:
 
 def add(folder: Path, model: str, calibration: str) -> None:
     """Takes over what was measured."""
-    kept = {tuple(row[name] for name in KEY): row for row in (read_rows(FILE) if FILE.exists() else [])}
-    for row in read_rows(folder / "rivals.csv"):
-        entry = {**row, "model": model, "calibration": calibration}
-        for name in MEASURED:
-            if is_number(entry[name]) and "." in entry[name]:
-                entry[name] = f"{float(entry[name]):.6g}"
-        kept[tuple(entry[name] for name in KEY)] = entry
-    with FILE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(kept.values())
-
-
-def is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    rows = [row | {"model": model, "calibration": calibration} for row in read_rows(folder / "rivals.csv")]
+    merge_rows(FILE, COLUMNS, KEY, rows, MEASURED)
 
 
 def main() -> int:
@@ -174,9 +153,7 @@ def main() -> int:
         return 0
     same = {page: page.read_text(encoding="utf-8") == text for page, text in pages.items()}
     same[PICTURE] = text_chunk(PICTURE.read_bytes(), "Description") == numbers
-    for place in (place for place, is_same in same.items() if not is_same):
-        print(f"{place} was made from other figures: run scripts/rivals_results.py", file=sys.stderr)
-    return 0 if all(same.values()) else 1
+    return report_outdated(same, "scripts/rivals_results.py")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 
 JOURNAL_VERSION = 2
 """Of the files that the journal writes."""
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Of the arithmetic: a change that alters any bit of a result counts it up."""
 
 _MEANING = {
