@@ -6,8 +6,8 @@
 Each row is a way to quantize: the texts that the Hessian is of, and how it is regularized. Each column is a kind of
 text: its other side, which nothing was calibrated on. An entry is the relative error of a matrix's output,
 Σ ‖(w-ŵ)X‖² / Σ ‖wX‖², in thousandths: the geometric mean over the matrices of every third block, each quantized by
-itself with 3-bit codes in the dense model's inputs. Shrinkage by r stands for (1-r) H + r diag(H). "No compensation"
-takes the diagonal alone. Writes table.md into OUT.
+itself with 3-bit codes in the dense model's inputs. Shrinkage by r stands for (1-r) H + r diag(H), root r for
+r √(d_i mean(d)) more on the diagonal d. "No compensation" takes the diagonal alone. Writes table.md into OUT.
 """
 
 from __future__ import annotations
@@ -41,20 +41,30 @@ CONFIG = SpQRConfig(bits=3, outlier_threshold=0.2, calibration_dtype="float32")
 
 
 class Way(NamedTuple):
-    """How a Hessian is regularized."""
+    """How a Hessian H with diagonal d is regularized.
+
+    Attributes:
+      name: in the table.
+      damping: times mean(d), added to the diagonal.
+      shrinkage: share by which H is moved toward its diagonal.
+      root: times √(d · mean(d)), added to the diagonal.
+    """
 
     name: str
     damping: float
-    shrinkage: float
+    shrinkage: float = 0.0
+    root: float = 0.0
 
 
 WAYS = (
-    Way("damping 0.01", 0.01, 0.0),
-    Way("damping 0.1", 0.1, 0.0),
-    Way("damping 1", 1.0, 0.0),
-    Way("shrinkage 0.2", 0.01, 0.2),
-    Way("shrinkage 0.7", 0.01, 0.7),
-    Way("no compensation", 0.01, 1.0),
+    Way("damping 0.01", 0.01),
+    Way("damping 0.1", 0.1),
+    Way("damping 1", 1.0),
+    Way("shrinkage 0.2", 0.01, shrinkage=0.2),
+    Way("shrinkage 0.7", 0.01, shrinkage=0.7),
+    Way("root 0.1", 0.003, root=0.1),
+    Way("root 0.3", 0.003, root=0.3),
+    Way("no compensation", 0.01, shrinkage=1.0),
 )
 
 
@@ -65,9 +75,10 @@ def calibrations(labels: list[str], nsamples: int) -> Iterator[tuple[str, dict[s
     yield f"mixture, {nsamples} windows of each", dict.fromkeys(labels, 1 / len(labels))
 
 
-def regularized(h: np.ndarray, shrinkage: float) -> np.ndarray:
-    """The matrix shrunk toward its diagonal."""
-    return (1 - shrinkage) * h + shrinkage * np.diag(np.diag(h))
+def regularized(h: np.ndarray, way: Way) -> np.ndarray:
+    """The matrix shrunk toward its diagonal, with more on its diagonal; without the damping."""
+    d = np.diag(h)
+    return (1 - way.shrinkage) * h + np.diag(way.shrinkage * d + way.root * np.sqrt(d * d.mean()))
 
 
 @jax.jit
@@ -80,16 +91,19 @@ def relative_error(w: jax.Array, dense: jax.Array, h: jax.Array) -> jax.Array:
 class Bench:
     """The texts on their way through the dense model, and the errors so far."""
 
-    def __init__(self, opened: OpenedModel, texts: list[tuple[str, str]], nsamples: int, seqlen: int, seed: int):
-        self._opened, self.labels = opened, [label for label, _ in texts]
+    def __init__(self, opened: OpenedModel, given: argparse.Namespace) -> None:
+        nsamples, seqlen, texts = given.nsamples, given.seqlen, given.text
+        self._opened, self._seen = opened, [label for label, _ in texts]
+        self.labels = [label for label, _ in [*texts, *given.unseen]]
         self._nsamples = nsamples
         self.logs: dict[tuple[str, str], dict[str, list[float]]] = {}
         self._texts: dict[tuple[str, str], Activations] = {}
         config, outer = opened.source.config, opened.source.outer()
         for label, spec in texts:
             tokens = read_tokens(spec, "calibration", opened)
-            windows = calibration_windows(tokens, seqlen, nsamples, seed, spec, opened.first_token)
+            windows = calibration_windows(tokens, seqlen, nsamples, given.seed, spec, opened.first_token)
             self._texts[label, "calibration"] = Activations(config, outer, batched(windows), rounded_linear)
+        for label, spec in [*texts, *given.unseen]:
             tokens = read_tokens(spec, "evaluation", opened)
             windows = evaluation_windows(tokens, seqlen, nsamples, spec, opened.first_token)
             self._texts[label, "evaluation"] = Activations(config, outer, batched(windows), rounded_linear)
@@ -108,11 +122,11 @@ class Bench:
         console.print(f"block {index}", markup=False)
 
     def _measure(self, weights: list[jax.Array], hessians: dict[tuple[str, str], np.ndarray]) -> None:
-        for calibration, shares in calibrations(self.labels, self._nsamples):
+        for calibration, shares in calibrations(self._seen, self._nsamples):
             h = sum(share * hessians[label, "calibration"] for label, share in shares.items())
             for way in WAYS:
                 config = dataclasses.replace(CONFIG, damping=way.damping)
-                solved = quantize_weights(weights, jnp.asarray(regularized(h, way.shrinkage)), [config] * len(weights))
+                solved = quantize_weights(weights, jnp.asarray(regularized(h, way)), [config] * len(weights))
                 logs = self.logs.setdefault((calibration, way.name), {label: [] for label in self.labels})
                 for label in self.labels:
                     other = jnp.asarray(hessians[label, "evaluation"])
@@ -125,13 +139,15 @@ def main() -> None:
     parser.add_argument("model", help="demo, a GGUF file, a Hugging Face directory or hub id")
     parser.add_argument("--text", action="append", nargs=2, required=True, metavar=("LABEL", "SPEC"),
                         help="a kind of text: a named one, which has two sides; repeatable")  # fmt: skip
+    parser.add_argument("--unseen", action="append", nargs=2, default=[], metavar=("LABEL", "SPEC"),
+                        help="text that is only measured on; repeatable")  # fmt: skip
     parser.add_argument("--nsamples", type=int, default=16, help="windows of each text and side")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens a window")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
     parser.add_argument("--out", type=Path, default=Path("text_kinds"), help="where the table is written")
     given = parser.parse_args()
     opened = open_model(given.model, "float32", say)
-    bench = Bench(opened, given.text, given.nsamples, given.seqlen, given.seed)
+    bench = Bench(opened, given)
     sweep.forward(opened.source, bench.visit)
     columns = ["calibrated on", "how", *bench.labels]
     lines = [

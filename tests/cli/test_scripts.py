@@ -132,7 +132,9 @@ def test_ablations_answer_tasks_with_several_seeds(folder):
     assert (folder / "ablated" / "perplexity_by_bits.png").is_file()
 
 
-@pytest.mark.parametrize("script", ["quality_tables.py", "plot_quality.py", "rivals_results.py"])
+@pytest.mark.parametrize(
+    "script", ["quality_tables.py", "plot_quality.py", "rivals_results.py", "ablations_results.py"]
+)
 def test_tables_and_picture_of_the_quality_page_are_made_from_the_results(script):
     result = run_script(script, ROOT, "--check")
     assert result.returncode == 0, result.stderr
@@ -142,10 +144,12 @@ def test_kinds_of_text_are_told_apart(folder):
     np.save(folder / "low.npy", np.random.default_rng(0).integers(0, 128, (8, 64)))
     np.save(folder / "high.npy", np.random.default_rng(1).integers(128, 256, (8, 64)))
     texts = ("--text", "low", "low.npy", "--text", "high", "high.npy", "--nsamples", 8, "--seqlen", 64)
-    result = run_script("text_kinds.py", folder, "model", *texts, "--out", "kinds")
+    unseen = ("--unseen", "noise", "ids.npy")
+    result = run_script("text_kinds.py", folder, "model", *texts, *unseen, "--out", "kinds")
     assert result.returncode == 0, result.stderr
     rows = [line.strip("| ").split(" | ") for line in (folder / "kinds" / "table.md").read_text().splitlines()[2:]]
-    errors = {(calibration, way): (float(low), float(high)) for calibration, way, low, high in rows}
+    errors = {(calibration, way): tuple(map(float, measured)) for calibration, way, *measured in rows}
+    assert not any(calibration.startswith("noise") for calibration, _ in errors)  # it is only measured on
     low, high = errors["low, 8 windows", "damping 0.01"], errors["high, 8 windows", "damping 0.01"]
     assert low[0] < high[0]  # each kind is served best by itself
     assert high[1] < low[1]
