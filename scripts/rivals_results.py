@@ -35,8 +35,9 @@ COLUMNS = ("model", "calibration", *MEASURED)
 KEY = ("model", "calibration", "name", "seed", "text")
 SMOLLM2, QWEN = "SmolLM2-135M, off the grid", "Qwen2.5-0.5B, off the grid"
 MIXTURE, PROSE = "WikiText-2, code, conversations (2 : 2 : 1), 16 x 1024", "WikiText-2, 16 x 1024"
-
-
+CODE, CHAT = "code, 16 x 1024", "conversations, 16 x 1024"
+CALIBRATIONS = {"prose": PROSE, "code": CODE, "conversations": CHAT, "2 : 2 : 1": MIXTURE}
+"""What the table of kinds calls each calibration text."""
 SHOWN = ("prose", "code", "German")
 SHORT = ("SpQR 3.75", "SpQR 4.3", "IQ4_XS", "GPTQ 4 bits, groups of 64", "AWQ 4 bits, groups of 64", "Q4_K_M")
 
@@ -45,7 +46,7 @@ class Table(NamedTuple):
     """A table of a page, between `<!-- NAME -->` and `<!-- end of NAME -->`.
 
     Attributes:
-      model, calibration: whose rows.
+      model, calibration: whose rows; without a calibration, those of all `CALIBRATIONS`, one after the other.
       figure: the CSV's column that is shown for each text.
       digits: of it.
       page: file that has the table.
@@ -67,6 +68,7 @@ TABLES = {
     "rivals-worst": Table(SMOLLM2, MIXTURE, "kl_99.9", 2),
     "rivals-prose": Table(SMOLLM2, PROSE),
     "rivals-qwen": Table(QWEN, MIXTURE),
+    "rivals-kinds": Table(SMOLLM2, "", names=("SpQR 4.3", "IQ4_XS")),
     "rivals-short": Table(SMOLLM2, MIXTURE, page=README, names=SHORT, texts=SHOWN),
 }
 
@@ -84,27 +86,49 @@ def of_setting(rows: Iterable[dict[str, str]], model: str, calibration: str) -> 
     return list(runs.values())
 
 
+def bits(seeds: list[dict[str, Any]]) -> float:
+    """Stored bits of a weight, the mean over seeds."""
+    return float(np.mean([run["stored_bits"] for run in seeds]))
+
+
+def spread(seeds: list[dict[str, Any]], label: str, table: Table) -> str:
+    """A table's figure on one text: the mean ± the standard deviation over seeds."""
+    values = np.array([run["texts"][label][table.figure] for run in seeds])
+    deviation = f" ± {values.std(ddof=1):.{table.digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{table.digits}f}{deviation}"
+
+
 def markdown(done: list[dict[str, Any]], table: Table) -> str:
     """A line for each method and size, fewest bits first; ± is the standard deviation over seeds."""
     if table.names:
         done = [run for run in done if run["name"] in table.names]
-    labels, figure, digits = table.texts or tuple(done[0]["texts"]), table.figure, table.digits
-
-    def spread(seeds: list[dict[str, Any]], label: str) -> str:
-        values = np.array([run["texts"][label][figure] for run in seeds])
-        deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{deviation}"
-
-    def bits(seeds: list[dict[str, Any]]) -> float:
-        return float(np.mean([run["stored_bits"] for run in seeds]))
-
-    lines = []
+    labels, lines = table.texts or tuple(done[0]["texts"]), []
     for name, seeds in sorted(by_name(done).items(), key=lambda item: bits(item[1])):
-        line = [name, f"{bits(seeds):.2f}", *(spread(seeds, label) for label in labels)]
+        line = [name, f"{bits(seeds):.2f}", *(spread(seeds, label, table) for label in labels)]
         cost = [str(len(seeds)), f"{np.mean([run['cpu_seconds'] for run in seeds]):.0f}"]
         lines.append(line if table.texts else [*line, *cost])
     headings = ["", "stored bits", *labels]
     return markdown_table(headings if table.texts else [*headings, "seeds", "CPU seconds"], lines)
+
+
+def markdown_of_kinds(rows: list[dict[str, str]], table: Table) -> str:
+    """A line for each method and text that it was calibrated on."""
+    lines, labels = [], tuple[str, ...]()
+    for name in table.names:
+        for kind, calibration in CALIBRATIONS.items():
+            if seeds := by_name(of_setting(rows, table.model, calibration)).get(name):
+                labels = tuple(seeds[0]["texts"])
+                figures = [spread(seeds, label, table) for label in labels]
+                lines.append([name, kind, f"{bits(seeds):.2f}", *figures, str(len(seeds))])
+    return markdown_table(["", "calibrated on", "stored bits", *labels, "seeds"], lines, left=2)
+
+
+def table_of(name: str, rows: list[dict[str, str]]) -> str:
+    """A table of `TABLES`."""
+    table = TABLES[name]
+    if not table.calibration:
+        return markdown_of_kinds(rows, table)
+    return markdown(of_setting(rows, table.model, table.calibration), table)
 
 
 def filled(page: Path, rows: list[dict[str, str]]) -> str:
@@ -112,7 +136,7 @@ def filled(page: Path, rows: list[dict[str, str]]) -> str:
     text = page.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         if table.page == page:
-            text = with_table(text, name, markdown(of_setting(rows, table.model, table.calibration), table))
+            text = with_table(text, name, table_of(name, rows))
     return text
 
 
