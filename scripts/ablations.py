@@ -32,8 +32,8 @@ from kept_rows import file_name, kept_or_made
 from measured_texts import Text, add_texts, texts_of
 
 from spqr_jax import SpQRConfig, SpQRError
-from spqr_jax.cli.zero_shot import PRODUCTS
 from spqr_jax.data import calibration_windows
+from spqr_jax.evaluate.continuations import PRODUCTS
 from spqr_jax.evaluate.perplexity import perplexity
 from spqr_jax.integrations import import_harness
 from spqr_jax.job.job import Job

@@ -18,18 +18,16 @@ from spqr_jax.cli.next_step import after_eval
 from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.cli.outlook import before_eval, say_next
 from spqr_jax.errors import ModelError, SpQRError
+from spqr_jax.evaluate.continuations import PRODUCTS
 from spqr_jax.evaluate.paired import Paired, paired
 from spqr_jax.integrations import import_harness
 from spqr_jax.integrations.answers import Answers
 from spqr_jax.journal.identity import NUMERICS_VERSION
 from spqr_jax.models.packaged import is_fetched
-from spqr_jax.models.products import plain_linear
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream.blocks import collect
-from spqr_jax.stream.stages import rounded_linear
 
 TASKS = "Tasks"
-PRODUCTS = {"float32": plain_linear, "bfloat16": rounded_linear}
 
 
 def _checked_seed(seed: int) -> int:

@@ -27,10 +27,14 @@ from spqr_jax.models.products import Linear, plain_linear
 from spqr_jax.stream.blocks import BlockSource, as_source
 from spqr_jax.stream.finite import not_finite
 from spqr_jax.stream.head import see
+from spqr_jax.stream.stages import rounded_linear
 
 _FEWEST_NUMBERS = 2**24  # of residual stream in a group, 64 MiB in float32: a small block costs little to make dense
 _HEAD_ROWS = 512  # that the output head reads at a time
 _TARGETS = 4  # tokens whose probability is asked for at the same place: choices of a question mostly differ at once
+
+PRODUCTS: dict[str, Linear] = {"float32": plain_linear, "bfloat16": rounded_linear}
+"""What multiplies by blocks' matrices, by the type that it rounds the factors to."""
 
 Tokens = Sequence[int]
 
