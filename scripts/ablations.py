@@ -30,12 +30,12 @@ from typing import Any
 from ablations_table import BASE, DENSE, columns, lines, plot, write_tables
 from kept_rows import file_name, kept_or_made
 from measured_texts import Text, add_texts, texts_of
+from task_scores import TaskScores, scores
 
 from spqr_jax import SpQRConfig, SpQRError
 from spqr_jax.data import calibration_windows
 from spqr_jax.evaluate.continuations import PRODUCTS
 from spqr_jax.evaluate.perplexity import perplexity
-from spqr_jax.integrations import import_harness
 from spqr_jax.job.job import Job
 from spqr_jax.quantized import quantized_leaves
 from spqr_jax.resolve import OpenedModel, open_model
@@ -119,11 +119,7 @@ class Bench:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.opened: OpenedModel = open_model(setup.model, "float32", say)
-        self._tasks: Any = None
-        if setup.tasks:  # says now what is missing
-            harness = import_harness()
-            include = None if setup.include_path is None else Path(setup.include_path)
-            self._tasks = harness.loaded_tasks(list(setup.tasks), include, say)
+        self._tasks = TaskScores(setup.tasks, setup.include_path, setup.limit, setup.products or "")
         self._calibration = read_tokens(setup.calib, "calibration", self.opened)
         self._windows = {text.label: text.windows(self.opened) for text in setup.texts}
 
@@ -139,7 +135,8 @@ class Bench:
             losses = result.window_losses.tolist()
             figures = {"perplexity": result.perplexity, "stderr": result.stderr, "window_losses": losses}
             values["texts"][label] = figures
-        return values | {"tasks": self._answers(params)}
+        tasks = scores(self._tasks.run(params, self.opened.tokenizer())) if self._tasks else {}
+        return values | {"tasks": tasks}
 
     def _quantized(self, config: SpQRConfig, seed: int, sizes: dict[str, float]) -> Any:
         """The quantized model; `sizes` is given its bits."""
@@ -157,30 +154,6 @@ class Bench:
         sizes["stored_bits"] = 8 * sum(array.stored_bytes for array in arrays) / size
         sizes["outlier_percent"] = 100 * sum(array.nnz for array in arrays) / size
         return params
-
-    def _answers(self, params: Any) -> dict[str, tuple[float, float]]:
-        """(value, standard error) of each task; none if none were asked for."""
-        if self._tasks is None:
-            return {}
-        harness = import_harness()
-        adapter = harness.HarnessModel(
-            params, self.opened.tokenizer(), linear=PRODUCTS[self.setup.products or "float32"]
-        )
-        results = harness.evaluate_tasks(adapter, self._tasks, num_fewshot=0, limit=self.setup.limit).values["results"]
-        values = {}
-        for task, metrics in results.items():
-            name = next((name for name in METRICS if name in metrics), None)
-            if name is None:
-                raise SpQRError(
-                    f"task {task} has none of the metrics {', '.join(METRICS)}: it has {', '.join(metrics)}"
-                )
-            error = metrics.get(name.replace(",", "_stderr,"), math.nan)
-            values[task] = (metrics[name], error if isinstance(error, float) else math.nan)
-        return values
-
-
-METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
-"""What stands in a task's column: the first of these that the task has."""
 
 
 def kept_path(out: Path, setup: Setup, row: Row, seed: int) -> Path:

@@ -24,6 +24,7 @@ from ablations_table import BASE, DENSE
 from kept_rows import markdown_table, report_outdated, with_table
 from plot_quality import text_chunk
 from quality_csv import RESULTS, merge_rows, read_rows
+from task_scores import NAMES
 
 from spqr_jax import SpQRError
 
@@ -41,13 +42,6 @@ TABLES = {
     "ablations-qwen": "Qwen2.5-0.5B, off the grid",
 }
 """Name of the table in the page, and whose rows it has. A model that was not measured has none."""
-NAMES = {
-    "winogrande@validation": "WinoGrande",
-    "piqa@validation": "PIQA",
-    "hellaswag@validation": "HellaSwag",
-    "arc_easy@validation": "ARC easy",
-    "arc_challenge@validation": "ARC challenge",
-}
 
 Runs = dict[str, list[dict[str, Any]]]
 """By row, seed by seed: bits, outliers, and "values" by measure."""

@@ -11,7 +11,11 @@ counted from stored bytes, so llama.cpp's larger types for rows that its type do
 Methods without text have one seed. A row is quantized in a process of its own, so its seconds, compilation included,
 are that method's; for llama.cpp the importance matrix is counted once for each seed, by itself.
 
-Rows that are done are kept in OUT and not run again. Writes table.md, rivals.csv and rivals.png into OUT.
+`--tasks` also asks the quantized models zero-shot questions, and compares their answers with the dense model's,
+question by question (the `eval` extra; names as for `spqr eval`).
+
+Rows that are done are kept in OUT and not run again. Writes table.md, rivals.csv, rivals_tasks.csv and rivals.png into
+OUT.
 """
 
 from __future__ import annotations
@@ -34,14 +38,17 @@ from measured_texts import add_texts, texts_of
 from rivals_gguf import stored_bits, tensor_name
 from rivals_plot import plot
 from rivals_scaled import bits_per_weight
-from rivals_table import write_csv, write_table
+from rivals_table import write_csv, write_table, write_tasks
+from task_scores import TaskScores, against, answers
 
 from spqr_jax import SpQRError
+from spqr_jax.evaluate.continuations import PRODUCTS
 from spqr_jax.evaluate.fidelity import DenseStreams, compare
 from spqr_jax.models.decoder import STAGES, Block
 from spqr_jax.resolve import OpenedModel, open_model
 from spqr_jax.stream import sweep
 from spqr_jax.stream.activations import Activations
+from spqr_jax.stream.blocks import collect
 from spqr_jax.stream.stages import stage_groups
 from spqr_jax.stream.windows import batched
 from spqr_jax.terminal.display import console, say
@@ -100,10 +107,13 @@ class Bench:
         self.calibration = [word for spec in given.calib for word in ("--calib", spec)]
         self.calibration += ["--nsamples", str(given.nsamples), "--seqlen", str(given.seqlen)]
         self._draw = given.calib, given.nsamples, given.seqlen
-        self.texts = texts_of(given.data)
+        self.texts = texts_of(given.data or ())
         self._opened: OpenedModel | None = None
         self._windows: dict[str, np.ndarray] = {}
         self._streams = DenseStreams()
+        names = tuple(name.strip() for name in given.tasks.split(",") if name.strip())
+        self._questions = TaskScores(names, given.include_path, given.limit, given.products)
+        self.asked = {"tasks": names, "limit": given.limit, "products": given.products} if names else {}
 
     def opened(self) -> OpenedModel:
         """The dense model, opened when it is first needed."""
@@ -111,15 +121,27 @@ class Bench:
             self._opened = open_model(self.model, "float32", say)
         return self._opened
 
-    def compared(self, path: Path) -> dict[str, Any]:
-        """The model in `path` against the dense one, on each text."""
-        quantized, results = open_model(str(path), "float32", say), {}
+    def compared(self, quantized: OpenedModel) -> dict[str, Any]:
+        """A model against the dense one, on each text."""
+        results = {}
         for text in self.texts:
             if text.label not in self._windows:
                 self._windows[text.label] = text.windows(self.opened())
             dense, windows = self.opened().source, self._windows[text.label]
             results[text.label] = compare(dense, quantized.source, windows, streams=self._streams).to_json()
         return results
+
+    def answered(self, quantized: OpenedModel) -> dict[str, Any]:
+        """A model against the dense one, on each task."""
+        if not self._questions:
+            return {}
+        path = self.out / file_name("dense-answers", self.model, self.asked)
+        kept = kept_or_made(path, lambda: self._answers_of(self.opened()))
+        dense = {task: {int(number): score for number, score in scores.items()} for task, scores in kept.items()}
+        return against(dense, self._answers_of(quantized))
+
+    def _answers_of(self, model: OpenedModel) -> dict[str, Any]:
+        return answers(self._questions.run(collect(model.source), self.opened().tokenizer()))
 
     def importance(self, seed: int) -> Path:
         """Mean squares of what each matrix reads in the dense model, kept in a file; GGUF's names."""
@@ -168,7 +190,8 @@ class Bench:
                 cost = measured([sys.executable, *command, "--importance", str(self.importance(seed))])
                 count, types = stored_bits(out)
                 bits = {"stored_bits": count, "types": types}
-            return {**bits, **cost, "texts": self.compared(out)}
+            quantized = open_model(str(out), "float32", say)
+            return {**bits, **cost, "texts": self.compared(quantized), "tasks": self.answered(quantized)}
 
 
 def main() -> None:
@@ -177,7 +200,11 @@ def main() -> None:
     parser.add_argument("--calib", action="append", required=True, help="as for spqr quantize; repeatable: a mixture")
     parser.add_argument("--nsamples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens a calibration window")
-    add_texts(parser, required=True)
+    add_texts(parser)
+    parser.add_argument("--tasks", default="", help="zero-shot tasks, separated by commas; as for spqr eval")
+    parser.add_argument("--limit", type=float, help="questions a task, or below 1 the share of them")
+    parser.add_argument("--include-path", help="folder of task files of your own")
+    parser.add_argument("--products", choices=PRODUCTS, default="float32", help="of the tasks, as for spqr eval")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--spqr-bits", type=float, nargs="+", default=SPQR_BITS, help="stored bits of SpQR, such as a rival's"
@@ -189,6 +216,8 @@ def main() -> None:
     chosen = [row for row in every if re.search(given.rows, row.name)]
     if not chosen:
         raise SpQRError(f"no row matches {given.rows!r}; rows are: {', '.join(row.name for row in every)}")
+    if not (given.data or given.tasks):
+        raise SpQRError("nothing to measure: name texts (--data) or tasks (--tasks)")
     given.out.mkdir(parents=True, exist_ok=True)
     bench, done, failed = Bench(given), [], []
     for seed in given.seeds:  # a whole curve from the first seed on
@@ -196,6 +225,7 @@ def main() -> None:
             if row.method in SEEDLESS and seed != given.seeds[0]:
                 continue
             setting = [given.model, bench.calibration, [dataclasses.asdict(text) for text in bench.texts]]
+            setting += [bench.asked] if bench.asked else []
             path = given.out / file_name(f"{row.name}-{seed}", *setting, dataclasses.asdict(row), seed)
             try:
                 values = kept_or_made(path, lambda row=row, seed=seed: dataclasses.asdict(row) | bench.run(row, seed))
@@ -204,13 +234,14 @@ def main() -> None:
                 console.print(f"{failed[-1]}: {error}", markup=False)
                 continue
             done.append(values | {"seed": seed})
-            figures = "   ".join(f"{label} {text['kl_mean']:.4f}" for label, text in values["texts"].items())
-            console.print(
-                f"{row.name}, seed {seed}:  {values['stored_bits']:.3f} stored bits   KL {figures}", markup=False
-            )
+            figures = [f"KL {label} {text['kl_mean']:.4f}" for label, text in values["texts"].items()]
+            figures += [f"{task} {100 * result['difference']:+.1f}" for task, result in values["tasks"].items()]
+            line = f"{row.name}, seed {seed}:  {values['stored_bits']:.3f} stored bits   {'   '.join(figures)}"
+            console.print(line, markup=False)
             write_csv(given.out / "rivals.csv", done)
+            write_tasks(given.out / "rivals_tasks.csv", done)
             write_table(given.out / "table.md", done)
-    if done:
+    if done and bench.texts:
         plot(given.out / "rivals.png", done)
     if failed:
         raise SpQRError(f"these rows failed, see above: {'; '.join(failed)}")

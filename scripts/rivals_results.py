@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The rivals' figures that quality.md and README.md show: kept in benchmarks/results/rivals.csv.
+"""The rivals' figures that quality.md and README.md show: kept in benchmarks/results, rivals.csv and rivals_tasks.csv.
 
     scripts/rivals_results.py --add rivals --model "SmolLM2, off the grid" --calibration "prose, 16 x 1024"
     scripts/rivals_results.py            write the tables into the pages, and draw docs/images/rivals.png
     scripts/rivals_results.py --check    exit with 1 if a page or the picture was made from other figures
 
-`--add` takes over the rivals.csv in a folder that scripts/rivals.py wrote to. A row of the same model, calibration,
-name, seed and text is replaced.
+`--add` takes over what scripts/rivals.py wrote to a folder. A row of the same model, calibration, name, seed and text,
+or task, is replaced.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ from plot_quality import text_chunk
 from quality_csv import RESULTS, merge_rows, read_rows
 from rivals_plot import plot
 from rivals_table import COLUMNS as MEASURED
-from rivals_table import by_name
+from rivals_table import TASK_COLUMNS as ASKED
+from rivals_table import by_name, task_cells
+from task_scores import NAMES
 
 from spqr_jax import SpQRError
 
 ROOT = Path(__file__).parent.parent
-FILE, PICTURE = RESULTS / "rivals.csv", ROOT / "docs" / "images" / "rivals.png"
+FILE, TASKS_FILE = RESULTS / "rivals.csv", RESULTS / "rivals_tasks.csv"
+PICTURE = ROOT / "docs" / "images" / "rivals.png"
 QUALITY, README = ROOT / "docs" / "explanation" / "quality.md", ROOT / "README.md"
 COLUMNS = ("model", "calibration", *MEASURED)
 KEY = ("model", "calibration", "name", "seed", "text")
+TASK_COLUMNS = ("model", "calibration", *ASKED)
+TASK_KEY = ("model", "calibration", "name", "seed", "task")
 SMOLLM2, QWEN = "SmolLM2-135M, off the grid", "Qwen2.5-0.5B, off the grid"
 MIXTURE, PROSE = "WikiText-2, code, conversations (2 : 2 : 1), 16 x 1024", "WikiText-2, 16 x 1024"
 CODE, CHAT = "code, 16 x 1024", "conversations, 16 x 1024"
@@ -40,6 +45,8 @@ CALIBRATIONS = {"prose": PROSE, "code": CODE, "conversations": CHAT, "2 : 2 : 1"
 """What the table of kinds calls each calibration text."""
 SHOWN = ("prose", "code", "German")
 SHORT = ("SpQR 3.75", "SpQR 4.3", "IQ4_XS", "GPTQ 4 bits, groups of 64", "AWQ 4 bits, groups of 64", "Q4_K_M")
+TASKS = "rivals-tasks"
+"""The table of zero-shot tasks, which has the model and the calibration of "rivals"."""
 
 
 class Table(NamedTuple):
@@ -131,13 +138,31 @@ def table_of(name: str, rows: list[dict[str, str]]) -> str:
     return markdown(of_setting(rows, table.model, table.calibration), table)
 
 
-def filled(page: Path, rows: list[dict[str, str]]) -> str:
+def markdown_of_tasks(rows: Iterable[dict[str, str]]) -> str:
+    """A line for each method and size, fewest bits first: differences from the dense model in points."""
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        begin = {"name": row["name"], "stored_bits": float(row["stored_bits"]), "tasks": {}}
+        run = runs.setdefault((row["name"], row["seed"]), begin)
+        numbers = ("questions", "first", "difference", "error", "lost", "gained")
+        run["tasks"][row["task"]] = {name: float(row[name]) for name in numbers}
+    done = list(runs.values())
+    dense = {task: 100 * result["first"] for task, result in done[0]["tasks"].items()}
+    questions = sum(result["questions"] for result in done[0]["tasks"].values())
+    lines = [["dense", "32", *(f"{score:.1f}" for score in [*dense.values(), np.mean([*dense.values()])]), "–", "–"]]
+    for name, seeds in sorted(by_name(done).items(), key=lambda item: bits(item[1])):
+        lines.append([name, f"{bits(seeds):.2f}", *task_cells(seeds, list(dense)), str(len(seeds))])
+    headings = ["", "stored bits", *(NAMES.get(task, task) for task in dense), "mean"]
+    return markdown_table([*headings, f"flips of {questions:,.0f}", "seeds"], lines)
+
+
+def filled(page: Path, rows: list[dict[str, str]], asked: list[dict[str, str]]) -> str:
     """A page's text with its tables made anew."""
     text = page.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         if table.page == page:
             text = with_table(text, name, table_of(name, rows))
-    return text
+    return with_table(text, TASKS, markdown_of_tasks(asked)) if page == QUALITY else text
 
 
 def drawn_from(rows: list[dict[str, str]]) -> str:
@@ -152,8 +177,10 @@ def drawn_from(rows: list[dict[str, str]]) -> str:
 
 def add(folder: Path, model: str, calibration: str) -> None:
     """Takes over what was measured."""
-    rows = [row | {"model": model, "calibration": calibration} for row in read_rows(folder / "rivals.csv")]
-    merge_rows(FILE, COLUMNS, KEY, rows, MEASURED)
+    begin = {"model": model, "calibration": calibration}
+    for kept, columns, key, rounded in ((FILE, COLUMNS, KEY, MEASURED), (TASKS_FILE, TASK_COLUMNS, TASK_KEY, ASKED)):
+        if (new := folder / kept.name).exists():
+            merge_rows(kept, columns, key, [row | begin for row in read_rows(new)], rounded)
 
 
 def main() -> int:
@@ -168,8 +195,8 @@ def main() -> int:
             raise SpQRError("--add needs --model and --calibration")
         add(given.add, given.model, given.calibration)
         return 0
-    rows = read_rows(FILE)
-    pages, numbers = {page: filled(page, rows) for page in (QUALITY, README)}, drawn_from(rows)
+    rows, asked = read_rows(FILE), read_rows(TASKS_FILE)
+    pages, numbers = {page: filled(page, rows, asked) for page in (QUALITY, README)}, drawn_from(rows)
     if not given.check:
         for page, text in pages.items():
             page.write_text(text, encoding="utf-8")

@@ -17,6 +17,10 @@ COLUMNS = (
     "method", "name", "seed", "stored_bits", "cpu_seconds", "wall_seconds", "peak_gib", "text", "windows", "tokens",
     *FIGURES, "kl_99.9",
 )  # fmt: skip
+TASK_COLUMNS = (
+    "method", "name", "seed", "stored_bits", "task", "questions", "first", "second", "difference", "error", "lost",
+    "gained",
+)  # fmt: skip
 
 
 def write_csv(path: Path, done: Sequence[dict[str, Any]]) -> None:
@@ -28,6 +32,15 @@ def write_csv(path: Path, done: Sequence[dict[str, Any]]) -> None:
             for label, text in row["texts"].items():
                 writer.writerow(row | text | {"text": label, "kl_99.9": text["kl_percentiles"]["99.9"]}
                                 | {name: row[name] for name in ("cpu_seconds", "wall_seconds")})  # fmt: skip
+
+
+def write_tasks(path: Path, done: Sequence[dict[str, Any]]) -> None:
+    """One line for each row, seed and task; `first` is the dense model's score."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, TASK_COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        for row in done:
+            writer.writerows(row | result | {"task": task} for task, result in row.get("tasks", {}).items())
 
 
 def by_name(done: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -62,13 +75,32 @@ def _spread(mean: float, deviation: float, digits: int = 4) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
 
+def task_cells(seeds: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[str]:
+    """Score minus the dense model's in points: on each task, and the mean over tasks; flips of all questions.
+
+    ± is the standard error over questions, which are the same for all seeds.
+    """
+    results = [[row["tasks"][task] for task in tasks] for row in seeds]
+    differences = 100 * np.array([[result["difference"] for result in line] for line in results]).mean(axis=0)
+    errors = 100 * np.array([[result["error"] for result in line] for line in results]).mean(axis=0)
+    flips, asked = (
+        sum(sum(result[name] for name in names) for line in results for result in line)
+        for names in (("lost", "gained"), ("questions",))
+    )
+    means = [*differences, differences.mean()], [*errors, math.sqrt(np.sum(errors**2)) / len(tasks)]
+    cells = [f"{mean:+.1f} ± {error:.1f}".replace("-", "−") for mean, error in zip(*means, strict=True)]
+    return [*cells, f"{100 * flips / asked:.1f}%"]
+
+
 def write_table(path: Path, done: Sequence[dict[str, Any]]) -> None:
     """Markdown: a line for each row; for each text KL with its deviation over seeds, SpQR's KL at the same bits over
-    it, and the 99.9% KL."""
-    labels = list(done[0]["texts"])
+    it, and the 99.9% KL; for each task the difference from the dense model."""
+    labels, tasks = list(done[0]["texts"]), list(done[0].get("tasks", {}))
     columns = ["method", "stored bits", "CPU s"]
     for label in labels:
         columns += [f"KL, {label}", f"SpQR at these bits / it, {label}", f"99.9% KL, {label}", f"same top, {label}"]
+    if tasks:
+        columns += [*(f"{task} against dense" for task in tasks), "mean of tasks", "flips"]
     lines = []
     for name, seeds in by_name(done).items():
         bits = float(np.mean([row["stored_bits"] for row in seeds]))
@@ -83,5 +115,5 @@ def write_table(path: Path, done: Sequence[dict[str, Any]]) -> None:
                 f"{np.mean([text['kl_percentiles']['99.9'] for text in texts]):.2f}",
                 f"{100 * np.mean([text['same_top'] for text in texts]):.1f}%",
             ]
-        lines.append(line)
+        lines.append([*line, *task_cells(seeds, tasks)] if tasks else line)
     path.write_text(markdown_table(columns, lines), encoding="utf-8")

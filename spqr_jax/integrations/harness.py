@@ -18,6 +18,7 @@ from typing import Any
 
 import lm_eval
 import numpy as np
+from lm_eval import evaluator
 from lm_eval import tasks as harness_tasks
 from lm_eval.api import task as harness_task
 from lm_eval.tasks import TaskManager
@@ -183,7 +184,7 @@ def _run(
     asked: int,
     partial: bool = False,
 ) -> TaskRun:
-    with _explained(), _without_bars():
+    with _explained(), _without_chatter():
         results = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks.chosen["tasks"]),
@@ -246,14 +247,15 @@ def _explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """The harness draws a bar for each task while it writes prompts: 57 of them for MMLU."""
-    bars = harness_task.tqdm
-    harness_task.tqdm = lambda questions, **_: questions
+def _without_chatter() -> Iterator[None]:
+    """The harness draws a bar for each task while it writes prompts, 57 of them for MMLU. It also asks git for the
+    revision of the current folder, and outside of a repository git complains on the terminal."""
+    bars, revision = harness_task.tqdm, evaluator.get_git_commit_hash
+    harness_task.tqdm, evaluator.get_git_commit_hash = lambda questions, **_: questions, lambda: None
     try:
         yield
     finally:
-        harness_task.tqdm = bars
+        harness_task.tqdm, evaluator.get_git_commit_hash = bars, revision
 
 
 def _keep_quiet() -> None:

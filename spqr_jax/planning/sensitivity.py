@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spqr_jax.errors import DataError
 from spqr_jax.events import Events, Steps, ignore
 from spqr_jax.models.attention import Positions
 from spqr_jax.models.config import BlockKind, DecoderConfig
@@ -178,6 +179,17 @@ def _first_counted(length: int) -> int:
     return (length - 1) // 2
 
 
+def _that_predict(batches: Iterable[Any]) -> list[Any]:
+    """The batches whose sequences are longer than one token: a single token predicts nothing that is known."""
+    every = list(batches)
+    if kept := [batch for batch in every if batch.shape[1] > 1]:
+        return kept
+    raise DataError(
+        f"a plan for a size needs sequences of two tokens and more, got batches {[batch.shape for batch in every]}: "
+        "join short texts into longer sequences, or name a bit width in place of a size"
+    )
+
+
 def _sensitivity(
     config: DecoderConfig, index: int, block: Block, sums: Sequence[_Sums], counted: int
 ) -> BlockSensitivity:
@@ -222,7 +234,7 @@ def block_sensitivities(
 
     Args:
       source: the dense model.
-      batches: int32 [batch, seq] of token ids, few will do.
+      batches: int32 [batch, seq] of token ids, few will do. Sequences of one token are left out.
       visit: is given a :class:`BlockSensitivity` for each block, the last block first.
       events: told of each block, once forward and once backward: phase "measuring", the block's index as `detail`.
       linear: what multiplies with the weights, as in calibration.
@@ -232,9 +244,10 @@ def block_sensitivities(
       spill: where the activations before every block are kept on disk; None to keep them in memory.
 
     Raises:
+      DataError: no sequence has two tokens.
       NotFiniteError: activations or gradients are no numbers; says behind which block.
     """
-    config, outer, batches = source.config, source.outer(), list(batches)
+    config, outer, batches = source.config, source.outer(), _that_predict(batches)
     chunks = list(Activations(config, outer, batches).chunks())
     places, residuals = [where for _, where in chunks], [state.residual for state, _ in chunks]
     before: list[list[jax.Array] | SpilledStates] = []

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,41 @@ def test_rivals_are_measured_once_and_compared_at_equal_bits(folder):
         rows = list(csv.DictReader(file))
     assert [(row["seed"], row["text"], row["stored_bits"]) for row in rows] == [(n, "first", "4.625") for n in "01"]
     assert rows[0]["kl_mean"] != rows[1]["kl_mean"]  # the seeds draw other windows
+
+
+def task_run(scores):
+    """A `TaskRun` of two tasks: one scored by length-normalized accuracy, one by accuracy."""
+    questions = {("long", "acc,none"): {0: 0.0, 1: 0.0}, **scores}
+    metrics = {task: {name: 0.5 for other, name in scores if other == task} for task, _ in scores}
+    return types.SimpleNamespace(values={"results": metrics}, questions=questions)
+
+
+def test_answers_are_compared_question_by_question():
+    asked, table = importlib.import_module("task_scores"), importlib.import_module("rivals_table")
+    long, short = ("long", "acc_norm,none"), ("short", "acc,none")
+    dense = asked.answers(task_run({long: {0: 1.0, 1: 0.0}, short: {3: 1.0, 4: 1.0, 7: 0.0, 8: 0.0}}))
+    worse = asked.answers(task_run({long: {0: 1.0, 1: 0.0}, short: {3: 0.0, 4: 1.0, 7: 0.0, 8: 0.0}}))
+    other = asked.answers(task_run({long: {0: 1.0, 1: 1.0}, short: {3: 0.0, 4: 1.0, 7: 0.0, 8: 1.0}}))
+    assert dense["long"] == {0: 1.0, 1: 0.0}  # normalized where the task has it
+    results = [asked.against(dense, answers) for answers in (worse, other)]
+    assert [(r["short"]["difference"], r["short"]["lost"], r["short"]["gained"]) for r in results] == [
+        (-0.25, 1, 0),
+        (0.0, 1, 1),
+    ]
+    seeds = [{"tasks": result} for result in results]
+    # one of four questions lost: -25 ± 25 points; one lost, one gained: 0 ± 41; one of two gained: +50 ± 50
+    assert table.task_cells(seeds[:1], ["long", "short"]) == ["+0.0 ± 0.0", "−25.0 ± 25.0", "−12.5 ± 12.5", "16.7%"]
+    assert table.task_cells(seeds, ["short"]) == ["−12.5 ± 32.9", "−12.5 ± 32.9", "37.5%"]
+    with pytest.raises(asked.SpQRError, match="task long has none of the metrics acc_norm,none, acc,none"):
+        asked.answers(task_run({("long", "word_perplexity,none"): {0: 3.0}}))
+
+
+def test_a_run_that_measures_nothing_is_refused(folder):
+    command = [sys.executable, SCRIPTS / "rivals.py", "dense.gguf", "--calib", "ids.npy"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "nothing to measure: name texts (--data) or tasks (--tasks)" in result.stderr
 
 
 def test_rows_that_nobody_has_are_refused(folder):

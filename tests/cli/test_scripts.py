@@ -102,13 +102,34 @@ def test_paper_tables_ask_what_to_do(tmp_path):
     assert "no model llama" in run_script("paper_tables.py", tmp_path, "llama").stderr
 
 
-@pytest.mark.slow
-def test_ablations_answer_tasks_with_several_seeds(folder):
+@pytest.fixture
+def questions(folder):
+    """The task `tiny_choices`, in the folder tasks."""
     pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed (extra `eval`)")
-    (folder / "tasks").mkdir()
+    (folder / "tasks").mkdir(exist_ok=True)
     rows = [{"question": "ab " * n, "choices": ["c", " d"], "answer": n % 2} for n in range(1, 7)]
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tasks" / "choices.yaml").write_text(CHOICES.format(folder=folder))
+
+
+@pytest.mark.slow
+def test_rivals_answer_tasks_and_are_compared_with_the_dense_model(folder, questions):
+    asked = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32)
+    asked += ("--tasks", "tiny_choices", "--include-path", "tasks")
+    result = run_script("rivals.py", folder, "model", *asked, "--rows", "^RTN [34] bits.* 32$", "--out", "asked")
+    assert result.returncode == 0, result.stderr
+    with (folder / "asked" / "rivals_tasks.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["task"], row["questions"]) for row in rows] == [
+        (f"RTN {bits} bits, groups of 32", "tiny_choices", "6") for bits in (3, 4)
+    ]
+    for row in rows:
+        assert float(row["second"]) - float(row["first"]) == pytest.approx(float(row["difference"]))
+    assert (folder / "asked" / "table.md").read_text().splitlines()[0].endswith("| mean of tasks | flips |")
+
+
+@pytest.mark.slow
+def test_ablations_answer_tasks_with_several_seeds(folder, questions):
     text = ("--calib", "ids.npy", "--nsamples", 4, "--seqlen", 32, "--data", "a text", "ids.npy", 64, 4)
     text += ("--data", "another", "ids.npy", 32, 3)
     asked = ("--tasks", "tiny_choices", "--include-path", "tasks", "--paper", "--rows", "^no outliers", "--seeds", 0, 1)

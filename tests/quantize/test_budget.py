@@ -112,6 +112,18 @@ def test_the_sensitivity_is_the_gradient_of_the_loss(tiny_model, tiny_batches):
     ]
 
 
+def test_a_plan_reads_no_sequence_of_one_token(tiny_model, tiny_batches):
+    single = np.ones((3, 1), np.int32)
+    measured = []
+    for batches in (tiny_batches[:1], [single, tiny_batches[0]]):
+        blocks = []
+        block_sensitivities(TreeSource(tiny_model), batches, blocks.append)
+        measured.append([(block.fisher, [hessian.gram for _, hessian in block.hessians]) for block in blocks])
+    jax.tree.map(np.testing.assert_array_equal, *measured)
+    with pytest.raises(SpQRError, match=r"two tokens and more, got batches \[\(3, 1\)\]: join short texts"):
+        quantize(tiny_model, [single], SpQRConfig(target_bits=4.3))
+
+
 def test_experts_share_their_mean_sensitivity():
     """Against gradients of a loss in which every expert reads all tokens, and those sent elsewhere count nothing."""
     config = dataclasses.replace(TINY, num_layers=1, num_experts=3, experts_per_token=2, expert_size=32)
