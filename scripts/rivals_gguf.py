@@ -5,7 +5,9 @@
     scripts/rivals_gguf.py quantize dense.gguf small.gguf IQ4_XS --importance importance.npz
 
 `--off-grid` keeps the model's function and takes its weights off the grid of a 4-bit file, as benchmarks/offgrid.py
-does with Hugging Face directories. `quantize` calls llama.cpp (the `rivals` extra compiles it) and quantizes matrices
+does with Hugging Face directories. Where a model's gains differ by orders of magnitude, as Gemma's do, matrices that
+they are multiplied into have columns no group of weights can hold; `--gains rescaled` then changes them as much as all
+other channels, and no more. `quantize` calls llama.cpp (the `rivals` extra compiles it) and quantizes matrices
 of blocks only: the embedding and the output head stay float32.
 """
 
@@ -46,17 +48,18 @@ def tensor_name(block: int, name: str) -> str:
     return f"blk.{block}.{NAMES[name]}.weight"
 
 
-def write_dense(source: Path, out: Path, seed: int | None) -> None:
+def write_dense(source: Path, out: Path, seed: int | None, gains: str = "folded") -> None:
     """Writes a model in float32, whole or not at all. Its header and tokenizer stay as they are.
 
     Args:
       source: a GGUF file of any type that the `gguf` package dequantizes.
       out: the file to write.
       seed: of the factors of `off_grid`; None leaves the weights as they are.
+      gains: see `off_grid`.
     """
     partial = out.with_name(f"{out.name}.partial")
     reader, file = gguf.GGUFReader(source), GGUFFile(source)
-    changed = {} if seed is None else off_grid(file, seed)
+    changed = {} if seed is None else off_grid(file, seed, gains)
     writer = gguf.GGUFWriter(partial, str(reader.get_field("general.architecture").contents()))
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
@@ -73,9 +76,17 @@ def write_dense(source: Path, out: Path, seed: int | None) -> None:
     partial.replace(out)
 
 
-def off_grid(file: GGUFFile, seed: int) -> dict[str, Callable[[], np.ndarray]]:
-    """The tensors of the same function with other weights, made when called: norms' gains multiplied into the matrices
-    that read them, and channels of v and up rescaled by exp(-0.5..0.5), o and down by the inverse."""
+def off_grid(file: GGUFFile, seed: int, gains: str = "folded") -> dict[str, Callable[[], np.ndarray]]:
+    """The tensors of the same function with other weights, made when called.
+
+    Channels of v and up are rescaled by exp(-0.5..0.5), o and down by the inverse.
+
+    Args:
+      file: the model.
+      seed: of the factors.
+      gains: "folded": norms' gains are multiplied into the matrices that read them. "rescaled": gains are multiplied by
+        exp(-0.5..0.5), the matrices by the inverse.
+    """
     architecture = str(file.get("general.architecture"))
     blocks = int(file.get(f"{architecture}.block_count"))
     heads = int(file.get(f"{architecture}.attention.head_count"))
@@ -101,16 +112,18 @@ def off_grid(file: GGUFFile, seed: int) -> dict[str, Callable[[], np.ndarray]]:
         )
         # the query heads that share a value head read it side by side
         read_by = np.repeat(value.reshape(kv_heads, -1), heads // kv_heads, axis=0).reshape(-1)
-        gains = {part: read(named(f"{part}_norm.weight")) for part in ("attn", "ffn")}
-        for part in ("attn_norm.weight", "ffn_norm.weight"):
-            change(part, np.ones_like)
+        taken = {part: read(named(f"{part}_norm.weight")) for part in ("attn", "ffn")}  # out of the norms
+        if gains == "rescaled":
+            taken = {part: np.exp(rng.uniform(-_LARGEST_FACTOR, _LARGEST_FACTOR, g.shape)) for part, g in taken.items()}
+        for part, by in taken.items():
+            change(f"{part}_norm.weight", np.ones_like if gains == "folded" else lambda gain, by=by: gain / by)
         for part in ("attn_q", "attn_k"):
-            change(f"{part}.weight", lambda w, gain=gains["attn"]: w * gain)
-        change("attn_v.weight", lambda w, gain=gains["attn"], by=value: w * gain * by[:, None])
+            change(f"{part}.weight", lambda w, gain=taken["attn"]: w * gain)
+        change("attn_v.weight", lambda w, gain=taken["attn"], by=value: w * gain * by[:, None])
         change("attn_v.bias", lambda bias, by=value: bias * by)
         change("attn_output.weight", lambda w, by=read_by: w / by)
-        change("ffn_gate.weight", lambda w, gain=gains["ffn"]: w * gain)
-        change("ffn_up.weight", lambda w, gain=gains["ffn"], by=up: w * gain * by[:, None])
+        change("ffn_gate.weight", lambda w, gain=taken["ffn"]: w * gain)
+        change("ffn_up.weight", lambda w, gain=taken["ffn"], by=up: w * gain * by[:, None])
         change("ffn_down.weight", lambda w, by=up: w / by)
     return tensors
 
@@ -183,6 +196,9 @@ def main() -> None:
     dense.add_argument("out", type=Path)
     dense.add_argument("--off-grid", action="store_true", help="the same function, other weights")
     dense.add_argument("--seed", type=int, default=0, help="of --off-grid")
+    dense.add_argument(
+        "--gains", choices=("folded", "rescaled"), default="folded", help="what --off-grid does to norms' gains"
+    )
     to = commands.add_parser("quantize", help="quantize a GGUF file by llama.cpp")
     to.add_argument("source", type=Path)
     to.add_argument("out", type=Path)
@@ -192,7 +208,7 @@ def main() -> None:
     if given.out.exists():
         raise SpQRError(f"{given.out} exists already")
     if given.command == "dense":
-        write_dense(gguf_path(given.model), given.out, given.seed if given.off_grid else None)
+        write_dense(gguf_path(given.model), given.out, given.seed if given.off_grid else None, given.gains)
     else:
         importance = {} if given.importance is None else dict(np.load(given.importance))
         quantize(given.source, given.out, given.kind, importance)

@@ -174,9 +174,10 @@ def test_llama_cpp_that_is_missing_or_a_type_it_lacks_is_said(folder, files):
             files.quantize(folder / "dense.gguf", folder / "out.gguf", "Q4_KM", {})
 
 
-def test_a_model_off_its_grid_is_the_same_function(tiny_model, files, tmp_path):
+@pytest.mark.parametrize("gains", ["folded", "rescaled"])
+def test_a_model_off_its_grid_is_the_same_function(tiny_model, files, tmp_path, gains):
     write_gguf(tmp_path / "grid.gguf", tiny_model)
-    files.write_dense(tmp_path / "grid.gguf", tmp_path / "off.gguf", 0)
+    files.write_dense(tmp_path / "grid.gguf", tmp_path / "off.gguf", 0, gains)
     files.write_dense(tmp_path / "grid.gguf", tmp_path / "copy.gguf", None)
     off, copy = (collect(open_model(str(tmp_path / name), "float32").source) for name in ("off.gguf", "copy.gguf"))
     for left, right in zip(jax.tree.leaves(copy), jax.tree.leaves(tiny_model), strict=True):
@@ -185,6 +186,12 @@ def test_a_model_off_its_grid_is_the_same_function(tiny_model, files, tmp_path):
     np.testing.assert_allclose(forward(off, tokens), forward(tiny_model, tokens), rtol=1e-4, atol=1e-4)
     for name in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
         assert np.abs(off.layers[0][name] / copy.layers[0][name] - 1).max() > 0.1
+    for name in ("attention_norm", "mlp_norm"):
+        change = off.layers[0][name] / copy.layers[0][name]
+        if gains == "folded":
+            np.testing.assert_array_equal(off.layers[0][name], 1.0)
+        else:
+            assert 0.1 < np.abs(np.log(change)).max() <= 0.5
     assert off.config == copy.config == open_model(str(tmp_path / "grid.gguf"), "float32").source.config
 
 
