@@ -39,6 +39,7 @@ KEY = ("model", "calibration", "name", "seed", "text")
 TASK_COLUMNS = ("model", "calibration", *ASKED)
 TASK_KEY = ("model", "calibration", "name", "seed", "task")
 SMOLLM2, QWEN = "SmolLM2-135M, off the grid", "Qwen2.5-0.5B, off the grid"
+GEMMA, OF_GEMMA = "Gemma 3 270M, off the grid, gains rescaled", "WikiText-2, code (1 : 1), 16 x 1024"
 MIXTURE, PROSE = "WikiText-2, code, conversations (2 : 2 : 1), 16 x 1024", "WikiText-2, 16 x 1024"
 CODE, CHAT = "code, 16 x 1024", "conversations, 16 x 1024"
 CALIBRATIONS = {"prose": PROSE, "code": CODE, "conversations": CHAT, "2 : 2 : 1": MIXTURE}
@@ -46,7 +47,7 @@ CALIBRATIONS = {"prose": PROSE, "code": CODE, "conversations": CHAT, "2 : 2 : 1"
 SHOWN = ("prose", "code", "German")
 SHORT = ("SpQR 3.75", "SpQR 4.3", "IQ4_XS", "GPTQ 4 bits, groups of 64", "AWQ 4 bits, groups of 64", "Q4_K_M")
 TASKS = "rivals-tasks"
-"""The table of zero-shot tasks, which has the model and the calibration of "rivals"."""
+"""The table of zero-shot tasks, which has the model and the calibration of "rivals", once they were measured."""
 
 
 class Table(NamedTuple):
@@ -75,6 +76,7 @@ TABLES = {
     "rivals-worst": Table(SMOLLM2, MIXTURE, "kl_99.9", 2),
     "rivals-prose": Table(SMOLLM2, PROSE),
     "rivals-qwen": Table(QWEN, MIXTURE),
+    "rivals-gemma": Table(GEMMA, OF_GEMMA),
     "rivals-kinds": Table(SMOLLM2, "", names=("SpQR 4.3", "IQ4_XS")),
     "rivals-short": Table(SMOLLM2, MIXTURE, page=README, names=SHORT, texts=SHOWN),
 }
@@ -162,7 +164,7 @@ def filled(page: Path, rows: list[dict[str, str]], asked: list[dict[str, str]]) 
     for name, table in TABLES.items():
         if table.page == page:
             text = with_table(text, name, table_of(name, rows))
-    return with_table(text, TASKS, markdown_of_tasks(asked)) if page == QUALITY else text
+    return with_table(text, TASKS, markdown_of_tasks(asked)) if asked and page == QUALITY else text
 
 
 def drawn_from(rows: list[dict[str, str]]) -> str:
@@ -195,7 +197,7 @@ def main() -> int:
             raise SpQRError("--add needs --model and --calibration")
         add(given.add, given.model, given.calibration)
         return 0
-    rows, asked = read_rows(FILE), read_rows(TASKS_FILE)
+    rows, asked = read_rows(FILE), read_rows(TASKS_FILE) if TASKS_FILE.exists() else []
     pages, numbers = {page: filled(page, rows, asked) for page in (QUALITY, README)}, drawn_from(rows)
     if not given.check:
         for page, text in pages.items():
