@@ -120,6 +120,7 @@ def test_answers_are_compared_question_by_question():
     seeds = [{"tasks": result} for result in results]
     # one of four questions lost: -25 ± 25 points; one lost, one gained: 0 ± 41; one of two gained: +50 ± 50
     assert table.task_cells(seeds[:1], ["long", "short"]) == ["+0.0 ± 0.0", "−25.0 ± 25.0", "−12.5 ± 12.5", "16.7%"]
+    assert table.task_cells(seeds[1:], ["long", "short"]) == ["+50.0 ± 50.0", "+0.0 ± 40.8", "+25.0 ± 32.3", "50.0%"]
     assert table.task_cells(seeds, ["short"]) == ["−12.5 ± 32.9", "−12.5 ± 32.9", "37.5%"]
     with pytest.raises(asked.SpQRError, match="task long has none of the metrics acc_norm,none, acc,none"):
         asked.answers(task_run({("long", "word_perplexity,none"): {0: 3.0}}))
