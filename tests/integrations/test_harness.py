@@ -114,11 +114,11 @@ def test_chat_templates_agree(models):
     assert ours.chat_template(True) == theirs.chat_template(True)
 
 
-def test_eval_shows_and_writes_what_the_harness_says(with_answers):
+def test_eval_shows_and_writes_what_the_harness_says(with_answers, capfd):
     arguments = ("eval", "model", "--tasks", "tiny_choices,tiny_answers", "--include-path", "tasks", "--limit", 6)
     result = spqr(*arguments, "--json", "e.json", cwd=with_answers)
     assert result.returncode == 0, result.stderr
-    assert "git" not in result.stderr  # the folder is in no repository, which is nobody's business
+    assert "git" not in capfd.readouterr().err  # the folder is in no repository, which is nobody's business
     values = json.loads((with_answers / "e.json").read_text())
     accuracy = values["results"]["tiny_choices"]["acc,none"]
     assert values["n-samples"]["tiny_choices"]["effective"] == 6
