@@ -141,9 +141,12 @@ def table_of(name: str, rows: list[dict[str, str]]) -> str:
 
 
 def markdown_of_tasks(rows: Iterable[dict[str, str]]) -> str:
-    """A line for each method and size, fewest bits first: differences from the dense model in points."""
+    """A line for each method and size of the setting of "rivals", fewest bits first: differences from the dense model
+    in points."""
     runs: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
+        if (row["model"], row["calibration"]) != (SMOLLM2, MIXTURE):
+            continue
         begin = {"name": row["name"], "stored_bits": float(row["stored_bits"]), "tasks": {}}
         run = runs.setdefault((row["name"], row["seed"]), begin)
         numbers = ("questions", "first", "difference", "error", "lost", "gained")

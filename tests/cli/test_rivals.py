@@ -126,6 +126,25 @@ def test_answers_are_compared_question_by_question():
         asked.answers(task_run({("long", "word_perplexity,none"): {0: 3.0}}))
 
 
+def test_the_table_of_tasks_has_one_setting():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `plots`)")
+    results = importlib.import_module("rivals_results")
+    asked = {"task": "piqa@validation", "questions": "400", "first": "0.6", "error": "0.01", "lost": "9", "gained": "3"}
+    begin = {"model": results.SMOLLM2, "calibration": results.MIXTURE, "seed": "0"} | asked
+    rows = [
+        begin | {"name": "IQ4_XS", "stored_bits": "4.44", "difference": "-0.015"},
+        begin | {"name": "SpQR 4.3", "stored_bits": "4.3", "difference": "0.005"},
+        begin | {"name": "SpQR 4.3", "stored_bits": "4.3", "difference": "0.9", "model": results.QWEN},
+    ]
+    lines = results.markdown_of_tasks(rows).splitlines()
+    assert lines[0] == "|  | stored bits | PIQA | mean | flips of 400 | seeds |"
+    assert lines[2:] == [
+        "| dense | 32 | 60.0 | 60.0 | – | – |",
+        "| SpQR 4.3 | 4.30 | +0.5 ± 1.0 | +0.5 ± 1.0 | 3.0% | 1 |",
+        "| IQ4_XS | 4.44 | −1.5 ± 1.0 | −1.5 ± 1.0 | 3.0% | 1 |",
+    ]
+
+
 def test_a_run_that_measures_nothing_is_refused(folder):
     command = [sys.executable, SCRIPTS / "rivals.py", "dense.gguf", "--calib", "ids.npy"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
